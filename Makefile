@@ -1,0 +1,83 @@
+# The commands of Nexus; the first one makes .venv, and the later ones only when requirements.txt has changed.
+.PHONY: help run demo test bench chaos lint clean browser
+.DEFAULT_GOAL := help
+.SILENT:
+MAKEFLAGS += --no-builtin-rules
+
+VENV := .venv/bin/python
+STAMP := .venv/.installed-$(shell cat requirements.txt 2>/dev/null | sha256sum | cut -c 1-16)
+PEERS := .venv-bench/.installed-$(shell cat benchmarks/requirements.txt 2>/dev/null | sha256sum | cut -c 1-16)
+# Looked for only when .venv is made.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+ARGS ?=
+
+# exec: a signal sent to make reaches the process itself, and make waits for its clean end.
+
+help:
+	echo 'make run    the embedded store, the Python service and Nexus; Ctrl-C stops them'
+	echo 'make demo   the same with synthetic traffic'
+	echo 'make test   every test (ARGS="-k name" for some)'
+	echo 'make bench  the benchmarks'
+	echo 'make chaos  load while parts are killed and stopped, then an audit (ARGS="--kills 200")'
+	echo 'make lint   ruff and mypy'
+	echo 'make clean  removes .venv and caches; data and logs stay'
+
+run: $(STAMP)
+	exec $(VENV) -m pipeline.supervisor
+
+demo: $(STAMP)
+	exec $(VENV) -m pipeline.supervisor --demo
+
+test: $(STAMP) browser
+	exec $(VENV) -m pytest --headless $(ARGS)
+
+# The peers get a venv of their own; where they cannot be installed, the table says so.
+bench: $(STAMP) $(PEERS)
+	exec $(VENV) -m benchmarks $(ARGS)
+
+$(PEERS):
+	echo 'Installing the peers of the benchmarks into .venv-bench; this happens once'
+	"$(VENV)" -m venv --clear .venv-bench
+	if .venv-bench/bin/python -m pip install --disable-pip-version-check -q -r benchmarks/requirements.txt; then \
+		touch $@; else echo 'the peers cannot be installed here: the table will say so' >&2; fi
+
+chaos: $(STAMP)
+	exec $(VENV) -m chaos $(ARGS)
+
+lint: $(STAMP)
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	$(VENV) -m mypy .
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp's name holds the hash of requirements.txt, so an unchanged file needs no pip at all.
+$(STAMP):
+	ok=yes; missing() { echo "missing: $$1" >&2; ok=no; }; \
+	[ "$$(uname -s)" = Linux ] || missing 'Linux; Nexus does not run on other systems'; \
+	command -v git >/dev/null || missing 'git (Debian: apt-get install git)'; \
+	[ -s requirements.txt ] || missing 'requirements.txt; clone the project anew'; \
+	if [ -z "$(PYTHON)" ]; then missing 'Python 3.11 or later (Debian 12: apt-get install python3 python3-venv)'; \
+	elif ! "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null; then \
+		missing "Python's venv and ensurepip (Debian: apt-get install python3-venv)"; fi; \
+	[ $$ok = yes ]
+	$(VENV) -m pip --version >/dev/null 2>&1 || { echo 'Making .venv' && "$(PYTHON)" -m venv --clear .venv; }
+	echo 'Installing requirements.txt into .venv; this happens once'
+	$(VENV) -m pip install --disable-pip-version-check -r requirements.txt
+	rm -f .venv/.installed-*
+	touch $@
+
+# The browser tests drive Chromium through chromedriver.
+browser:
+	has() { command -v "$$1" >/dev/null; }; \
+	if has chromedriver && { has chromium || has google-chrome || has google-chrome-stable; }; then exit 0; fi; \
+	as=''; [ "$$(id -u)" = 0 ] || as='sudo -n'; \
+	if has apt-get && $$as true 2>/dev/null; then \
+		echo 'Installing Chromium and its driver from the Debian packages'; \
+		$$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y chromium chromium-driver; \
+	else \
+		echo 'missing: Chromium and chromedriver (Debian: apt-get install chromium chromium-driver)' >&2; exit 1; \
+	fi
