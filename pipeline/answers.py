@@ -1,0 +1,66 @@
+"""What all routes share: answers and errors in JSON, and the parameters they read, or the error that names them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from flask import Response, request
+
+from pipeline.errors import BadRequest, Fenced, NexusError, StoreError, TooLarge
+from pipeline.ingest import MAX_BODY_BYTES
+
+JSON = "application/json"
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
+
+
+def answer(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(_encode(body), status, headers, content_type=JSON)
+
+
+def error_answer(error: NexusError) -> Response:
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, StoreError | Fenced) else None
+    return answer(error.body(), error.status, headers)
+
+
+def json_object(strict_type: bool = False) -> dict[str, Any]:
+    if strict_type and request.mimetype != JSON:
+        raise NexusError("not_json", f"Content-Type is {request.mimetype or 'absent'}; it takes {JSON}", status=415)
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes")
+    try:
+        body = _decode(request.get_data(cache=False))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest("not_json", f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise BadRequest("not_an_object", "the body is a JSON object")
+    return body
+
+
+def required(name: str) -> str:
+    value = request.args.get(name)
+    if not value:
+        raise BadRequest(f"no_{name}", f"{name} is required")
+    return value
+
+
+def number(text: str) -> int:
+    """A whole number of a few digits, else -1: int() itself refuses what has thousands of them."""
+    return int(text) if text.isdecimal() and len(text) < 10 else -1
+
+
+def limit(default: int) -> int:
+    text = request.args.get("limit", str(default))
+    if not 1 <= number(text) <= 1000:
+        raise BadRequest("invalid_limit", f"limit is {text!r}; it takes a number from 1 to 1000")
+    return int(text)
+
+
+def strings(body: dict[str, Any], name: str, most: int) -> list[str]:
+    values = body.get(name)
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise BadRequest(f"no_{name}", f"{name} is an array of strings")
+    if len(values) > most:
+        raise TooLarge(f"too_many_{name}", f"{name} has {len(values)} entries; at most {most}")
+    return values

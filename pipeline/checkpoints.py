@@ -1,0 +1,146 @@
+"""Checkpoints: where each stream stands, its account, and the one step in which effects and checkpoint move
+together."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from pipeline import keys
+from pipeline.log import Head, Position
+from pipeline.store import Command, Store, Word
+
+JOURNAL_LENGTH = 20_000  # commits remembered per stream: hours at one a second, days when quiet
+_JOURNAL = struct.Struct("<QQ")
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(slots=True)
+class DeadLetter:
+    """An event that a stream could not process; `body` is its stored JSON. Times in epoch ms."""
+
+    id: str
+    stream: str
+    place: int
+    reason: str
+    attempts: int
+    first_at: int
+    last_at: int
+    source: str
+    received_at: int
+    body: bytes
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a stream came since its last commit: the new position, events processed, and the dead."""
+
+    stream: str
+    position: Position
+    processed: int = 0
+    dead: list[DeadLetter] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Account:
+    """A stream's account in an audit. `accepted` is what was accepted for it, `pending` is counted from positions."""
+
+    accepted: int
+    processed: int
+    dead: int
+    pending: int
+    at: int
+    position: Position
+
+    @property
+    def unexplained(self) -> int:
+        return self.accepted - self.processed - self.dead - self.pending
+
+
+@dataclass(slots=True)
+class Audit:
+    """One consistent look at the log's head, the lease, and every stream's account."""
+
+    head: Head
+    epoch: int
+    holder: str
+    lease_expires: int
+    accounts: dict[str, Account]
+
+    @property
+    def unexplained(self) -> int:
+        return sum(abs(account.unexplained) for account in self.accounts.values())
+
+
+def commit(store: Store, epoch: int, commands: Iterable[Command]) -> None:
+    """Run the commands as one atomic step. Raises Fenced (nothing was written) or StoreError (it may have been)."""
+    words: list[Word] = [epoch]
+    for command in commands:
+        words.append(len(command))
+        words += command
+    store.run("commit", (keys.OWNER,), words)
+
+
+def advance(progress: Progress, now: int) -> list[Command]:
+    """The commands that move a stream's checkpoint and account."""
+    key, at = keys.CHECKPOINT + progress.stream, progress.position
+    commands: list[Command] = [
+        ("HSET", key, "segment", at.segment, "offset", at.offset, "index", at.index, "ordinal", at.ordinal, "at", now)
+    ]
+    if progress.processed:
+        commands.append(("HINCRBY", key, "processed", progress.processed))
+        commands.append(("LPUSH", keys.JOURNAL + progress.stream, _JOURNAL.pack(at.ordinal, now)))
+        commands.append(("LTRIM", keys.JOURNAL + progress.stream, 0, JOURNAL_LENGTH - 1))
+    if progress.dead:
+        commands.append(("HINCRBY", key, "dead", len(progress.dead)))
+        for letter in progress.dead:
+            commands += bury(letter)
+    return commands
+
+
+def bury(letter: DeadLetter) -> list[Command]:
+    """The commands that keep a dead letter."""
+    kept = {
+        "id": letter.id,
+        "stream": letter.stream,
+        "place": letter.place,
+        "reason": letter.reason,
+        "attempts": letter.attempts,
+        "first_at": letter.first_at,
+        "last_at": letter.last_at,
+        "source": letter.source,
+        "received_at": letter.received_at,
+        "body": letter.body.decode(errors="replace"),
+    }
+    return [
+        ("HSET", keys.DEAD + letter.stream, letter.id, _encode(kept)),
+        ("ZADD", keys.DEAD_ORDER + letter.stream, letter.last_at, letter.id),
+    ]
+
+
+def read(store: Store, streams: Sequence[str]) -> dict[str, Position]:
+    """The committed positions of streams."""
+    rows = store.many([("HMGET", keys.CHECKPOINT + s, "segment", "offset", "index", "ordinal") for s in streams])
+    return {s: Position(*[int(v) for v in row]) if row[0] else Position() for s, row in zip(streams, rows, strict=True)}
+
+
+def audit(store: Store) -> Audit:
+    """Every stream's account, from the counters themselves, in one consistent read."""
+    answer = store.run("audit", (keys.HEAD, keys.LOG, keys.CHECKPOINT, keys.OWNER), keys.STREAMS)
+    head = Head.unpack(answer[0])
+    owner = _pairs(answer[1])
+    accounts = {}
+    for stream, row in zip(keys.STREAMS, answer[2:], strict=True):
+        processed, dead, at, pending, segment, offset, index, ordinal = (int(v) for v in row)
+        accepted = head.accepted + (head.bridge_only if stream == "bridge" else 0)
+        accounts[stream] = Account(accepted, processed, dead, pending, at, Position(segment, offset, index, ordinal))
+    return Audit(head, int(owner.get("epoch", 0)), owner.get("holder", ""), int(owner.get("expires", 0)), accounts)
+
+
+def _pairs(flat: Any) -> dict[str, str]:
+    items = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+    return {key.decode(): value.decode() for key, value in items}

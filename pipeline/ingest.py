@@ -1,0 +1,251 @@
+"""Ingest: a posted body becomes verdicts per event and, before the answer goes out, frames in the log."""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from pipeline.errors import BadRequest, NexusError, StoreFull, TooLarge
+from pipeline.events import Parsed, Rejected, parse
+from pipeline.log import ALL_STREAMS, Log, Request, Taken
+
+MAX_BODY_BYTES = 5 << 20
+MAX_EVENTS = 5_000
+_GROUP_BYTES = 4 << 20
+_MAX_WAIT_MS = 30_000
+
+_decode = msgspec.json.Decoder().decode
+encode = msgspec.json.Encoder().encode
+
+
+@dataclass(slots=True)
+class Verdicts:
+    """What validation made of a batch: `kept` and its input positions, rejections, and an id for each position."""
+
+    kept: list[Parsed]
+    positions: list[int]
+    rejected: list[dict[str, Any]]
+    event_ids: list[str | None]
+
+
+class GroupCommit:
+    """Requests that arrive while the store is busy with others go to the log together, in one atomic step.
+
+    The first of them leads: it commits for all that wait, then passes the lead on; it takes no thread of its own.
+    """
+
+    def __init__(self, log: Log, clock: Callable[[], int], taken: Callable[[], None]) -> None:
+        self._log, self._clock, self._taken = log, clock, taken
+        self._lock = threading.Lock()
+        self._waiting: deque[_Ticket] = deque()
+        self._leading = False
+
+    def submit(self, request: Request) -> Taken:
+        """Blocks until the log has the request or has refused it (StoreUnavailable, StoreFull)."""
+        ticket = _Ticket(request)
+        with self._lock:
+            self._waiting.append(ticket)
+            leads = not self._leading
+            self._leading = True
+        if not leads:
+            ticket.turn.wait()
+        if ticket.taken is None and ticket.error is None:
+            self._lead()
+        if ticket.error is not None:
+            raise ticket.error
+        assert ticket.taken is not None
+        return ticket.taken
+
+    def _lead(self) -> None:
+        with self._lock:
+            group: list[_Ticket] = []
+            size = 0
+            while self._waiting and (not group or size + self._waiting[0].size <= _GROUP_BYTES):
+                group.append(self._waiting.popleft())
+                size += group[-1].size
+        try:
+            for ticket, taken in zip(group, self._log.accept([t.request for t in group], self._clock()), strict=True):
+                ticket.taken = taken
+            self._taken()
+        except Exception as error:  # noqa: BLE001  each waiting request is told, whatever it was
+            for ticket in group:
+                ticket.error = error
+        with self._lock:
+            heir = self._waiting[0] if self._waiting else None
+            self._leading = heir is not None
+        for ticket in group[1:]:
+            ticket.turn.set()
+        if heir is not None:
+            heir.turn.set()
+
+
+class _Ticket:
+    __slots__ = ("error", "request", "size", "taken", "turn")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.size = sum(len(event.body) for event in request.events)
+        self.turn = threading.Event()
+        self.taken: Taken | None = None
+        self.error: Exception | None = None
+
+
+class Ingest:
+    """The ingest route's work, free of any web framework.
+
+    `closed` holds the reason while the store is too full to take events. `applied(ordinal, timeout_s)` waits until the
+    features of all events before the ordinal are readable.
+    """
+
+    def __init__(
+        self, log: Log, clock: Callable[[], int], taken: Callable[[], None], applied: Callable[[int, float], bool]
+    ) -> None:
+        self._group = GroupCommit(log, clock, taken)
+        self._clock, self._applied = clock, applied
+        self.closed: str | None = None
+        self.latencies_ms: deque[float] = deque(maxlen=1000)
+
+    def post(
+        self, body: bytes, content_type: str, encoding: str, query: Mapping[str, str]
+    ) -> tuple[int, dict[str, Any]]:
+        """The status and the answer's object. Raises BadRequest, TooLarge, StoreUnavailable, StoreFull."""
+        began = time.perf_counter()
+        wait_s = _wait_s(query)
+        events, source = read_body(unpack(body, encoding), content_type)
+        verdicts = judge(events, self._clock())
+        taken = self.take(verdicts, source)
+        answer: dict[str, Any] = {
+            "accepted": taken.taken,
+            "duplicates": len(taken.duplicates),
+            "rejected": verdicts.rejected,
+            "event_ids": verdicts.event_ids,
+        }
+        self.latencies_ms.append((time.perf_counter() - began) * 1000)
+        if not verdicts.kept:
+            answer["error"] = {
+                "code": "no_event_accepted",
+                "message": f"none of the {len(events)} events is valid; 'rejected' names each one's field and remedy"
+                if events
+                else "there is no event in the body; post at least one",
+                "details": {"rejected": verdicts.rejected},
+            }
+            return 422, answer
+        if wait_s is not None:
+            answer["applied"] = self._applied(taken.end, wait_s)
+        return 202, answer
+
+    def take(self, verdicts: Verdicts, source: str, to: int = ALL_STREAMS) -> Taken:
+        """Bring judged events to the log; while it is too full, StoreFull."""
+        if self.closed is not None:
+            raise StoreFull(self.closed)
+        return self._group.submit(Request(verdicts.kept, source, to, len(verdicts.rejected)))
+
+
+def judge(events: list[Any], now: int) -> Verdicts:
+    """Each event's verdict: `now` is the arrival in epoch ms; an item may be an exception, met while it was decoded."""
+    verdicts = Verdicts([], [], [], [])
+    for index, raw in enumerate(events):
+        try:
+            if isinstance(raw, Rejected):
+                raise raw
+            event = parse(raw, now)
+        except Rejected as verdict:
+            given = raw.get("event_id") if type(raw) is dict else None
+            verdicts.rejected.append(
+                {
+                    "index": index,
+                    "event_id": given if type(given) is str else None,
+                    "field": verdict.field,
+                    "code": verdict.code,
+                    "message": verdict.message,
+                }
+            )
+            verdicts.event_ids.append(None)
+        else:
+            verdicts.kept.append(event)
+            verdicts.positions.append(index)
+            verdicts.event_ids.append(event.event_id)
+    return verdicts
+
+
+def unpack(body: bytes, encoding: str) -> bytes:
+    """The body without its Content-Encoding. Raises TooLarge beyond MAX_BODY_BYTES, BadRequest for a broken one."""
+    encoding = encoding.strip().lower()
+    if encoding in ("gzip", "x-gzip"):
+        unzip = zlib.decompressobj(wbits=31)
+        try:
+            body, rest = unzip.decompress(body, MAX_BODY_BYTES + 1), unzip.unused_data
+        except zlib.error as error:
+            raise BadRequest("not_gzip", f"Content-Encoding says gzip, the body is not: {error}") from error
+        if len(body) <= MAX_BODY_BYTES and (not unzip.eof or rest):
+            raise BadRequest("not_gzip", "the gzip body is cut off or has bytes behind its end; send it whole")
+    elif encoding not in ("", "identity"):
+        raise NexusError(
+            "unsupported_encoding", f"Content-Encoding {encoding!r} is unknown here; use gzip or none", status=415
+        )
+    if len(body) > MAX_BODY_BYTES:
+        raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes; send fewer events at a time")
+    return body
+
+
+def read_body(body: bytes, content_type: str) -> tuple[list[Any], str]:
+    """The posted events and their source, from any of the accepted forms. Raises BadRequest, TooLarge."""
+    source: Any = None
+    if content_type.partition(";")[0].strip().lower() in (
+        "application/x-ndjson",
+        "application/ndjson",
+        "application/jsonl",
+    ):
+        events = [_line(line) for line in body.split(b"\n") if line.strip()]
+    else:
+        try:
+            posted = _decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise BadRequest("not_json", f"the body is not JSON: {error}") from error
+        if type(posted) is list:
+            events = posted
+        elif type(posted) is not dict:
+            raise BadRequest(
+                "not_events", 'the body is {"events":[...],"source":"..."}, an array of events, or one event'
+            )
+        elif "events" in posted:
+            events, source = posted["events"], posted.get("source")
+            if type(events) is not list:
+                raise BadRequest("not_events", "'events' is an array of events")
+        else:
+            events = [posted]
+            if "event_type" not in posted and "source" in posted and len(posted) == 1:
+                raise BadRequest("not_events", "'events' is missing: an array of events")
+    if len(events) > MAX_EVENTS:
+        raise TooLarge("too_many_events", f"a batch has at most {MAX_EVENTS} events, this one {len(events)}; split it")
+    if source is None:
+        source = "unknown"
+    elif type(source) is not str or not 1 <= len(source) <= 64 or len(source.encode(errors="replace")) > 128:
+        raise BadRequest("invalid_source", "'source' is a string of 1 to 64 characters, or absent")
+    return events, source
+
+
+def _line(line: bytes) -> Any:
+    try:
+        return _decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return Rejected("event", "not_json", f"the line is not JSON: {error}")
+
+
+def _wait_s(query: Mapping[str, str]) -> float | None:
+    wait = query.get("wait")
+    if wait is None:
+        return None
+    if wait != "features":
+        raise BadRequest("invalid_wait", f"wait takes 'features', not {wait!r}")
+    text = query.get("timeout_ms", "2000")
+    if not text.isdecimal() or not 0 <= int(text) <= _MAX_WAIT_MS:
+        raise BadRequest("invalid_timeout", f"timeout_ms takes a whole number from 0 to {_MAX_WAIT_MS}, not {text!r}")
+    return int(text) / 1000

@@ -1,0 +1,53 @@
+"""The lease: which instance may commit. Its epoch goes into every commit, and a newer epoch fences off the older
+ones."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from pipeline import keys
+from pipeline.store import Store
+
+TTL_MS = 10_000
+
+
+class Lease:
+    """One instance's hold on the partition. `seizes`: the holder before is known to be dead, so that its lease need not
+    be waited for."""
+
+    def __init__(self, store: Store, holder: str, clock: Callable[[], int], seizes: Callable[[], bool]) -> None:
+        self.holder = holder
+        self._store, self._clock, self._seizes = store, clock, seizes
+        self._lock = threading.Lock()
+        self.epoch = 0  # 0: not held
+
+    def take(self) -> bool:
+        """Take the lease if it is free, ours by the folder's lock, or has run out."""
+        return self._act("seize" if self._seizes() else "take")
+
+    def raise_epoch(self) -> bool:
+        """Fence off our own earlier commits: those of a thread that hangs, or whose answer never came and which may yet
+        arrive. False once another instance has taken over, or the store was emptied."""
+        return self._act("raise")
+
+    def renew(self) -> bool:
+        """False once another instance has taken over, or the store was emptied."""
+        with self._lock:
+            if self._run("renew") == 0:
+                self.epoch = 0
+            return self.epoch != 0
+
+    def release(self) -> None:
+        with self._lock:
+            if self.epoch:
+                self._run("release")
+                self.epoch = 0
+
+    def _act(self, action: str) -> bool:
+        with self._lock:
+            self.epoch = self._run(action)
+            return self.epoch != 0
+
+    def _run(self, action: str) -> int:
+        return int(self._store.run("lease", (keys.OWNER,), (action, self.holder, self._clock(), TTL_MS, self.epoch)))

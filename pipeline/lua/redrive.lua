@@ -1,0 +1,25 @@
+#!lua
+-- Redrive: dead letters go back into the log, each in a frame addressed to the stream that gave it up, in the same step in
+-- which they cease to be dead. One that is no longer dead (somebody was faster) is passed over.
+--
+-- KEYS  1 head   2 prefix of segments   3 sealed segments   4 prefix of dead letters   5 prefix of their order
+--       6 prefix of checkpoints   7 places of events sent again
+-- ARGV  1 now ms   2 segment bytes   3 segment ms, then for each letter: stream   its bit   id   source   record
+-- Answer: for each letter 1 or 0
+-- include _append
+open_head(tonumber(ARGV[1]), KEYS[2])
+local answer = {}
+for arg = 4, #ARGV, 5 do
+  local stream, bit, id, source, record = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2], ARGV[arg + 3], ARGV[arg + 4]
+  local was_dead = redis.call('HDEL', KEYS[4] .. stream, id)
+  if was_dead == 1 then
+    redis.call('ZREM', KEYS[5] .. stream, id)
+    redis.call('HINCRBY', KEYS[6] .. stream, 'dead', -1)
+    make_room(64 + #source + #record, tonumber(ARGV[2]), tonumber(ARGV[3]), KEYS[3])
+    redis.call('HSET', KEYS[7], id, string.format('%.0f', (seg * 16777216 + off) * 8192))
+    append(KEYS[2], bit + REDRIVE, source, {record})
+  end
+  answer[#answer + 1] = was_dead
+end
+save_head()
+return answer

@@ -1,0 +1,56 @@
+"""What a process of Nexus needs of the system: a free port, an end with its parent, and a store of its own where none
+is set."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
+
+from pipeline import embedded
+from pipeline.errors import AlreadyRunning
+from pipeline.settings import Settings
+
+_PR_SET_PDEATHSIG = 1
+
+
+def require_free_port(host: str, port: int, setting: str) -> None:
+    """Raises AlreadyRunning where somebody listens. The server itself would share the port in silence
+    (SO_REUSEPORT)."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise AlreadyRunning(
+            f"port {port} on {host} is not free ({error.strerror}); stop what listens there, or set {setting}"
+        ) from error
+
+
+def tie_to_parent() -> None:
+    """End this process with SIGTERM when its parent ends, even by kill -9."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def at_exit(stop: Callable[[], None]) -> None:
+    """Run `stop` when this worker process ends in order; atexit does not run in one."""
+    Finalize(None, stop, exitpriority=100)
+
+
+@contextlib.contextmanager
+def own_store(settings: Settings) -> Iterator[None]:
+    """The embedded store, started here where it is wanted and nobody serves it yet, and stopped at the end."""
+    if not settings.embedded or embedded.is_serving(settings):
+        yield
+        return
+    store = embedded.EmbeddedStore(settings)
+    store.start()
+    try:
+        store.wait_ready()
+        yield
+    finally:
+        store.stop()

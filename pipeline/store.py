@@ -1,0 +1,101 @@
+"""The connection to the store: one client, the Lua scripts by name, and foreign errors translated at this boundary."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from pipeline.errors import Fenced, StoreFull, StoreUnavailable
+
+Word = str | bytes | int | float
+Command = Sequence[Word]
+
+_LUA = Path(__file__).parent / "lua"
+_TIMEOUT_S = 5.0
+
+
+class Store:
+    """A Valkey or Redis server, embedded server or Cluster.
+
+    Nothing is retried in here: a write whose answer is lost may have happened, and only the caller knows what to do
+    then.
+    Raises StoreUnavailable (away, loading, read-only), StoreFull (memory limit, disk) and Fenced (the lease is lost).
+    """
+
+    def __init__(self, url: str, cluster: bool = False) -> None:
+        options: dict[str, Any] = {
+            "protocol": 2,
+            "socket_timeout": _TIMEOUT_S,
+            "socket_connect_timeout": 2.0,
+            "retry": Retry(NoBackoff(), 0),
+            "decode_responses": False,
+        }
+        self.cluster = cluster
+        self._url, self._options = url, options
+        self._client: Any = None if cluster else redis.Redis.from_url(url, **options)
+        self._sources = {path.stem: _script(path) for path in _LUA.glob("[!_]*.lua")}
+        self._shas = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._sources.items()}
+
+    @property
+    def client(self) -> Any:
+        """The redis-py client; a Cluster client is made at first use, since making it asks the cluster."""
+        if self._client is None:
+            options = {k: v for k, v in self._options.items() if k != "retry"}
+            self._client = redis.RedisCluster.from_url(self._url, **options)
+        return self._client
+
+    def call(self, *words: Word) -> Any:
+        """One command, its raw answer."""
+        try:
+            return self.client.execute_command(*words)
+        except redis.RedisError as error:
+            raise translate(error) from error
+
+    def many(self, commands: Iterable[Command]) -> list[Any]:
+        """Several commands in one round trip, not atomic; the first error is raised."""
+        try:
+            pipe = self.client.pipeline(transaction=False)
+            for command in commands:
+                pipe.execute_command(*command)
+            answers: list[Any] = pipe.execute()
+            return answers
+        except redis.RedisError as error:
+            raise translate(error) from error
+
+    def run(self, script: str, keys: Sequence[str], args: Sequence[Word]) -> Any:
+        """A script of pipeline/lua by its name, loaded anew when the store has forgotten it."""
+        try:
+            try:
+                return self.client.evalsha(self._shas[script], len(keys), *keys, *args)
+            except redis.exceptions.NoScriptError:
+                return self.client.eval(self._sources[script], len(keys), *keys, *args)
+        except redis.RedisError as error:
+            raise translate(error) from error
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+def _script(path: Path) -> str:
+    """A script's text; a line `-- include NAME` stands for the shared part lua/NAME.lua."""
+    return re.sub(
+        r"^-- include (\w+)$", lambda found: (_LUA / f"{found[1]}.lua").read_text(), path.read_text(), flags=re.M
+    )
+
+
+def translate(error: redis.RedisError) -> Exception:
+    """The project's error for a client library's one."""
+    text = str(error)
+    if "FENCED" in text:
+        return Fenced("another instance holds the lease")
+    if isinstance(error, redis.exceptions.OutOfMemoryError) or "OOM" in text or "MISCONF" in text:
+        return StoreFull(f"the store takes no more writes: {text}")
+    return StoreUnavailable(f"the store does not answer: {text}")

@@ -1,0 +1,260 @@
+"""Answers about events, features, aggregates and how the streams and the bridge stand."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+from pipeline.wire.bodies import Location
+
+Json = dict[str, Any]
+Values = dict[str, Any]
+PartnerStatus = Literal["online", "degraded", "offline", "disabled"]
+
+
+class ErrorBody(TypedDict):
+    code: str
+    message: str
+    details: Json
+
+
+class Error(TypedDict):
+    error: ErrorBody
+
+
+class Rejection(TypedDict):
+    index: int
+    event_id: str | None
+    field: str
+    code: str
+    message: str
+
+
+class Ingested(TypedDict):
+    """`event_ids` has one id for each input position, null where rejected."""
+
+    accepted: int
+    duplicates: int
+    rejected: list[Rejection]
+    event_ids: list[str | None]
+    applied: NotRequired[bool]
+
+
+class StreamHealth(TypedDict):
+    state: str
+    lag: int
+    processed: int
+    failed: int
+    rate: float | None
+    pending: int
+    lag_s: float
+
+
+class Totals(TypedDict):
+    accepted: int
+    duplicates: int
+    rejected: int
+
+
+class StoreHealth(TypedDict):
+    status: str
+    detail: str | None
+    used_bytes: int | None
+    max_bytes: int | None
+
+
+class IngestHealth(TypedDict):
+    status: Literal["healthy", "degraded", "unhealthy"]
+    streams: dict[str, StreamHealth]
+    totals: Totals
+    unexplained: int
+    store: StoreHealth
+
+
+class PythonService(TypedDict):
+    url: str
+    status_code: int | None
+    response_time_ms: float | None
+    checked_at: str | None
+    body: Any
+
+
+class Circuit(TypedDict):
+    state: Literal["closed", "open", "half_open"]
+    opened_at: str | None
+    failures: int
+
+
+class Backlog(TypedDict):
+    pending: int
+    dead: int
+    oldest_age_s: float | None
+
+
+class BridgeHealth(TypedDict):
+    status: PartnerStatus
+    python_service: PythonService
+    circuit: Circuit
+    backlog: Backlog
+
+
+class PythonVector(TypedDict):
+    user_id: str
+    features: Values
+
+
+class ThreeVectors(TypedDict):
+    python_features: Values
+    typescript_features: Values
+    combined: Values
+
+
+class Provenance(TypedDict):
+    """Of one combined value. Where the two systems differ, the other's value stands beside it."""
+
+    owner: str | None
+    computed_at: str | None
+    age_s: float | None
+    verdict: Literal["fresh", "stale", "expired", "fallback", "missing"]
+
+
+class BothFeatures(TypedDict):
+    python_features: PythonVector
+    combined_features: ThreeVectors
+    meta: dict[str, Provenance]
+
+
+class Features(TypedDict):
+    user_id: str
+    as_of: str
+    features: Values
+    meta: dict[str, Provenance]
+
+
+class OneVector(TypedDict):
+    features: Values
+    meta: dict[str, Provenance]
+
+
+class Vectors(TypedDict):
+    users: dict[str, OneVector]
+
+
+class Definition(TypedDict):
+    name: str
+    entity: str
+    event_type: str | None
+    aggregation: str
+    field: str | None
+    window_s: int
+    owner: str
+    description: str
+    state: str
+
+
+class Definitions(TypedDict):
+    definitions: list[Definition]
+
+
+class FeatureFigures(TypedDict):
+    null_rate: float | None
+    out_of_range_rate: float | None
+    age_s: float | None
+
+
+class FeatureHealth(TypedDict):
+    vectors: int
+    features: dict[str, FeatureFigures]
+
+
+class Synchronised(TypedDict):
+    checked: int
+    drifted: int
+    republished: int
+    refreshed: int
+    duration_ms: float
+
+
+class Sent(TypedDict):
+    sent: int
+    queued: int
+    rejected: list[Rejection]
+    response_time_ms: float
+
+
+class NexusPart(TypedDict):
+    processed: int
+    features: dict[str, Values]
+    predictions: Values
+
+
+class PythonPart(TypedDict):
+    processed: int
+    queued: int
+    error: str | None
+
+
+class Hybrid(TypedDict):
+    success: bool
+    degraded: bool
+    typescript: NexusPart
+    python: PythonPart
+    combined_features: dict[str, Values]
+    processing_time_ms: float
+
+
+class Step(TypedDict):
+    name: str
+    ok: bool
+    ms: float
+    detail: str
+
+
+class Integration(TypedDict):
+    success: bool
+    steps: list[Step]
+    duration_ms: float
+
+
+class Switched(BridgeHealth):
+    action: str
+
+
+class Event(TypedDict):
+    event_id: str
+    event_type: str
+    user_id: str
+    timestamp: str
+    data: Json
+    source: str
+    received_at: str
+    session_id: NotRequired[str | None]
+    app_version: NotRequired[str]
+    device_type: NotRequired[str]
+    location: NotRequired[Location | None]
+
+
+class Events(TypedDict):
+    events: list[Event]
+    cursor: str | None
+
+
+class StreamReceipt(TypedDict):
+    state: Literal["done", "pending", "retrying", "dead", "not_addressed"]
+    at: str | None
+    attempts: int | None
+    result: Any
+
+
+class Receipt(TypedDict):
+    event: Event
+    streams: dict[str, StreamReceipt]
+
+
+class Series(TypedDict):
+    key: str
+    points: list[list[str | float]]
+
+
+class Aggregates(TypedDict):
+    series: list[Series]
+    distinct_users: int
