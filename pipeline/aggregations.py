@@ -1,0 +1,220 @@
+"""Aggregations: the columns that features are made of, each a whole number with a merge that is exact in any order.
+
+A column's state over some events is one integer, and two states merge by +, by | or by max. So late events, recovery, backfill
+and a fold of the stored events give the same bits. Columns that add share one integer, each in its own lane of bits, so that
+counting an event, and merging tiles, is one addition.
+
+    ones, present   +     events that match; those that have the field
+    total, squares  +     the field in billionths, and its square: sums, means and deviations are exact to 1e-9
+    buckets         +     a count for each of 48 logarithmic buckets from low to high: quantiles to half a bucket (error())
+    decayed         +     weight and weighted sum, relative to the start of a tile
+    bits            |     linear counting: a bit per hashed name; exact to about 5 % up to as many names as bits (error())
+    greatest, least, latest   max   a number as bits that sort like it; the latest has its time before it
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import add, or_
+from typing import Any, Literal
+
+from pipeline.definitions import Entity, Feature
+from pipeline.events import Event, Stored
+
+Kind = Literal["ones", "present", "total", "squares", "buckets", "decayed", "bits", "greatest", "least", "latest"]
+Data = Mapping[str, Any]
+Delta = Callable[
+    [Data, Event | Stored, int], int
+]  # data, event, event time (ms) -> what the event adds to a column or family
+
+SCALE = 10**9  # of numbers: a total is kept in billionths
+LARGEST = 1e15  # in size, that a number may have: its square fits its lane 2^31 times
+BUCKETS = 48
+BITS: Mapping[Entity, int] = {"user": 256, "merchant": 1024, "zone": 8192}
+WEIGHT_SCALE = 2**30  # of the weights of decayed columns
+_LANE_BITS = {"ones": 32, "present": 32, "total": 112, "squares": 192, "buckets": 32 * BUCKETS, "decayed": 64 + 160,
+              "greatest": 64, "least": 64, "latest": 48 + 64}  # fmt: skip
+_DOUBLE, _U64 = struct.Struct(">d"), struct.Struct(">Q")
+_TOP = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One thing that is kept of the events of a family. `more`: low and high of buckets, half-life (s) of decayed, bits of bits."""
+
+    kind: Kind
+    field: str | None = None
+    where: tuple[str, tuple[Any, ...]] | None = None
+    more: tuple[float, ...] = ()
+
+    @property
+    def light(self) -> bool:
+        """Shares a family with others of its event type; the heavy ones have one each."""
+        return self.kind in ("ones", "present", "total", "squares")
+
+    @property
+    def bits(self) -> int:
+        return int(self.more[0]) if self.kind == "bits" else _LANE_BITS[self.kind]
+
+    @property
+    def merge(self) -> Callable[[int, int], int]:
+        return or_ if self.kind == "bits" else max if self.kind in ("greatest", "least", "latest") else add
+
+
+def columns_of(f: Feature) -> tuple[Column, ...]:
+    """What a feature is made of, in the order in which value_of takes it."""
+    field, where = f.field, f.where
+    moments = Column("present", field, where), Column("total", field, where)
+    match f.aggregation:
+        case "count":
+            return (Column("ones", None, where),)
+        case "rate":
+            assert where is not None
+            return Column("ones", None, (where[0], (f.share,))), Column("ones", None, where)
+        case "sum":
+            return (moments[1],)
+        case "mean":
+            return moments
+        case "std":
+            return *moments, Column("squares", field, where)
+        case "deviation":
+            return *moments, Column("squares", field, where), Column("latest", field, where)
+        case "max":
+            return (Column("greatest", field, where),)
+        case "min":
+            return (Column("least", field, where),)
+        case "last":
+            return (Column("latest", field, where),)
+        case "distinct":
+            return (Column("bits", field, where, (BITS[f.entity],)),)
+        case "quantile":
+            return (Column("buckets", field, where, (f.low or 0.0, f.high or 0.0)),)
+        case "decayed_mean":
+            return (Column("decayed", field, where, (f.half_life_s or 0, f.window_s)),)
+        case _:
+            return ()
+
+
+def value_of(f: Feature) -> Callable[[Sequence[Any]], float | int | None]:
+    """A feature's value from the states of its columns: counts of nothing are 0, all else of nothing is null."""
+    match f.aggregation:
+        case "count":
+            return lambda c: int(c[0])
+        case "rate":
+            return lambda c: c[0] / c[1] if c[1] else None
+        case "sum":
+            return lambda c: c[0] / SCALE
+        case "mean":
+            return lambda c: c[1] / (c[0] * SCALE) if c[0] else None
+        case "std":
+            return lambda c: _std(c[0], c[1], c[2])
+        case "deviation":
+            return _deviation
+        case "max":
+            return lambda c: _from_sorting(c[0]) if c[0] else None
+        case "min":
+            return lambda c: _from_sorting(2 * _TOP - 1 - c[0]) if c[0] else None
+        case "last":
+            return lambda c: _from_sorting(c[0] & (2 * _TOP - 1)) if c[0] else None
+        case "distinct":
+            bits = BITS[f.entity]
+            return lambda c: distinct(c[0], bits)
+        case "quantile":
+            assert f.quantile is not None
+            assert f.low is not None
+            assert f.high is not None
+            q, low, high = f.quantile, f.low, f.high
+            return lambda c: quantile(c[0], q, low, high)
+        case _:
+            return lambda c: c[0][1] / c[0][0] if c[0][0] else None
+
+
+def error(f: Feature) -> float | None:
+    """The relative error of a sketch: of a quantile at most, of a distinct count typically at as many names as bits. Else None."""
+    if f.aggregation == "quantile" and f.low and f.high:
+        return float((f.high / f.low) ** (0.5 / (BUCKETS - 2)) - 1)
+    if f.aggregation == "distinct":
+        return math.sqrt(BITS[f.entity] * (math.e - 2)) / BITS[f.entity]
+    return None
+
+
+def bucket_of(x: float, low: float, high: float) -> int:
+    """Which of the buckets a number falls in: the first and the last are for what lies outside."""
+    if x <= low:
+        return 0
+    return (
+        BUCKETS - 1
+        if x >= high
+        else min(1 + int(math.log(x / low) / math.log(high / low) * (BUCKETS - 2)), BUCKETS - 2)
+    )
+
+
+# ---------------------------------------------------------------------------------------------- what a state says
+
+
+def lanes(state: int, widths: Sequence[int]) -> list[int]:
+    """The numbers in a state, from its lowest lane on; each may be negative, and then has borrowed from the next."""
+    found = []
+    for width in widths:
+        value = state & (1 << width) - 1
+        if value >> width - 1:
+            value -= 1 << width
+        found.append(value)
+        state = (state - value) >> width
+    return found
+
+
+def distinct(state: int, bits: int) -> int:
+    """Linear counting (Whang et al. 1990): how many names set so many bits."""
+    zeros = bits - state.bit_count()
+    return round(-bits * math.log(max(zeros, 0.5) / bits)) if state else 0
+
+
+def quantile(state: int, q: float, low: float, high: float) -> float | None:
+    """The middle of the bucket in which the value of that rank lies."""
+    counts = struct.unpack(f"<{BUCKETS}I", state.to_bytes(4 * BUCKETS, "little"))
+    n = sum(counts)
+    if not n:
+        return None
+    rank, seen, at = round(q * (n - 1)), 0, 0
+    for at, count in enumerate(counts):  # noqa: B007
+        seen += count
+        if seen > rank:
+            break
+    if at == 0:
+        return low
+    return high if at == BUCKETS - 1 else float(low * (high / low) ** ((at - 0.5) / (BUCKETS - 2)))
+
+
+def decayed(state: int, age_ms: float, half_life_s: float) -> tuple[float, float]:
+    """Weight and weighted sum of a tile that began `age_ms` ago."""
+    weight, total = lanes(state, (64, 160))
+    faded = 2.0 ** (-age_ms / (half_life_s * 1000))
+    return weight * faded, total / SCALE * faded
+
+
+def _std(count: int, total: int, squares: int) -> float | None:
+    """The population's standard deviation, from exact sums: nothing is lost where values lie close together."""
+    return math.sqrt(count * squares - total * total) / (count * SCALE) if count else None
+
+
+def _deviation(c: Sequence[int]) -> float | None:
+    spread = _std(c[0], c[1], c[2])
+    if not c[3] or not spread:
+        return None
+    return (_from_sorting(c[3] & (2 * _TOP - 1)) - c[1] / (c[0] * SCALE)) / spread
+
+
+def sorting(x: float) -> int:
+    """64 bits, never 0, that sort as the numbers do."""
+    raw: int = _U64.unpack(_DOUBLE.pack(x + 0.0))[0]
+    return 2 * _TOP - 1 - raw if raw & _TOP else raw | _TOP
+
+
+def _from_sorting(bits: int) -> float:
+    raw = bits & ~_TOP if bits & _TOP else 2 * _TOP - 1 - bits
+    found: float = _DOUBLE.unpack(_U64.pack(raw))[0]
+    return found

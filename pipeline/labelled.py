@@ -1,0 +1,76 @@
+"""The labelled history: payments of the past with the score they were given and the label that came since.
+
+Bounded whatever the history: at most MAX_LABELS labels, the latest, and of each day SAMPLE payments that nobody
+reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from pipeline import keys
+from pipeline.models.fraud import NAMES
+from pipeline.models.training import Example
+from pipeline.store import Store
+from pipeline.streams.inference import DAY_MS, Score, find_scores
+
+MAX_LABELS = 50_000
+SAMPLE = 10_000  # payments a day, for a verdict
+_CHUNK = 1_000
+_decode = msgspec.msgpack.Decoder(Score).decode
+
+
+def examples(store: Store, now: int, days: int, sample: int = SAMPLE) -> list[Example]:
+    """What is known of the payments that arrived within `days` days before `now` (epoch ms), with `sample` payments of
+    each day that nobody reported. Raises StoreError."""
+    labels = _labels(store, now, days)
+    found = [
+        Example(transaction, score.scored_at, score.inputs, labels[transaction], score.score, score.version)
+        for transaction, score in _scores(store, list(labels), now)
+        if score.scored_at >= now - days * DAY_MS
+    ]
+    for day in _days(now, days):
+        key = f"{keys.SCORES}{day}"
+        flat = store.call("HRANDFIELD", key, sample, "WITHVALUES") or []
+        rows = [(raw.decode(), _decode(packed)) for raw, packed in _pairs(flat)]
+        unreported = [(t, s) for t, s in rows if t not in labels and s.scored_at >= now - days * DAY_MS]
+        share = (
+            int(store.call("HLEN", key)) / len(rows) if rows else 0.0
+        )  # how many payments one of the sample stands for
+        found += [Example(t, s.scored_at, s.inputs, 0, s.score, s.version, share, presumed=True) for t, s in unreported]
+    return [example for example in found if len(example.x) == len(NAMES)]  # scored by another version's inputs: no use
+
+
+def _days(now: int, days: int) -> list[int]:
+    today = now // DAY_MS
+    return [today + 1 - i for i in range(days + 2)]
+
+
+def _labels(store: Store, now: int, days: int) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for day in _days(now, days):
+        if len(found) >= MAX_LABELS:
+            break
+        for raw, label in _pairs(store.call("HGETALL", f"{keys.LABELS}{day}")):
+            found.setdefault(raw.decode(), int(label))
+    return found
+
+
+def _scores(store: Store, transactions: Sequence[str], now: int) -> list[tuple[str, Score]]:
+    found: list[tuple[str, Score]] = []
+    for at in range(0, len(transactions), _CHUNK):
+        chunk = list(transactions[at : at + _CHUNK])
+        found += [(t, s) for t, s in zip(chunk, find_scores(store, chunk, now), strict=True) if s is not None]
+    return found
+
+
+def _pairs(flat: object) -> list[tuple[bytes, bytes]]:
+    """Field and value, whether the client has paired them already or not."""
+    if isinstance(flat, dict):
+        return list(flat.items())
+    assert isinstance(flat, list)
+    if flat and isinstance(flat[0], list | tuple):
+        return [(field, value) for field, value in flat]
+    return list(zip(flat[::2], flat[1::2], strict=True))

@@ -1,0 +1,54 @@
+"""Backtests of the demand model: what a version would have forecast at each past step, from what was known then."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import product
+
+from pipeline.models.demand import DAY_STEPS, STEP_S, WEEK_STEPS, Demand, forecast
+
+AHEAD = 5  # half hours that are forecast and judged
+HELD_OUT = 0.3  # of the steps, the latest
+STEPS_NEEDED = 3 * DAY_STEPS
+_RECENT = (2, 4, 6, 12)
+_FADE = (0.7, 0.85, 0.95, 1.0)
+Counts = Mapping[int, float]
+
+
+def origins(counts: Counts, now: int) -> list[int]:
+    """The steps (epoch s) at which a forecast could be made and judged: a day of history before, AHEAD steps after."""
+    current = now - now % STEP_S
+    first = min(counts, default=current) + DAY_STEPS * STEP_S
+    return list(range(first, current - (AHEAD - 1) * STEP_S, STEP_S))
+
+
+def error(model: Demand, counts: Counts, at: list[int]) -> float | None:
+    """The weighted absolute percentage error over AHEAD steps from each origin: the sum of misses over the sum of what
+    came. None where nothing came."""
+    missed = came = 0.0
+    for origin in at:
+        for made in forecast(counts, origin, AHEAD, model):  # which looks back only
+            actual = counts.get(made.at, 0.0)
+            missed, came = missed + abs(actual - made.value), came + actual
+    return round(missed / came, 6) if came else None
+
+
+def naive_error(counts: Counts, at: list[int]) -> float | None:
+    """The same of the baseline: a step is as it was a week ago, or a day where there is no week of history."""
+    missed = came = 0.0
+    first = min(counts, default=0)
+    for origin in at:
+        season = WEEK_STEPS if origin - first >= WEEK_STEPS * STEP_S else DAY_STEPS
+        for i in range(AHEAD):
+            when = origin + i * STEP_S
+            actual = counts.get(when, 0.0)
+            missed += abs(actual - counts.get(when - season * STEP_S * math.ceil((i + 1) / season), 0.0))
+            came += actual
+    return round(missed / came, 6) if came else None
+
+
+def best(counts: Counts, at: list[int], version: str) -> Demand:
+    """The version with the least error over the origins."""
+    candidates = [Demand(version=version, recent=recent, fade=fade) for recent, fade in product(_RECENT, _FADE)]
+    return min(candidates, key=lambda model: error(model, counts, at) or 0.0)

@@ -1,0 +1,53 @@
+"""Offline values: features as of a past moment, folded from the stored events with the definitions that serve online.
+
+An event counts by its own time, whenever it arrived; `known_at` leaves out what arrived later, `before` what stands later in the
+log. Every aggregation merges exactly and in any order, so the result is the one that was online.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from pipeline.definitions import Malformed
+from pipeline.events import CANARY_TYPE, Event
+from pipeline.streams.storage import EventStore, Query
+from pipeline.windows import Entity, Values, Windows
+
+_PAGE = 1_000
+_decode = msgspec.json.Decoder().decode
+
+
+def past(
+    events: EventStore,
+    windows: Windows,
+    user_id: str,
+    as_of: int,
+    known_at: int | None = None,
+    before: int | None = None,
+) -> Values:
+    """A user's features as of a moment (epoch ms); empty where no event of the user counts. `before` is a place in the log."""
+    entity = windows.new()
+    query = Query(user_id=user_id, since=as_of - windows.horizon_ms, until=as_of)
+    cursor, seen = None, False
+    while True:
+        page, cursor = events.find(query, _PAGE, cursor)
+        for found in page:
+            if (known_at is None or found.received_at <= known_at) and (before is None or found.place < before):
+                seen |= fold(windows, entity, found.event, found.ts, as_of)
+        if cursor is None:
+            return windows.values(entity, as_of) if seen else {}
+
+
+def fold(windows: Windows, entity: Entity, event: Event, ts: int, as_of: int) -> bool:
+    """Count one stored event; False for one that the stream did not count either."""
+    if event.event_type == CANARY_TYPE:
+        return False
+    data: Mapping[str, object] = _decode(event.data) if event.event_type in windows.event_types else {}
+    try:
+        deltas = windows.extract(event, data, ts)
+    except Malformed:
+        return False  # the stream has made it a dead letter
+    windows.add(entity, ts, deltas, as_of)
+    return True

@@ -1,0 +1,168 @@
+"""Reading tiles: from an entity's tiles to the values of features, and when those values will change by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline.aggregations import decayed, lanes, value_of
+from pipeline.definitions import Feature
+from pipeline.families import Family, needs_of
+from pipeline.tiles import NUMBER, Entity, Layout
+
+Values = dict[str, float | int | None]
+States = list[list[Any]]  # for each level of a family the numbers of its columns
+_Read = Callable[[list[States | None]], float | int | None]
+
+
+class Reading:
+    """The values of `features`, read from families in a layout. All times are epoch ms."""
+
+    def __init__(self, features: Sequence[Feature], layout: Layout) -> None:
+        self._layout, self.families = layout, layout.families
+        self._nothing: Values = {feature.name: None for feature in features}
+        self._single: list[list[tuple[str, _Read]]] = [[] for _ in self.families]
+        self._joint: list[tuple[str, _Read]] = []  # of columns from several families
+        self._ratios = [(feature.name, *feature.of) for feature in features if feature.of is not None]
+        for feature in features:
+            if feature.of is None:
+                self._place(feature)
+
+    def _place(self, feature: Feature) -> None:
+        window_ms = feature.window_s * 1000
+        there = {
+            (family.event_type, column): (i, lane)
+            for i, family in enumerate(self.families)
+            for lane, column in enumerate(family.columns)
+            if window_ms in family.windows and family.reach[lane] >= window_ms
+        }
+        places = []
+        for _, event_type, column, window in needs_of(feature):
+            i, lane = there[event_type, column]
+            nothing = (0.0, 0.0) if column.kind == "decayed" else 0
+            places.append((i, self.families[i].windows.index(window), lane, nothing))
+        value = value_of(feature)
+        self._nothing[feature.name] = value([nothing for _, _, _, nothing in places])
+        if len({i for i, _, _, _ in places}) == 1:
+            i, level, lanes_ = places[0][0], places[0][1], [lane for _, _, lane, _ in places]
+            self._single[i].append((feature.name, _single(i, level, lanes_, value)))
+        else:
+            self._joint.append((feature.name, _joint(places, value)))
+
+    def values(self, entity: Entity, at: int) -> Values:
+        """All features as of `at`; those of families without a tile cost nothing."""
+        found = self._nothing.copy()
+        states: list[States | None] = []
+        for i, single in enumerate(self._single):
+            state = self._states(entity, i, at)
+            states.append(state)
+            if state is not None:
+                for name, read in single:
+                    found[name] = read(states)
+        for name, read in self._joint:
+            found[name] = read(states)
+        for name, over, under in self._ratios:
+            part, whole = found[over], found[under]
+            found[name] = part / whole if part is not None and whole else None
+        return found
+
+    def _states(self, entity: Entity, i: int, at: int) -> States | None:
+        """A family's numbers; None where it has no tile at all."""
+        family, slot = self.families[i], self._layout.first[i]
+        count = len(family.windows)
+        while True:  # the pipeline goes on writing: a tile that was closed meanwhile is looked at again
+            newest, state = entity.tiles[i], entity.values[i]
+            rows = [bytes(held) if held else b"" for held in entity.rows[slot : slot + count]]
+            if entity.tiles[i] == newest:
+                break
+        cells = [(ts // family.tiles[0], delta) for ts, j, delta in entity.future if j == i and ts <= at]
+        if newest >= 0:
+            cells.append((newest, state & self._layout.mask[slot]))
+        elif not cells and not any(rows):
+            return None
+        if family.half_life_s is not None:
+            return [[self._decayed(family, cells + _cells(rows[0], self._layout.size[slot] + NUMBER.size), at)]]
+        merge, light = family.merge, family.columns[0].light
+        found: States = []
+        total, older = 0, []  # type: int, list[tuple[int, int]]
+        for level, (window, tile_ms) in enumerate(zip(family.windows, family.tiles, strict=True)):
+            if older:
+                cells += [(start // tile_ms, state) for start, state in older]
+                older = []
+            if rows[level]:
+                cells += _cells(rows[level], self._layout.size[slot + level] + NUMBER.size)
+            edge, last = (at - window) // tile_ms, at // tile_ms
+            for tile, state in cells:
+                if tile <= edge:
+                    older.append((tile * tile_ms, state))  # too old for this window, maybe not for the next
+                elif tile <= last:
+                    total = merge(total, state)
+            cells = []
+            kept = total & self._layout.mask[slot + level]
+            found.append(lanes(kept, family.widths) if light else [kept])
+        return found
+
+    @staticmethod
+    def _decayed(family: Family, cells: list[tuple[int, int]], at: int) -> tuple[float, float]:
+        """Weight and weighted sum, faded to `at`."""
+        tile_ms, half_life_s = family.tiles[0], family.half_life_s or 1.0
+        edge, last = (at - family.windows[0]) // tile_ms, at // tile_ms
+        parts = [decayed(state, at - tile * tile_ms, half_life_s) for tile, state in cells if edge < tile <= last]
+        return sum(weight for weight, _ in parts), sum(part for _, part in parts)
+
+    def due(self, entity: Entity, at: int, spacing_ms: int) -> int | None:
+        """When (epoch ms) the values of `at` should be looked at again, were nothing to come; None: nothing will change.
+
+        That is when the first window empties, or when a tile leaves one, but then not before `spacing_ms` from now.
+        """
+        empties, leaves = [], [ts for ts, _, _ in entity.future]
+        for i, family in enumerate(self.families):
+            if entity.tiles[i] < 0:
+                starts: list[int] = []
+            else:
+                starts = [entity.tiles[i] * family.tiles[0]]
+            for level, (window, tile_ms) in enumerate(zip(family.windows, family.tiles, strict=True)):
+                rows, step = (
+                    entity.rows[self._layout.first[i] + level],
+                    self._layout.size[self._layout.first[i] + level] + NUMBER.size,
+                )
+                raw = bytes(rows or b"")
+                starts += [NUMBER.unpack_from(raw, place)[0] * tile_ms for place in range(0, len(raw), step)]
+                ends = [end for start in starts if (end := start // tile_ms * tile_ms + window) > at]
+                if ends:
+                    empties.append(max(ends))
+                    leaves.append(min(ends))
+        if not leaves:
+            return None
+        return min(*empties, max(min(leaves), at + spacing_ms)) if empties else max(min(leaves), at + 1)
+
+
+def _cells(raw: bytes, step: int) -> list[tuple[int, int]]:
+    """The (tile, state) of packed rows."""
+    return [
+        (int.from_bytes(raw[at : at + 4], "little"), int.from_bytes(raw[at + 4 : at + step], "little"))
+        for at in range(0, len(raw), step)
+    ]
+
+
+def _single(i: int, level: int, columns: list[int], value: Callable[[Sequence[Any]], Any]) -> _Read:
+    if len(columns) == 1:
+        lane = columns[0]
+        return lambda states: value((states[i][level][lane],))  # type: ignore[index]
+
+    def read(states: list[States | None]) -> Any:
+        numbers = states[i][level]  # type: ignore[index]
+        return value([numbers[lane] for lane in columns])
+
+    return read
+
+
+def _joint(places: list[tuple[int, int, int, Any]], value: Callable[[Sequence[Any]], Any]) -> _Read:
+    def read(states: list[States | None]) -> Any:
+        numbers = []
+        for i, level, lane, nothing in places:
+            state = states[i]
+            numbers.append(nothing if state is None else state[level][lane])
+        return value(numbers)
+
+    return read

@@ -1,0 +1,390 @@
+"""Stream five: the bridge. Events leave for the Python service in the log's order per user, from a checkpoint of
+their own.
+
+The backlog is the log itself: while the service is away nothing is queued anywhere else, and nothing else slows down.
+Windows of the log (delivery.py) are sent in lanes side by side (sender.py), as many as the partner bears (throttle.py),
+through the circuit (gate.py); what is done is committed here, in the log's order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from pipeline import attempts, checkpoints
+from pipeline.checkpoints import DeadLetter, Progress
+from pipeline.circuit import Circuit
+from pipeline.errors import Fenced, StoreError
+from pipeline.health import Health
+from pipeline.lease import Lease
+from pipeline.live_settings import LiveSettings
+from pipeline.log import CANARY, Frame, Log, Position
+from pipeline.outages import Ledger
+from pipeline.partner import Partner
+from pipeline.store import Command, Store
+from pipeline.streams.delivery import Window, cut, truncated
+from pipeline.streams.gate import Gate
+from pipeline.streams.sender import Sender
+from pipeline.streams.watch import Watch
+from pipeline.throttle import Throttle
+
+DEPTH = 3  # windows in memory: one under way, one to follow at once, one being read
+DAMAGED = "damaged: the log's frame cannot be decoded"
+_COMMIT_S = 0.02  # at most this often while there is more to send
+_LINGER_S = 0.005  # small requests of this long are sent together
+_IDLE_S, _POLL_S = 0.25, 0.5
+_GRACE_S = 2.0
+_EVENT_BYTES = 400
+log = logging.getLogger(__name__)
+
+
+class Bridge:
+    """Runs in an event loop of its own thread, while this instance holds the lease."""
+
+    name = "bridge"
+
+    def __init__(
+        self, store: Store, events: Log, lease: Lease, live: LiveSettings, partner: Partner, clock: Callable[[], int]
+    ) -> None:
+        self._store, self._log, self._lease, self._live = store, events, lease, live
+        self.partner = partner
+        self._clock = clock
+        self.ledger = Ledger(store, events)
+        self.watch = Watch(partner, clock, self._health_known)
+        self.gate = Gate(store, live, clock, self._stir)
+        self.sender = Sender(partner, self.gate, self.watch, live, clock, self._stir)
+        self.canary_refusals: dict[int, str] = {}  # the latest: ordinal -> the partner's words
+        self.processed = 0
+        self.ordinal = 0
+        self.delay_s: float | None = None  # from the latest delivered event's arrival until the partner had taken it
+        self.state = "stopped"
+        self.detail: str | None = None
+        self._moved = threading.Condition()
+        self._wake: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._hungry = False  # it has looked for events since it was last woken
+        self._polled = 0.0
+        self._uncertain = 0  # the epoch under which the store last failed
+        self._begin(0, Position())
+
+    @property
+    def circuit(self) -> Circuit:
+        return self.gate.circuit
+
+    @property
+    def throttle(self) -> Throttle:
+        return self.sender.throttle
+
+    @property
+    def errors(self) -> Sequence[dict[str, object]]:
+        """The latest failed calls, newest first."""
+        return self.sender.errors
+
+    @property
+    def errors_total(self) -> int:
+        return self.sender.errors_total
+
+    @property
+    def halted(self) -> str | None:
+        """Why nothing is sent just now, None while it is."""
+        return self.gate.halted
+
+    @property
+    def health(self) -> Health | None:
+        return self.watch.health
+
+    @property
+    def status_since(self) -> int | None:
+        return self.watch.since
+
+    def wake(self) -> None:
+        """Something changed: settings, a command, or somebody waits. Callable from any thread."""
+        self._hungry = True
+        self.arrived()
+
+    def arrived(self) -> None:
+        """The log has taken events; costs next to nothing while the bridge is busy anyway. Callable from any thread."""
+        if self._hungry and self._loop is not None and self._wake is not None:
+            self._hungry = False
+            with contextlib.suppress(RuntimeError):  # the loop has ended: there is nobody to wake
+                self._loop.call_soon_threadsafe(self._wake.set)
+
+    def wait_for(self, ordinal: int, timeout_s: float) -> bool:
+        """Wait until all events before `ordinal` are delivered or dead letters; gives up where nothing is sent just
+        now."""
+        deadline = time.monotonic() + timeout_s
+        self.wake()
+        while self.ordinal < ordinal:
+            left = deadline - time.monotonic()
+            if left <= 0 or self.halted is not None:
+                return False
+            if self.state == "standby":  # another instance does the work: its checkpoint tells
+                if checkpoints.read(self._store, [self.name])[self.name].ordinal >= ordinal:
+                    return True
+                left = min(left, 0.05)
+            with self._moved:
+                if self.ordinal < ordinal:
+                    self._moved.wait(min(left, 0.1))
+        return True
+
+    def reached(self) -> int:
+        """How many events of the log are behind the bridge, of whichever instance runs it. Raises StoreError as a
+        standby."""
+        return self.ordinal if self._lease.epoch else checkpoints.read(self._store, [self.name])[self.name].ordinal
+
+    async def run(self, stop: Callable[[], bool]) -> None:
+        """Deliver until `stop`. Survives the store and the partner being away."""
+        self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
+        self.partner.open()
+        try:
+            while not stop():
+                try:
+                    await self._run_epoch(stop)
+                except (StoreError, Fenced) as error:
+                    self.state, self.detail = "restarting", error.message
+                    self._uncertain = self._uncertain or self._epoch
+                except Exception as error:
+                    log.exception("bridge failed")
+                    self.state, self.detail = "restarting", f"{type(error).__name__}: {error}"
+                if not stop():
+                    await self._rest(_POLL_S)
+        finally:
+            self.state = "stopped"
+            await self.partner.close()
+
+    async def check_health(self) -> Health:
+        """Ask the partner now."""
+        return await self.watch.check()
+
+    def control(self, action: str) -> None:
+        """pause, resume, reset_circuit or open_circuit; kept in the store, for all instances."""
+        self.gate.decide(action)
+        if self._loop is not None and self._loop.is_running():
+            asyncio.run_coroutine_threadsafe(self._look(), self._loop).result(10.0)
+        self.wake()
+
+    # ---------------------------------------------------------------------------------------- one epoch
+
+    def _begin(self, epoch: int, position: Position) -> None:
+        """Forget what was under way: the checkpoint says where to go on."""
+        self._epoch, self._committed, self._cursor, self._reading = epoch, position, position, position
+        self._frames: deque[Frame] = deque()
+        self._windows: deque[Window] = deque()
+        self._notes: list[Command] = []
+        self._at_end = False
+        self._cut_at = self._flushed_at = 0.0
+        self.ordinal = position.ordinal
+        self.gate.open()
+        self.sender.start()
+
+    async def _run_epoch(self, stop: Callable[[], bool]) -> None:
+        """Deliver under one epoch of the lease, from the committed checkpoint on."""
+        if self._uncertain and self._uncertain == self._lease.epoch:
+            self._lease.raise_epoch()  # a commit whose answer never came may yet arrive: it is fenced off
+        self._uncertain, epoch = 0, self._lease.epoch
+        if not epoch:
+            self.state, self.detail = "standby", "another instance runs the bridge"
+            await self._look()
+            return
+        self._begin(epoch, checkpoints.read(self._store, [self.name])[self.name])
+        await self._look(load=True)
+        self.ledger.load()
+        self.watch.load(self._store)
+        try:
+            while not stop() and self._lease.epoch == epoch and self.sender.crashed is None:
+                await self._step()
+            if self.sender.crashed is not None:
+                raise self.sender.crashed
+            await self._finish()
+        finally:
+            await self.sender.stop()
+
+    async def _step(self) -> None:
+        """One round: look at what was decided elsewhere, commit what is done, send what there is, rest."""
+        if time.monotonic() - self._polled > _POLL_S:
+            await self._look()
+        if await self.watch.new_address():
+            self.circuit.asked_until = self.circuit.retry_at = 0
+        self._keep_ledger()
+        self._flush()
+        self.state, self.detail = self.gate.stands()
+        if not self.gate.shut:
+            while self._room():
+                await self._linger()
+                if not self._send_next():
+                    break
+        counting = self.circuit.state != "closed" and self.ledger.count_users()
+        due = self.gate.dirty or (self._windows and self._windows[0].unfinished == 0)
+        await self._rest(_COMMIT_S if counting or due else _IDLE_S)
+
+    async def _rest(self, seconds: float) -> None:
+        assert self._wake is not None
+        self._hungry = self._hungry or not self._windows
+        try:
+            await asyncio.wait_for(self._wake.wait(), seconds)
+        except TimeoutError:
+            return
+        self._wake.clear()
+
+    async def _look(self, load: bool = False) -> None:
+        """Take over what was decided by hand, at whichever instance; as a standby, or to begin with, the whole
+        circuit."""
+        self.gate.look(load or not self._epoch or not self._lease.epoch)
+        self.ledger.refresh(always=not self._lease.epoch)
+        self._polled = time.monotonic()
+
+    def _stir(self) -> None:
+        """There is something to do; from the loop itself."""
+        if self._wake is not None:
+            self._wake.set()
+
+    # ---------------------------------------------------------------------------------------- sending
+
+    def _room(self) -> bool:
+        """May another window be cut? Small ones wait for those under way: what arrives meanwhile goes into one call."""
+        if not any(window.unfinished for window in self._windows):
+            self._at_end = False
+        return len(self._windows) < DEPTH and not self._at_end
+
+    async def _linger(self) -> None:
+        """After a small window a moment's pause, so that the next one holds more than one request."""
+        left = self._cut_at + _LINGER_S - time.monotonic()
+        if left > 0 and not self._windows:
+            await asyncio.sleep(left)
+
+    def _send_next(self) -> bool:
+        """Cut the next window and send its parts off; False at the log's end, or while the number of lanes changes."""
+        lanes, size = self.sender.share()
+        if self._windows and self._windows[-1].lanes != lanes and any(w.unfinished for w in self._windows):
+            return False
+        most = lanes * size
+        if sum(len(frame.records) for frame in self._frames) < most:
+            self._hungry = True
+            frames = self._log.read(self._reading, max(1 << 18, most * _EVENT_BYTES))
+            if frames:
+                self._frames.extend(frames)
+                self._reading = frames[-1].after()
+        if not self._frames:
+            self._at_end = bool(self._windows)
+            return False
+        window = cut(self._frames, self._cursor, lanes, most, "canary" in self.partner.supports, self.ledger.is_edge)
+        self._cursor = window.after
+        self._windows.append(window)
+        self._at_end = not window.full and not self._frames
+        self._cut_at = 0.0 if window.full else time.monotonic()
+        self.sender.send(window)
+        if not window.parts:
+            self._flush()
+        return True
+
+    def _health_known(self, health: Health) -> None:
+        """A health check is through: it may open the circuit together with a failed call, or let it try again."""
+        now = self._clock()
+        self._notes += self.watch.commands(health)
+        if health.status == "offline":
+            changed = self.circuit.confirm(now, health.reason or "offline")
+        elif health.status == "online":
+            idle = self.circuit.state != "closed" and not self._windows and self._log.head().ordinal == self.ordinal
+            changed = self.circuit.good_news(now, idle) or self.circuit.state != "closed"
+        else:
+            changed = False
+        if changed:
+            self.gate.changed()
+
+    # ---------------------------------------------------------------------------------------- keeping
+
+    def _keep_ledger(self) -> None:
+        circuit, now = self.circuit, self._clock()
+        if circuit.state == "closed":
+            if self.ledger.current is not None and self.ledger.current.ended is None:
+                self._notes += self.ledger.closed(now)
+                self._recovered()
+            self._notes += self.ledger.settle(self.ordinal, now)
+        elif circuit.opened_at is not None:
+            began = min(circuit.failing_since or now, circuit.opened_at)
+            self._notes += self.ledger.opened(circuit.reason or "the circuit opened", began)
+
+    def _recovered(self) -> None:
+        """The partner is back, perhaps as another version: begin gently, and ask again what it supports."""
+        self.throttle.restart()
+        self.partner.rediscover()
+        self.watch.check_soon()
+
+    def _flush(self) -> None:
+        """Commit the finished windows, attempts and what else is to be kept, in one step."""
+        more = any(window.unfinished for window in self._windows)
+        if more and time.monotonic() - self._flushed_at < _COMMIT_S:
+            return
+        progress = Progress(self.name, self._committed)
+        arrival: int | None = None
+        while self._windows and self._windows[0].unfinished == 0:
+            window = self._windows.popleft()
+            self._enter(window, len(window.bodies), progress)
+            arrival = window.last_arrival if window.bodies else arrival
+            if self.ledger.is_edge(progress.position.ordinal):
+                break
+        self._commit(progress)
+        if arrival is not None:
+            self.delay_s = max(0.0, (self._clock() - arrival) / 1000)
+
+    def _enter(self, window: Window, count: int, progress: Progress) -> None:
+        """Add the first `count` events of a window to the progress."""
+        progress.position = window.after
+        dead = [(i, reason) for part in window.parts for i, reason in part.dead if i < count]
+        letters = [
+            self._letter(*window.event(index), window.bodies[index], f"refused: {reason}") for index, reason in dead
+        ]
+        kept = [letter for letter in letters if letter is not None]
+        progress.processed += count - len(kept) - window.canaries
+        broken = [self._letter(frame, at, frame.records[at][8:], DAMAGED) for frame, at in window.broken]
+        progress.dead += [*kept, *[letter for letter in broken if letter is not None]]
+
+    def _letter(self, frame: Frame, at: int, body: bytes, reason: str) -> DeadLetter | None:
+        """The dead letter of an event, None for a canary."""
+        if frame.to & CANARY:
+            self.canary_refusals = {frame.ordinal + at: reason}
+            return None
+        now, place = self._clock(), frame.place(at)
+        return DeadLetter(
+            f"{self.name}-{place}", self.name, place, reason, 1, now, now, frame.source, frame.received_at, body
+        )  # fmt: skip
+
+    def _commit(self, progress: Progress) -> None:
+        commands, self._notes = self._notes, []
+        noted = bool(commands)
+        kept, self.sender.attempts = self.sender.attempts, []
+        commands += attempts.keep(kept)
+        moved = progress.position != self._committed
+        if moved:
+            commands += self.ledger.progressed(progress)
+            commands += checkpoints.advance(progress, self._clock())
+        commands += self.gate.kept()
+        if not commands:
+            return
+        checkpoints.commit(self._store, self._epoch, commands)
+        self.ledger.stale = self.ledger.stale or noted
+        self._flushed_at = time.monotonic()
+        if moved:
+            self._committed = progress.position
+            self.processed += progress.processed
+            with self._moved:
+                self.ordinal = progress.position.ordinal
+                self._moved.notify_all()
+            self._notes += self.ledger.settle(self.ordinal, self._clock())
+
+    async def _finish(self) -> None:
+        """Let calls under way end, and commit what is done, up to the first event that is not."""
+        self.gate.close()
+        await self.sender.finish(_GRACE_S)
+        self._flushed_at = 0.0
+        self._flush()
+        if self._windows:
+            part = truncated(self._windows[0], self._committed)
+            progress = Progress(self.name, self._committed)
+            self._enter(part, len(part.bodies), progress)
+            self._commit(progress)

@@ -1,0 +1,171 @@
+"""Windows and parts: the next events of the log, cut into parts that go to the partner side by side, each user in one
+part.
+
+A window is finished when all of its parts are; windows are committed in the log's order. So a user's events reach the
+partner in order, and the checkpoint never passes an event that is under way.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from pipeline.attempts import lane_of
+from pipeline.log import BRIDGE_ONLY, CANARY, Frame, Position
+
+MOST_BYTES = 8 << 20  # about so many in a window: what waits in memory is bounded, whatever the events' size
+
+
+@dataclass(slots=True)
+class Part:
+    """A window's events of one lane, in order. `todo` holds what is still to be sent, as (from, to) pairs, first one
+    last."""
+
+    lane: int
+    lanes: int
+    bodies: list[bytes]
+    indexes: Sequence[int]  # their places in the window
+    todo: list[tuple[int, int]]
+    dead: list[tuple[int, str]] = field(default_factory=list)  # index in the window, the partner's words
+    failures: int = 0  # calls in a row that failed
+
+    def next(self, most: int) -> tuple[int, int]:
+        """The slice to send next, of at most so many events; it stays to be done until settled."""
+        start, stop = self.todo[-1]
+        if stop - start > most:
+            self.todo[-1] = (start + most, stop)
+            self.todo.append((start, start + most))
+        return self.todo[-1]
+
+    def settled(self, start: int, count: int, rejected: Sequence[tuple[int, str]]) -> None:
+        """The first events of the slice have been taken or (index in the slice, reason) refused."""
+        begin, stop = self.todo.pop()
+        if start + count < stop:
+            self.todo.append((begin + count, stop))
+        self.dead += [(self.indexes[start + index], reason) for index, reason in rejected]
+
+    def refused(self, reason: str) -> None:
+        """The slice was refused as a whole: halve it, or give up its only event."""
+        start, stop = self.todo.pop()
+        if stop - start == 1:
+            self.dead.append((self.indexes[start], reason))
+        else:
+            middle = (start + stop) // 2
+            self.todo += [(middle, stop), (start, middle)]
+
+
+@dataclass(slots=True)
+class Window:
+    """Consecutive events of the log: pieces of frames, those for the partner in `bodies`, and the position behind
+    them."""
+
+    after: Position
+    lanes: int
+    bodies: list[bytes] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    unfinished: int = 0
+    canaries: int = 0
+    full: bool = False
+    broken: list[tuple[Frame, int]] = field(default_factory=list)  # events that cannot be sent: frame and index
+    _frames: list[tuple[Frame, int]] = field(default_factory=list)  # each with the index at which its piece begins
+    _starts: list[int] = field(default_factory=list)
+
+    def event(self, index: int) -> tuple[Frame, int]:
+        """The frame that holds an event of `bodies`, and the event's index in it."""
+        piece = bisect_right(self._starts, index) - 1
+        frame, first = self._frames[piece]
+        return frame, first + index - self._starts[piece]
+
+    def ordinal(self, index: int) -> int:
+        frame, at = self.event(index)
+        return frame.ordinal + at
+
+    @property
+    def last_arrival(self) -> int:
+        return self._frames[-1][0].received_at
+
+    def add(self, frame: Frame, start: int, stop: int) -> None:
+        self._starts.append(len(self.bodies))
+        self._frames.append((frame, start))
+        self.bodies += [record[8:] for record in frame.records[start:stop]]  # behind the event time (log.py)
+        if frame.to & CANARY:
+            self.canaries += stop - start
+
+    def divide(self) -> None:
+        """Cut the events into parts, one per lane, each with all events of its users."""
+        bodies, lanes = self.bodies, self.lanes
+        if lanes == 1:
+            self.parts = [Part(0, 1, bodies, range(len(bodies)), [(0, len(bodies))])] if bodies else []
+        else:
+            indexes: list[list[int]] = [[] for _ in range(lanes)]
+            for index, body in enumerate(bodies):
+                indexes[lane_of(body, lanes)].append(index)
+            self.parts = [
+                Part(lane, lanes, [bodies[i] for i in mine], mine, [(0, len(mine))])
+                for lane, mine in enumerate(indexes)
+                if mine
+            ]
+        self.unfinished = len(self.parts)
+
+    def done_prefix(self) -> int:
+        """How many of its events, from the first on, need no more sending."""
+        if self.unfinished == 0:
+            return len(self.bodies)
+        return self.parts[0].todo[-1][0] if self.lanes == 1 and self.parts[0].todo else 0
+
+
+def cut(
+    frames: deque[Frame],
+    position: Position,
+    lanes: int,
+    most: int,
+    canaries: bool,
+    edge: Callable[[int], bool] = lambda _: False,
+) -> Window:
+    """The next window from `position` on, of at most so many events, out of `frames`, which begin there and lose what
+    it takes. Canaries are passed over where the partner does not take them. It ends before an event whose ordinal is
+    an `edge`."""
+    window = Window(position, lanes)
+    room = MOST_BYTES
+    while frames and len(window.bodies) < most and room > 0:
+        frame, start = frames[0], window.after.index
+        if edge(frame.ordinal + start) and window.after != position:
+            break
+        stop = len(frame.records)
+        if frame.broken and frame.to & BRIDGE_ONLY:
+            window.broken += [(frame, index) for index in range(start, stop)]
+        elif frame.to & BRIDGE_ONLY and (canaries or not frame.to & CANARY):
+            mean_bytes = (frame.next - frame.address) // len(frame.records) + 1
+            stop = min(stop, start + most - len(window.bodies), start + 1 + room // mean_bytes)
+            room -= mean_bytes * (stop - start)
+            window.add(frame, start, stop)
+        if stop == len(frame.records):
+            window.after = frame.after()
+            frames.popleft()
+        else:
+            window.after = Position(frame.address >> 24, frame.address & 0xFFFFFF, stop, frame.ordinal + stop)
+    window.full = len(window.bodies) >= most or room <= 0
+    window.divide()
+    return window
+
+
+def truncated(window: Window, position: Position) -> Window:
+    """The finished beginning of an unfinished window that began at `position`."""
+    count = 0 if window.broken else window.done_prefix()
+    if count == 0:
+        return Window(position, 1)
+    frame, at = window.event(count - 1)
+    stop = at + 1
+    made = Window(
+        frame.after()
+        if stop == len(frame.records)
+        else Position(frame.address >> 24, frame.address & 0xFFFFFF, stop, frame.ordinal + stop),
+        1,
+        window.bodies[:count],
+    )
+    made._frames, made._starts = window._frames, window._starts
+    made.parts = window.parts
+    made.canaries = sum(1 for i in range(count) if window.event(i)[0].to & CANARY) if window.canaries else 0
+    return made

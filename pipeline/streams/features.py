@@ -1,0 +1,217 @@
+"""Stream one: real-time features. Each event is counted in the tiles of its user, and of its merchant and zone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import msgspec
+
+from pipeline import checkpoints, keys
+from pipeline.backfill import Backfill, forget_stale
+from pipeline.catalogue import FEATURES
+from pipeline.completeness import Backlog
+from pipeline.definitions import Entity as Kind
+from pipeline.definitions import Feature
+from pipeline.families import Family, needs_of, pack_definitions, plan, provides, unpack_definitions
+from pipeline.log import Log, Position
+from pipeline.store import Command, Store
+from pipeline.streams.fold import Fold, as_hash
+from pipeline.streams.stream import Batch, Cut, Outcome, Stream, is_canary
+from pipeline.windows import Entity, Values, Windows
+
+CACHED_USERS = 400_000
+RETENTION_MS = 168 * 3_600_000
+
+
+class Features(Stream):
+    """Tiles of the entities at work, in memory; the store has the rest, and is brought up to date by each checkpoint.
+
+    `epoch` gives the lease's epoch, which backfill commits under; without it nothing is backfilled. `backlog` is told of every
+    event, so that it can say how far the Python service is behind for a user.
+    """
+
+    name = "features"
+
+    def __init__(
+        self,
+        store: Store,
+        features: Sequence[Feature] = FEATURES,
+        retention_ms: int = RETENTION_MS,
+        epoch: Callable[[], int] | None = None,
+        backlog: Backlog | None = None,
+        cached_users: int = CACHED_USERS,
+    ) -> None:
+        super().__init__(store)
+        self.wanted = tuple(features)
+        self._retention_ms, self._epoch, self._backlog, self._cached_users = retention_ms, epoch, backlog, cached_users
+        self.lock: AbstractContextManager[object] = (
+            threading.RLock()
+        )  # held while the fold changes; backfill takes over between two batches
+        self.backfill: Backfill | None = None
+        self._unsaved: bytes | None = None  # definitions that go with the next checkpoint
+        self.active: dict[str, None] = {}  # users with events since the last feature sync
+        self.changed: dict[str, None] = {}  # users whose public key lags behind; the publisher takes them
+        self.serve(self.wanted, plan(self.wanted))
+
+    @property
+    def windows(self) -> Windows:
+        """The arithmetic of users' tiles, for the definitions that are served."""
+        return self.fold.tables["user"].windows
+
+    @property
+    def ordinal(self) -> int:
+        """How many events of the log are counted."""
+        return self.fold.ordinal
+
+    @property
+    def users(self) -> int:
+        """How many users are in memory."""
+        return len(self.fold.tables["user"].entities)
+
+    def serve(self, features: Sequence[Feature], families: Sequence[Family], after: Fold | None = None) -> None:
+        """Count in these families from here on, and answer these features; `after` is the fold that did so before."""
+        fold = Fold(self.store, features, families, self._retention_ms)
+        if after is not None:
+            fold.take_over(after)
+        self.served, self.fold = tuple(features), fold
+        self.definitions = {feature.name: feature for feature in features}
+
+    def load(self, now: int) -> None:
+        """Take up the definitions that the store serves, see which of ours are new to it, and find the users whose public key
+        an earlier process left behind: those between the published position and the checkpoint."""
+        reached = checkpoints.read(self.store, [self.name])[self.name]
+        self.adopt(self.store.call("GET", keys.DEFINITIONS), fresh=reached.ordinal == 0)
+        self.fold.ordinal = reached.ordinal
+        if self._epoch is not None:
+            forget_stale(self.store, self.backfill)
+        log = Log(self.store)
+        if self._backlog is not None:
+            self._backlog.load(log, checkpoints.read(self.store, ["bridge"])["bridge"], reached.ordinal)
+        raw = self.store.call("GET", keys.PUBLISHED)
+        behind = Position(*msgspec.json.decode(raw)) if raw else Position()
+        while behind.ordinal < reached.ordinal and (frames := log.read(behind)):
+            for event in (event for frame in frames for event in Batch([frame]).events):
+                if event is not None and not is_canary(event):
+                    self.changed[event.user_id] = None
+            behind = frames[-1].after()
+
+    def adopt(self, stored: bytes | None, fresh: bool) -> None:
+        """Serve what the store has tiles for, and see what has to be filled for definitions that are new."""
+        self.backfill, self._unsaved = None, None
+        if fresh:
+            self.serve(self.wanted, plan(self.wanted))
+            self._unsaved = pack_definitions(self.wanted, self.fold.families)
+            self.fold.share((), None)
+            return
+        features, families, filled = unpack_definitions(stored) if stored else ((), (), None)
+        target = plan(self.wanted, families)
+        new = [family for family in target if family not in families]
+        there = {need for family in families for need in provides(family)}
+        old = {feature.name: feature for feature in features}
+        served = [feature if there.issuperset(needs_of(feature)) else old.get(feature.name) for feature in self.wanted]
+        chosen = _closed([feature for feature in served if feature is not None])
+        needed = {need for feature in chosen for need in needs_of(feature)}
+        kept = [family for family in families if family in target or needed.intersection(provides(family))]
+        self.serve(chosen, kept)
+        if new and self._epoch is not None:
+            self.backfill = Backfill(self, self.wanted, target, new, self._retention_ms, self._epoch)
+        elif not new and (features, families) != (self.wanted, target):
+            self._unsaved = pack_definitions(self.wanted, target, filled)
+        self.fold.share(new, filled)
+
+    def states(self) -> dict[str, str]:
+        """For each definition: "ready", or "backfilling NN%" while its history is being made; the old version serves meanwhile."""
+        filling = self.backfill
+        if filling is None:
+            return {feature.name: "ready" for feature in self.wanted}
+        new = {need for family in filling.families for need in provides(family)}
+        share = f"backfilling {filling.progress():.0%}"
+        found = {f.name: share if new.intersection(needs_of(f)) else "ready" for f in self.wanted}
+        for feature in self.wanted:
+            found[feature.name] = next((found[n] for n in feature.of or () if found[n] != "ready"), found[feature.name])
+        return found
+
+    def process(self, batch: Batch, now: int) -> Outcome:
+        with self.lock:
+            outcome = self.fold.process(batch, now)
+        if self._backlog is not None:
+            self._backlog.note(batch)
+        return outcome
+
+    def cut(self, now: int) -> Cut:
+        with self.lock:
+            fold = self.fold
+            dirty = list(fold.tables["user"].dirty)
+            chunks = self._locked(fold.chunks(now))
+            dirty_at_all = any(table.dirty for table in fold.tables.values())
+            final = fold.paid()
+            if self._unsaved is not None and dirty_at_all:
+                final.append(("SET", keys.DEFINITIONS, self._unsaved))
+                self._unsaved = None
+
+        def written() -> None:
+            self.changed.update(dict.fromkeys(dirty))
+            if len(self.active) < self._cached_users:
+                self.active.update(dict.fromkeys(dirty))
+            with self.lock:
+                self.fold.written()
+                for table in self.fold.tables.values():
+                    table.evict(self._cached_users)
+
+        return Cut(chunks, final, written)
+
+    def _locked(self, chunks: Iterator[list[Command]]) -> Iterator[list[Command]]:
+        while True:
+            with self.lock:
+                some = next(chunks, None)
+            if some is None:
+                return
+            yield some
+
+    def values(
+        self, ids: Sequence[str], at: int, kind: Kind = "user", hashes: dict[str, Any] | None = None
+    ) -> dict[str, Values]:
+        """Each known entity's features as of `at` (epoch ms, now or a moment ago); those without any event are left out.
+
+        `hashes` has the stored form of entities that are not in memory, where the caller has read them already.
+        """
+        table = self.fold.tables[kind]
+        found: dict[str, Values] = {}
+        absent: list[str] = []
+        for i in ids:
+            entity = table.entities.get(i)
+            if entity is not None:
+                if entity.position:
+                    found[i] = table.windows.values(entity, at)
+            elif hashes is None:
+                absent.append(i)
+            elif hashes.get(i):
+                found[i] = table.windows.values(table.windows.load(as_hash(hashes[i])), at)
+        for i, entity in self.read(absent, kind).items():
+            found[i] = table.windows.values(entity, at)
+        return found
+
+    def absent(self, ids: Sequence[str], kind: Kind = "user") -> list[str]:
+        """Those that are not in memory."""
+        entities = self.fold.tables[kind].entities
+        return [i for i in ids if i not in entities]
+
+    def entities(self, user_ids: Sequence[str]) -> dict[str, Entity]:
+        """Users' tiles; empty ones for unknown users."""
+        cached = self.fold.tables["user"].entities
+        stored = self.read(self.absent(user_ids))
+        return {i: cached.get(i) or stored.get(i) or self.windows.new() for i in user_ids}
+
+    def read(self, ids: Sequence[str], kind: Kind = "user") -> dict[str, Entity]:
+        """Entities as the store has them; those without any event are left out."""
+        table = self.fold.tables[kind]
+        return {i: table.windows.load(flat) for i, flat in zip(ids, table.hashes(ids), strict=True) if flat}
+
+
+def _closed(features: Sequence[Feature]) -> list[Feature]:
+    """Without the ratios whose parts are not there."""
+    names = {feature.name for feature in features}
+    return [feature for feature in features if names.issuperset(feature.of or ())]

@@ -1,0 +1,117 @@
+"""The gate: every call to the partner passes it. The circuit as it stands, kept in the store for all instances, and
+what people decide about it at any of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+
+from pipeline import keys
+from pipeline.circuit import Circuit
+from pipeline.live_settings import LiveSettings
+from pipeline.store import Command, Store
+
+_LOOK_S = 0.25
+_encode = msgspec.json.Encoder().encode
+_COMMANDS: dict[str, list[Command]] = {
+    "pause": [("HSET", keys.CIRCUIT, "paused", 1)],
+    "resume": [("HSET", keys.CIRCUIT, "paused", 0)],
+    "reset_circuit": [("HSET", keys.CIRCUIT, "forced", 0), ("HINCRBY", keys.CIRCUIT, "resets", 1)],
+    "open_circuit": [("HSET", keys.CIRCUIT, "forced", 1)],
+}
+
+
+class Gate:
+    """Of the bridge's event loop. `circuit` may be read from any thread; `changed` is called whenever it has become
+    another."""
+
+    def __init__(self, store: Store, live: LiveSettings, clock: Callable[[], int], changed: Callable[[], None]) -> None:
+        self._store, self._live, self._clock, self._on_change = store, live, clock, changed
+        self.circuit = Circuit()
+        self.dirty = False  # the store has yet to learn of a change
+        self.closing = False
+        self._news = asyncio.Event()  # replaced each time it is set: lanes that wait look again
+
+    def decide(self, action: str) -> None:
+        """Keep in the store what a person decided: pause, resume, reset_circuit or open_circuit. From any thread."""
+        self._store.many(_COMMANDS[action])
+
+    def look(self, load: bool) -> None:
+        """Take over what was decided at whichever instance; to `load`, the whole circuit."""
+        raw, paused, forced, resets = self._store.call("HMGET", keys.CIRCUIT, "state", "paused", "forced", "resets")
+        if load:
+            self.circuit = msgspec.json.decode(raw, type=Circuit) if raw else Circuit()
+        circuit, before = self.circuit, (self.circuit.paused, self.circuit.forced, self.circuit.resets)
+        circuit.paused = paused == b"1"
+        if int(resets or 0) != circuit.resets or (circuit.forced and forced != b"1"):
+            circuit.resets = int(resets or 0)
+            circuit.reset()
+        if forced == b"1" and not circuit.forced:
+            circuit.force_open(self._clock())
+        if before != (circuit.paused, circuit.forced, circuit.resets):
+            self.changed()
+
+    def kept(self) -> list[Command]:
+        """The command that keeps a change; from then on it counts as kept."""
+        if not self.dirty:
+            return []
+        self.dirty = False
+        return [("HSET", keys.CIRCUIT, "state", _encode(self.circuit))]
+
+    def changed(self) -> None:
+        """The circuit is another: it is to be kept, and lanes that wait look again."""
+        self.dirty = True
+        self._news.set()
+        self._news = asyncio.Event()
+        self._on_change()
+
+    def open(self) -> None:
+        """For a new epoch."""
+        self.closing = False
+
+    def close(self) -> None:
+        """Nothing more is to be sent: lanes that wait give up."""
+        self.closing = True
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def admission(self) -> None:
+        """Wait until a call may be made. Raises CancelledError once the gate is closed."""
+        while True:
+            if self.closing:
+                raise asyncio.CancelledError
+            now = self._clock()
+            if self._live["ENABLE_PYTHON_BRIDGE"]:
+                before = self.circuit.state
+                admitted = self.circuit.admits(now, 3 * int(self._live["PYTHON_SERVICE_TIMEOUT"]) + 1000)
+                self.dirty = self.dirty or self.circuit.state != before
+                if admitted:
+                    return
+            wait_s = max(0.01, min(_LOOK_S, (self.circuit.retry_at - now) / 1000))
+            try:
+                await asyncio.wait_for(self._news.wait(), wait_s)
+            except TimeoutError:
+                continue
+
+    @property
+    def shut(self) -> bool:
+        """By hand: not even a probe may pass."""
+        return not self._live["ENABLE_PYTHON_BRIDGE"] or self.circuit.paused or self.circuit.forced
+
+    @property
+    def halted(self) -> str | None:
+        """Why nothing is sent just now, None while it is."""
+        if not self._live["ENABLE_PYTHON_BRIDGE"]:
+            return "the bridge is switched off"
+        if self.circuit.paused:
+            return "paused by hand"
+        return (self.circuit.reason or "the circuit is open") if self.circuit.state == "open" else None
+
+    def stands(self) -> tuple[str, str | None]:
+        """The bridge's state as far as the gate decides it, and why."""
+        why = self.halted
+        if why is None:
+            return ("behind", self.circuit.reason) if self.circuit.failures > 0 else ("running", None)
+        return ("behind" if self.circuit.state == "open" and not self.circuit.paused else "paused"), why

@@ -1,0 +1,330 @@
+"""Stream four: model inference. Each payment gets a fraud score, each ride request feeds the demand of its zone."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from pipeline import keys
+from pipeline.events import rfc3339
+from pipeline.models import demand, fraud
+from pipeline.store import Command, Store
+from pipeline.streams.stream import UNDECODABLE, Batch, Cut, Outcome, Stream, is_canary
+
+DAY_MS = 86_400_000
+WEEK_S = 7 * 86_400
+CITY = "city"
+_CACHED = 200_000
+_CHECKED_DAYS = 8
+VERSIONS_KEPT = 50
+_LEARNED = 4_096
+MAX_QUANTITY = 1e9
+
+T = TypeVar("T", bound=msgspec.Struct)
+_pack = msgspec.msgpack.Encoder().encode
+
+
+class Score(msgspec.Struct, gc=False, array_like=True):
+    """A payment's score as given on arrival, and what is needed to learn from its label. Times in epoch ms."""
+
+    score: float
+    version: str
+    scored_at: int
+    reasons: list[str]
+    inputs: list[float]
+    payee: str
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """A trained version that takes over. `known` are the transactions whose labels it has learned; `record` goes into
+    the list of versions in the same step."""
+
+    name: str
+    model: fraud.Fraud | demand.Demand
+    record: bytes
+    known: frozenset[str] = field(default_factory=frozenset)
+
+
+class Malformed(ValueError):
+    """A payment, report or request lacks what the models need."""
+
+
+class _Table(dict[str, T]):
+    """Rows by id, read from the store when first needed."""
+
+    def __init__(self, store: Store, prefix: str, row: type[T]) -> None:
+        super().__init__()
+        self._store, self._prefix, self._row = store, prefix, row
+        self.dirty: set[str] = set()
+
+    def load(self, ids: set[str]) -> None:
+        absent = [i for i in ids if i not in self]
+        if absent:
+            for i, raw in zip(absent, self._store.call("MGET", *[self._prefix + i for i in absent]), strict=True):
+                self[i] = msgspec.msgpack.decode(raw, type=self._row) if raw else self._row()
+
+    def dump(self, kept_ms: int) -> list[Command]:
+        commands: list[Command] = [("SET", self._prefix + i, _pack(self[i]), "PX", kept_ms) for i in self.dirty]
+        self.dirty = set()
+        return commands
+
+    def evict(self) -> None:
+        if len(self) > _CACHED:
+            for i in [i for i in self if i not in self.dirty][: len(self) - _CACHED]:
+                del self[i]
+
+
+class Inference(Stream):
+    """Scores, labels and counts since the last checkpoint, and the rows that scoring needs."""
+
+    name = "inference"
+
+    def __init__(self, store: Store, retention_ms: int = 168 * 3_600_000) -> None:
+        super().__init__(store)
+        self._retention_ms = retention_ms
+        self.model = fraud.Fraud()
+        self.demand = demand.Demand()
+        self._promoted: deque[Promoted] = deque()
+        self._learned: deque[tuple[str, list[float], bool]] = deque(maxlen=_LEARNED)
+        self._habits = _Table(store, keys.HABIT, fraud.Habit)
+        self._payees = _Table(store, keys.PAYEE, fraud.Payee)
+        self._scores: dict[str, Score] = {}
+        self._labels: dict[str, int] = {}
+        self._requests: Counter[tuple[str, int]] = Counter()
+        self._writing: tuple[dict[str, Score], dict[str, int], Counter[tuple[str, int]]] = ({}, {}, Counter())
+
+    def load(self, now: int) -> None:
+        self.model, self.demand = stored_fraud(self.store), stored_demand(self.store)
+
+    def promote(self, version: Promoted) -> None:
+        """Hand a trained version over, from any thread: the next checkpoint puts it in force, in memory and store."""
+        self._promoted.append(version)
+
+    @property
+    def unsaved(self) -> bool:
+        return bool(self._promoted)
+
+    def assess(self, user_id: str, ts: int, data: dict[str, Any]) -> Score:
+        """The score of a payment that is not made, from any thread; changes nothing. Raises Malformed, StoreError."""
+        amount, payee_id = _number(data, "amount"), _payee(data)
+        habit = self._habits.get(user_id) or _stored(self.store, keys.HABIT + user_id, fraud.Habit)
+        payee = self._payees.get(payee_id) or _stored(self.store, keys.PAYEE + payee_id, fraud.Payee)
+        x = fraud.inputs(amount, ts, habit, payee)
+        return Score(self.model.score(x), self._version(), ts, self.model.reasons(x), x, payee_id)
+
+    def _version(self) -> str:
+        return self.model.version if self.model.ready else fraud.HABIT_VERSION
+
+    def process(self, batch: Batch, now: int) -> Outcome:
+        outcome = Outcome()
+        typed = {"payment": self._payment, "fraud_report": self._report, "ride_request": self._request}
+        data = {
+            i: batch.data(i) for i, event in enumerate(batch.events) if event is not None and event.event_type in typed
+        }
+        self._load_rows(batch, data)
+        for index, event in enumerate(batch.events):
+            if event is None:
+                outcome.dead.append((index, UNDECODABLE))
+                continue
+            handle = typed.get(event.event_type)
+            if handle is not None and not is_canary(event):
+                try:
+                    handle(batch, index, event.user_id, data[index])
+                except Malformed as error:
+                    outcome.dead.append((index, f"malformed: {error}"))
+                    continue
+            outcome.done += 1
+        return outcome
+
+    def _load_rows(self, batch: Batch, data: dict[int, dict[str, Any]]) -> None:
+        payments = [i for i in data if batch.events[i].event_type == "payment"]  # type: ignore[union-attr]
+        reports = [i for i in data if batch.events[i].event_type == "fraud_report"]  # type: ignore[union-attr]
+        reported = [str(t) for i in reports if (t := data[i].get("transaction_id")) is not None]
+        asked = [t for t in reported if t not in self._scores and t not in self._writing[0]]
+        self._reported = {
+            t: score
+            for t, score in zip(asked, find_scores(self.store, asked, batch.arrivals[-1]), strict=True)
+            if score
+        }
+        payees = {_payee(data[i]) for i in payments} | {score.payee for score in self._reported.values()}
+        self._habits.load({batch.events[i].user_id for i in payments})  # type: ignore[union-attr]
+        self._payees.load(payees)
+
+    def _payment(self, batch: Batch, index: int, user_id: str, data: dict[str, Any]) -> None:
+        transaction, amount = _text(data, "transaction_id"), _number(data, "amount")
+        payee_id = _payee(data)
+        ts = batch.ts[index]
+        habit = self._habits[user_id]
+        payee = self._payees[payee_id]
+        x = fraud.inputs(amount, ts, habit, payee)
+        score = Score(self.model.score(x), self._version(), batch.arrivals[index], self.model.reasons(x), x, payee_id)
+        self._scores.setdefault(transaction, score)
+        self.model.seen(x)
+        fraud.update_habit(habit, amount, ts)
+        self._habits.dirty.add(user_id)
+        if payee_id:
+            payee.count += 1
+            self._payees.dirty.add(payee_id)
+
+    def _report(self, batch: Batch, index: int, user_id: str, data: dict[str, Any]) -> None:
+        transaction, is_fraud = _text(data, "transaction_id"), data.get("is_fraud")
+        if is_fraud not in (0, 1):
+            raise Malformed(f"data.is_fraud is {is_fraud!r:.80}; it takes 0 or 1")
+        self._labels[transaction] = int(is_fraud)
+        score = self._scores.get(transaction) or self._writing[0].get(transaction) or self._reported.get(transaction)
+        if score is None:
+            return  # the payment is unknown, or older than what is retained; the label is kept
+        self.model.learn(score.inputs, bool(is_fraud))
+        self._learned.append((transaction, score.inputs, bool(is_fraud)))
+        if is_fraud and score.payee:
+            self._payees.load({score.payee})
+            self._payees[score.payee].frauds += 1
+            self._payees.dirty.add(score.payee)
+
+    def _request(self, batch: Batch, index: int, user_id: str, data: dict[str, Any]) -> None:
+        quantity = 1.0 if data.get("quantity") is None else _number(data, "quantity")
+        if not 0 <= quantity <= MAX_QUANTITY:  # a sum beyond what a number holds would fail the whole commit
+            raise Malformed(f"data.quantity is {quantity:g}; it takes a number from 0 to {MAX_QUANTITY:g}")
+        step = batch.ts[index] // 1000 // demand.STEP_S * demand.STEP_S
+        self._requests[CITY, step] += quantity  # type: ignore[assignment]  # a feed may count in fractions
+        zone = batch.zones[index]
+        if zone is not None:
+            self._requests[zone, step] += quantity  # type: ignore[assignment]
+
+    def cut(self, now: int) -> Cut:
+        self._writing = (self._scores, self._labels, self._requests)
+        self._scores, self._labels, self._requests = {}, {}, Counter()
+        scores, labels, requests = self._writing
+        final: list[Command] = []
+        days: set[str] = set()
+        for transaction, score in scores.items():
+            key = f"{keys.SCORES}{score.scored_at // DAY_MS}"
+            days.add(key)
+            final.append(("HSETNX", key, transaction, _pack(score)))  # the first score of a payment stands
+        for transaction, label in labels.items():
+            key = f"{keys.LABELS}{now // DAY_MS}"
+            days.add(key)
+            final.append(("HSET", key, transaction, label))
+        for (zone, step), count in requests.items():
+            key = demand_key(zone, step)
+            days.add(key)
+            final.append(("HINCRBYFLOAT", key, step, count))
+        final += [("PEXPIRE", key, self._retention_ms + 2 * DAY_MS) for key in days]
+        final += self._habits.dump(self._retention_ms * 13) + self._payees.dump(self._retention_ms * 13)
+        while self._promoted:
+            final += self._take_over(self._promoted.popleft())
+        if scores or labels:
+            final.append(("SET", keys.MODEL + "fraud", _pack(self.model)))
+        return Cut(iter(()), final, self._written)
+
+    def _take_over(self, version: Promoted) -> list[Command]:
+        if isinstance(version.model, demand.Demand):
+            self.demand = version.model
+        else:
+            before, self.model = self.model, version.model
+            self.model.recent, self.model.scored = before.recent, before.scored
+            for transaction, x, is_fraud in self._learned:
+                if transaction not in version.known:  # its label came while the version was in training
+                    self.model.learn(x, is_fraud)
+        return [
+            ("SET", keys.MODEL + version.name, _pack(version.model)),
+            ("LPUSH", keys.VERSIONS + version.name, version.record),
+            ("LTRIM", keys.VERSIONS + version.name, 0, VERSIONS_KEPT - 1),
+        ]
+
+    def _written(self) -> None:
+        self._writing = ({}, {}, Counter())
+        self._habits.evict()
+        self._payees.evict()
+
+    def unwritten_scores(self) -> dict[str, Score]:
+        return {**self._scores, **self._writing[0]}
+
+    def unwritten_labels(self) -> dict[str, int]:
+        return {**self._writing[1], **self._labels}
+
+    def unwritten_requests(self, zone: str) -> dict[int, float]:
+        total: Counter[int] = Counter()
+        for pending in (self._writing[2], self._requests):
+            for (of, step), count in list(pending.items()):
+                if of == zone:
+                    total[step] += count
+        return dict(total)
+
+
+def demand_key(zone: str, step: int) -> str:
+    return f"{keys.DEMAND}{zone}:{step // WEEK_S * WEEK_S}"
+
+
+def stored_fraud(store: Store) -> fraud.Fraud:
+    """The fraud model as of the last checkpoint."""
+    return _stored(store, keys.MODEL + "fraud", fraud.Fraud)
+
+
+def stored_demand(store: Store) -> demand.Demand:
+    """The demand model as of the last promotion."""
+    return _stored(store, keys.MODEL + "demand", demand.Demand)
+
+
+def _stored(store: Store, key: str, row: type[T]) -> T:
+    raw = store.call("GET", key)
+    return msgspec.msgpack.decode(raw, type=row) if raw else row()
+
+
+def find_scores(store: Store, transactions: list[str], now: int) -> list[Score | None]:
+    """The stored scores of transactions, None where there is none within the days that are kept."""
+    found = _find(store, keys.SCORES, transactions, now)
+    return [msgspec.msgpack.decode(raw, type=Score) if raw else None for raw in found]
+
+
+def find_labels(store: Store, transactions: list[str], now: int) -> list[int | None]:
+    """The stored labels of transactions, None where none arrived."""
+    return [int(raw) if raw is not None else None for raw in _find(store, keys.LABELS, transactions, now)]
+
+
+def _find(store: Store, prefix: str, transactions: list[str], now: int) -> list[bytes | None]:
+    if not transactions:
+        return []
+    today = now // DAY_MS
+    days = [today + 1 - i for i in range(_CHECKED_DAYS + 2)]
+    rows = store.many([("HMGET", f"{prefix}{day}", *transactions) for day in days])
+    return [next((row[i] for row in rows if row[i] is not None), None) for i in range(len(transactions))]
+
+
+def _text(data: dict[str, Any], name: str) -> str:
+    value = data.get(name)
+    if type(value) is int:
+        value = str(value)
+    if type(value) is not str or not 1 <= len(value) <= 128:
+        raise Malformed(f"data.{name} is {value!r:.80}; it takes a string of 1 to 128 characters")
+    return value
+
+
+def _payee(data: dict[str, Any]) -> str:
+    """The payee of a payment, "" where none is named."""
+    value = data.get("merchant_id")
+    return str(value) if type(value) in (str, int) and len(str(value)) <= 128 else ""
+
+
+def _number(data: dict[str, Any], name: str) -> float:
+    value: Any = data.get(name)
+    if type(value) not in (int, float):
+        raise Malformed(f"data.{name} is {value!r:.80}; it takes a number")
+    return float(value)
+
+
+def describe(score: Score, transaction: str, label: int | None) -> dict[str, Any]:
+    """A score as the routes answer it."""
+    return {
+        "transaction_id": transaction,
+        "score": round(score.score, 6),
+        "model": "fraud",
+        "version": score.version,
+        "scored_at": rfc3339(score.scored_at),
+        "reasons": score.reasons,
+        "label": label,
+    }

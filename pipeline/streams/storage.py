@@ -1,0 +1,241 @@
+"""Stream two: storage and indexing. The events are in the log; this keeps the rows by which they are found."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from zlib import crc32
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import keys
+from pipeline.errors import BadRequest
+from pipeline.events import Event
+from pipeline.log import Log
+from pipeline.store import Command, Store
+from pipeline.streams.stream import UNDECODABLE, Batch, Cut, Outcome, Stream, is_canary
+
+ROW = np.dtype(
+    [("place", "<u8"), ("ts", "<i8"), ("user", "<u4"), ("session", "<u4"), ("type", "<u4"), ("source", "<u4")]
+)
+_PACK = struct.Struct("<QqIIII").pack
+_SPAN = struct.Struct("<qqQ")
+_SEGMENT_OF_PLACE = 24 + 13
+_FETCHED_AT_ONCE = 500
+Rows = NDArray[np.void]
+
+_decode_event = msgspec.json.Decoder(Event).decode
+
+
+@lru_cache(maxsize=200_000)
+def name_hash(text: str) -> int:
+    """32 bits by which rows are filtered; the event itself decides."""
+    return crc32(text.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Which events: texts match exactly, `since` and `until` (epoch ms) include their instants and count by event
+    time."""
+
+    user_id: str | None = None
+    event_type: str | None = None
+    session_id: str | None = None
+    source: str | None = None
+    since: int | None = None
+    until: int | None = None
+    newest_first: bool = False
+
+
+@dataclass(slots=True)
+class Found:
+    """A stored event: event time and arrival in epoch ms, where it came from, its place and its JSON."""
+
+    event: Event
+    ts: int
+    received_at: int
+    source: str
+    place: int
+    body: bytes
+
+
+class Storage(Stream):
+    """Rows since the last checkpoint wait in memory, by segment of the log; the store appends them."""
+
+    name = "storage"
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self._pending: dict[int, list[bytes]] = {}
+        self._writing: dict[int, list[bytes]] = {}
+        self._spans: dict[int, tuple[int, int, int]] = {}
+
+    def load(self, now: int) -> None:
+        self._spans = read_spans(self.store)
+
+    def process(self, batch: Batch, now: int) -> Outcome:
+        outcome = Outcome()
+        for index, event in enumerate(batch.events):
+            if event is None:
+                outcome.dead.append((index, UNDECODABLE))
+                continue
+            outcome.done += 1
+            if is_canary(event):
+                continue
+            place = batch.places[index]
+            row = _PACK(
+                place,
+                batch.ts[index],
+                name_hash(event.user_id),
+                name_hash(event.session_id) if event.session_id is not None else 0,
+                name_hash(event.event_type),
+                name_hash(batch.sources[index]),
+            )
+            self._pending.setdefault(place >> _SEGMENT_OF_PLACE, []).append(row)
+        return outcome
+
+    def cut(self, now: int) -> Cut:
+        self._writing, self._pending = self._pending, {}
+        final: list[Command] = []
+        for segment, rows in self._writing.items():
+            packed = b"".join(rows)
+            ts = np.frombuffer(packed, ROW)["ts"]
+            low, high, count = self._spans.get(segment, (int(ts[0]), int(ts[0]), 0))
+            span = (min(low, int(ts.min())), max(high, int(ts.max())), count + len(rows))
+            self._spans[segment] = span
+            final.append(("APPEND", f"{keys.ROWS}{segment}", packed))
+            final.append(("HSET", keys.SPANS, segment, _SPAN.pack(*span)))
+        return Cut(iter(()), final, self._written)
+
+    def _written(self) -> None:
+        self._writing = {}
+
+    def unwritten(self) -> Rows:
+        """The rows that the store does not have yet."""
+        parts = [
+            row for pending in (self._writing, self._pending) for rows in list(pending.values()) for row in list(rows)
+        ]
+        return np.frombuffer(b"".join(parts), ROW)
+
+
+def read_spans(store: Store) -> dict[int, tuple[int, int, int]]:
+    """For each segment: least and greatest event time (epoch ms) and the number of rows."""
+    flat = store.call("HGETALL", keys.SPANS)
+    pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+    return {int(segment): _SPAN.unpack(packed) for segment, packed in pairs}
+
+
+class EventStore:
+    """Queries over the stored events, in order of event time, page by page.
+
+    `unwritten` gives the rows of the running stream that the store does not have yet; where another instance runs it,
+    none.
+    """
+
+    def __init__(self, store: Store, log: Log, unwritten: Callable[[], Rows]) -> None:
+        self._store, self._log, self._unwritten = store, log, unwritten
+
+    def find(self, query: Query, limit: int, cursor: str | None = None) -> tuple[list[Found], str | None]:
+        """Up to `limit` events and the cursor of the next page, None at the end. Raises BadRequest for a broken
+        cursor."""
+        after = _read_cursor(cursor)
+        fresh = (
+            self._unwritten()
+        )  # before the store is asked: a row may be seen twice on its way there, but never missed
+        spans = sorted(
+            read_spans(self._store).items(), key=lambda item: item[1][query.newest_first], reverse=query.newest_first
+        )
+        rows = _select(fresh, query, after)
+        found: list[Found] = []
+        for i, (segment, (low, high, _)) in enumerate(spans):
+            if (query.since is not None and high < query.since) or (query.until is not None and low > query.until):
+                continue
+            if after is not None and (low > after[0] if query.newest_first else high < after[0]):
+                continue
+            raw = self._store.call("GET", f"{keys.ROWS}{segment}") or b""
+            rows = np.concatenate((rows, _select(np.frombuffer(raw, ROW), query, after)))
+            # Nothing in the segments to come lies before the next one's edge: what is before it is final.
+            edge = spans[i + 1][1][query.newest_first] if i + 1 < len(spans) else None
+            rows, more = self._drain(rows, query, limit - len(found), edge)
+            found += more
+            if len(found) >= limit:
+                break
+        else:
+            rows, more = self._drain(rows, query, limit - len(found), None)
+            found += more
+        full = len(found) >= limit
+        return found, _cursor(found[-1]) if full and found else None
+
+    def _drain(self, rows: Rows, query: Query, limit: int, edge: int | None) -> tuple[Rows, list[Found]]:
+        """Events from the sorted start of `rows` up to the edge, verified; the rows that are left."""
+        _, first = np.unique(rows["place"], return_index=True)
+        rows = rows[first]
+        order = np.lexsort((rows["place"], rows["ts"]))
+        rows = rows[order[::-1]] if query.newest_first else rows[order]
+        ready = len(rows)
+        if edge is not None:
+            ready = int(np.count_nonzero(rows["ts"] > edge if query.newest_first else rows["ts"] < edge))
+        found: list[Found] = []
+        at = 0
+        while at < ready and len(found) < limit:
+            some = rows[at : min(at + min(_FETCHED_AT_ONCE, max(limit - len(found), 16)), ready)]
+            at += len(some)
+            places = [int(place) for place in some["place"]]
+            for place, fetched in zip(places, self._log.fetch(places), strict=True):
+                if fetched is None:
+                    continue  # trimmed meanwhile
+                event = _decode_event(fetched.body)
+                if _matches(event, fetched.source, query):
+                    found.append(Found(event, fetched.ts, fetched.received_at, fetched.source, place, fetched.body))
+        return rows[at:], found[:limit]
+
+
+def _select(rows: Rows, query: Query, after: tuple[int, int] | None) -> Rows:
+    keep = np.ones(len(rows), bool)
+    for name, text in (
+        ("user", query.user_id),
+        ("session", query.session_id),
+        ("type", query.event_type),
+        ("source", query.source),
+    ):
+        if text is not None:
+            keep &= rows[name] == name_hash(text)
+    if query.since is not None:
+        keep &= rows["ts"] >= query.since
+    if query.until is not None:
+        keep &= rows["ts"] <= query.until
+    if after is not None:
+        ts, place = after
+        if query.newest_first:
+            keep &= (rows["ts"] < ts) | ((rows["ts"] == ts) & (rows["place"] < place))
+        else:
+            keep &= (rows["ts"] > ts) | ((rows["ts"] == ts) & (rows["place"] > place))
+    return rows[keep]
+
+
+def _matches(event: Event, source: str, query: Query) -> bool:
+    return (
+        (query.user_id is None or event.user_id == query.user_id)
+        and (query.event_type is None or event.event_type == query.event_type)
+        and (query.session_id is None or event.session_id == query.session_id)
+        and (query.source is None or source == query.source)
+    )
+
+
+def _cursor(last: Found) -> str:
+    return base64.urlsafe_b64encode(struct.pack("<qQ", last.ts, last.place)).decode().rstrip("=")
+
+
+def _read_cursor(cursor: str | None) -> tuple[int, int] | None:
+    if cursor is None:
+        return None
+    try:
+        ts, place = struct.unpack("<qQ", base64.urlsafe_b64decode(cursor + "=="))
+    except (ValueError, struct.error) as error:
+        raise BadRequest("invalid_cursor", "cursor takes what an earlier answer gave as 'cursor'") from error
+    return ts, place

@@ -1,0 +1,397 @@
+"""Workers: the loops that feed streams and checkpoint them. Group runs streams that stand together, Straggler one
+that does not."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from pipeline import checkpoints
+from pipeline.checkpoints import DeadLetter, Progress
+from pipeline.errors import Fenced, StoreError
+from pipeline.keys import STREAMS
+from pipeline.lease import Lease
+from pipeline.log import CANARY, Frame, Log, Position
+from pipeline.store import Command, Store
+from pipeline.streams.stream import Batch, Cut, Stream
+
+CHECKPOINT_S = 1.0
+IDLE_CHECKPOINT_S = 0.1
+COMMIT_SHARE = 5  # a checkpoint's own time, this many times over, is the least pause before the next one
+MAX_ATTEMPTS = 3
+MAX_BAD_IN_A_ROW = 5  # beyond this the stream itself is suspected, and events are held rather than dead-lettered
+HOLD_S = 60.0
+TRUSTED_AFTER = 100  # good events in a row after which a straggler takes whole batches again
+POLL_S = 0.1
+
+BITS = {name: 1 << i for i, name in enumerate(STREAMS)}
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Shared:
+    """What all workers of a runner share. `wake` is set whenever the log has taken events."""
+
+    store: Store
+    log: Log
+    lease: Lease
+    clock: Callable[[], int]
+    make: Mapping[str, Callable[[], Stream]]
+    wake: threading.Event
+    applied: Callable[[str, int], None]
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a stream did since the process started, for rates."""
+
+    processed: int = 0
+    dead: int = 0
+
+
+@dataclass(slots=True)
+class Failed:
+    """A stream that threw out of a batch."""
+
+    stream: str
+    error: str
+    ordinal: int
+
+
+@dataclass(slots=True)
+class Busy:
+    """What a worker is at, for the watchdog; `since` is monotonic seconds."""
+
+    stream: str
+    ordinal: int
+    since: float
+
+
+class Worker:
+    """The common part: streams, their positions, and checkpoints in steps between which processing goes on."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+        self.epoch = shared.lease.epoch  # of its own: one that was given up must not commit under a later one
+        self.streams: dict[str, Stream] = {}
+        self.at: dict[str, Position] = {}
+        self.counters = {name: Counters() for name in shared.make}
+        self.stopping = threading.Event()
+        self.abandoned = False
+        self.busy: Busy | None = None
+        self.delays_s: dict[str, float] = {}  # from an event's arrival until the stream had processed it, the latest
+        self.error: Exception | None = None
+        self.checkpointed = time.monotonic()
+        self._progress: dict[str, Progress] = {}
+        self._committed: dict[str, Position] = {}
+        self._cuts: dict[str, tuple[Cut, Progress]] = {}
+        self._steps: Iterator[None] | None = None
+        self._pause = CHECKPOINT_S
+
+    def run(self) -> None:
+        """The thread's body; what ended it is in `error`, None after a clean stop."""
+        try:
+            self.work()
+            if not self.abandoned:
+                self.checkpoint()
+        except Exception as error:
+            self.error = error
+            if not isinstance(error, (StoreError, Fenced)):
+                log.exception("worker failed", extra={"streams": sorted(self.streams)})
+
+    def work(self) -> None:
+        raise NotImplementedError
+
+    def load(self, name: str, position: Position) -> None:
+        """Make a stream anew from the store."""
+        stream = self.shared.make[name]()
+        stream.load(self.shared.clock())
+        self.streams[name], self.at[name] = stream, position
+        self._progress[name] = Progress(name, position)
+        self._cuts.pop(name, None)
+
+    def drop(self, name: str) -> None:
+        for table in (self.streams, self.at, self._progress, self._cuts):
+            table.pop(name, None)
+
+    def feed(self, name: str, batch: Batch) -> None:
+        """One stream takes in one batch; anything it throws comes out."""
+        if batch.to & BITS[name]:
+            self.busy = Busy(name, batch.first_ordinal, time.monotonic())
+            try:
+                outcome = self.streams[name].process(batch, self.shared.clock())
+            finally:
+                self.busy = None
+            if self.abandoned:
+                raise Fenced("this worker hung and was replaced")
+            if not batch.to & CANARY:
+                dead = [self.letter(name, batch, index, reason, 1) for index, reason in outcome.dead]
+                self.count(name, outcome.done, dead)
+            self.delays_s[name] = max(0.0, (self.shared.clock() - batch.arrivals[-1]) / 1000)
+        self.at[name] = self._progress[name].position = batch.after
+
+    def count(self, name: str, processed: int, dead: list[DeadLetter]) -> None:
+        self._progress[name].processed += processed
+        self._progress[name].dead += dead
+        self.counters[name].processed += processed
+        self.counters[name].dead += len(dead)
+
+    def letter(
+        self, name: str, batch: Batch, index: int, reason: str, attempts: int, first_at: int | None = None
+    ) -> DeadLetter:
+        now = self.shared.clock()
+        place = batch.places[index]
+        return DeadLetter(
+            f"{name}-{place}",
+            name,
+            place,
+            reason,
+            attempts,
+            first_at or now,
+            now,
+            batch.sources[index],
+            batch.arrivals[index],
+            batch.body(index),
+        )
+
+    def checkpoint_step(self, idle: bool) -> bool:
+        """Carry the checkpoint on by one step; True when there was something to do."""
+        if self._steps is None:
+            elapsed = time.monotonic() - self.checkpointed
+            if elapsed < (IDLE_CHECKPOINT_S if idle else self._pause) or not self._moved():
+                return False
+            self._steps = self._checkpoint()
+        if next(self._steps, self) is self:
+            self._steps = None
+        return True
+
+    def checkpoint(self) -> None:
+        """Bring everything processed so far into the store, now."""
+        while self._steps is not None:
+            self.checkpoint_step(False)
+        if self._moved():
+            for _ in self._checkpoint():
+                pass
+
+    def _moved(self) -> bool:
+        moved = any(p.position != self._committed.get(name) for name, p in self._progress.items())
+        return moved or any(stream.unsaved for stream in self.streams.values())
+
+    def _checkpoint(self) -> Iterator[None]:
+        began = time.monotonic()
+        spent = 0.0
+        now = self.shared.clock()
+        for name, stream in self.streams.items():
+            self._cuts[name] = (stream.cut(now), self._progress[name])
+            self._progress[name] = Progress(name, self.at[name])
+        for name in list(self._cuts):
+            while name in self._cuts and (chunk := next(self._cuts[name][0].chunks, None)) is not None:
+                spent += self._commit(chunk)
+                yield
+        final: list[Command] = []
+        cuts, self._cuts = self._cuts, {}
+        for cut, progress in cuts.values():
+            final += [*cut.final, *checkpoints.advance(progress, self.shared.clock())]
+        spent += self._commit(final)
+        for name, (cut, progress) in cuts.items():
+            cut.done()
+            self._committed[name] = progress.position
+        self.checkpointed = time.monotonic()
+        self._pause = max(CHECKPOINT_S - (self.checkpointed - began), COMMIT_SHARE * spent, 0.0)
+
+    def _commit(self, commands: list[Command]) -> float:
+        if self.abandoned:
+            raise Fenced("this worker hung and was replaced")
+        began = time.monotonic()
+        checkpoints.commit(self.shared.store, self.epoch, commands)
+        return time.monotonic() - began
+
+
+class Group(Worker):
+    """The streams that stand together, at `start`: one pass over each batch, one checkpoint. There may be none yet."""
+
+    def __init__(
+        self, shared: Shared, start: Position, positions: Mapping[str, Position], failed: Callable[[Failed], None]
+    ) -> None:
+        super().__init__(shared)
+        self._start = dict(positions)
+        self._failed = failed
+        self.position = start
+        self._joining: list[str] = []
+
+    def join(self, name: str) -> None:
+        """Take a stream in that stands at its checkpoint, at the next batch boundary."""
+        self._joining.append(name)
+        self.shared.wake.set()
+
+    def work(self) -> None:
+        for name, position in self._start.items():
+            self.load(name, position)
+            self._committed[name] = position
+        while not self.stopping.is_set():
+            self.shared.wake.clear()
+            while self._joining:
+                self._admit(self._joining.pop())
+            frames = self.shared.log.read(self.position)
+            for run in self._runs(frames):
+                self._pass(Batch(run, self.position.index))
+                self.checkpoint_step(False)
+            if not frames and not self.checkpoint_step(True):
+                self.shared.wake.wait(POLL_S if not self._moved() else IDLE_CHECKPOINT_S / 2)
+
+    def _pass(self, batch: Batch) -> None:
+        for name in list(self.streams):
+            if self.at[name].ordinal >= batch.first_ordinal + len(batch):
+                continue  # joined ahead of the group
+            try:
+                self.feed(name, batch)
+            except (StoreError, Fenced):
+                raise
+            except Exception as error:
+                log.exception("stream left the group", extra={"stream": name, "ordinal": batch.first_ordinal})
+                self.drop(name)
+                self._failed(Failed(name, f"{type(error).__name__}: {error}", batch.first_ordinal))
+                continue
+            self.shared.applied(name, batch.first_ordinal + len(batch))
+        self.position = batch.after
+
+    def _runs(self, frames: list[Frame]) -> Iterator[list[Frame]]:
+        """Neighbouring frames with the same addressees, about a thousand events at a time."""
+        edges = {position.ordinal for position in self.at.values()}
+        run: list[Frame] = []
+        size = 0
+        for frame in frames:
+            if run and (frame.to != run[0].to or size >= 1000 or frame.ordinal in edges):
+                yield run
+                run, size = [], 0
+            run.append(frame)
+            size += len(frame.records)
+        if run:
+            yield run
+
+    def _admit(self, name: str) -> None:
+        """Load a stream and bring it to the group's position, or leave it ahead for the group to reach."""
+        position = checkpoints.read(self.shared.store, [name])[name]
+        self.load(name, position)
+        self._committed[name] = position
+        while self.at[name].ordinal < self.position.ordinal and name in self.streams:
+            for frame in self.shared.log.read(self.at[name]):
+                if frame.ordinal >= self.position.ordinal:
+                    return
+                try:
+                    self.feed(name, Batch([frame], self.at[name].index))
+                except (StoreError, Fenced):
+                    raise
+                except Exception as error:  # noqa: BLE001  whatever it throws, it leaves the group
+                    self.drop(name)
+                    self._failed(Failed(name, f"{type(error).__name__}: {error}", frame.ordinal))
+                    return
+
+
+class Straggler(Worker):
+    """One stream that failed or fell behind: event by event around the trouble, in batches once it goes well again."""
+
+    def __init__(self, shared: Shared, name: str, caught_up: Callable[[Position], bool], careful: bool) -> None:
+        super().__init__(shared)
+        self.name = name
+        self._caught_up = caught_up
+        self.careful = careful
+        self.holding: str | None = None  # the error for which the stream waits at one event
+        self.attempts: dict[int, tuple[int, int, str]] = {}  # ordinal -> attempts, first at (epoch ms), error
+        self.condemned: dict[int, str] = {}
+        self._good, self._bad_in_a_row = 0, 0
+        self._held_since: float | None = None
+        self.done = False
+
+    def hung_at(self, ordinal: int, before: Straggler) -> None:
+        """Go on where a straggler hung, with what it had found out."""
+        self.attempts, self.condemned, self._bad_in_a_row = before.attempts, before.condemned, before._bad_in_a_row
+        self._failed_at(ordinal, "hung", single=True)
+
+    def work(self) -> None:
+        name = self.name
+        self._reload()
+        while not self.stopping.is_set():
+            self.shared.wake.clear()
+            frames = self.shared.log.read(self.at[name], 1 << 17)
+            if not self.careful and (not frames or self._caught_up(self.at[name])):
+                self.done = True
+                return
+            if not frames:
+                self.careful = False
+                continue
+            for batch in self._batches(frames):
+                if not self._try(batch):
+                    break
+                self.checkpoint_step(False)
+                if self.stopping.is_set():
+                    return
+
+    def _reload(self) -> None:
+        position = checkpoints.read(self.shared.store, [self.name])[self.name]
+        self._steps = None
+        self.load(self.name, position)
+        self._committed[self.name] = position
+
+    def _batches(self, frames: list[Frame]) -> Iterator[Batch]:
+        for frame in frames:
+            skip = self.at[self.name].index
+            if not self.careful:
+                yield Batch([frame], skip)
+                continue
+            for index in range(skip, len(frame.records)):
+                yield Batch([frame], index, single=True)
+
+    def _try(self, batch: Batch) -> bool:
+        """Feed a batch; False when it failed and the stream was made anew."""
+        name, ordinal = self.name, batch.first_ordinal
+        single = len(batch) == 1
+        if single and ordinal in self.condemned:
+            attempts, first_at, error = self.attempts.pop(ordinal)
+            reason = f"{self.condemned.pop(ordinal)}: {error}"
+            if not batch.to & CANARY:  # which counts nowhere
+                self.count(name, 0, [self.letter(name, batch, 0, reason, attempts, first_at)])
+            self.at[name] = self._progress[name].position = batch.after
+            self._bad_in_a_row += 1
+            return True
+        if ordinal in self.attempts:
+            self.checkpoint()  # what is good before a bad event must not be done again with it
+        try:
+            self.feed(name, batch)
+        except (StoreError, Fenced):
+            raise
+        except Exception as error:  # noqa: BLE001  whatever it throws is this event's failure
+            self._failed_at(ordinal, f"{type(error).__name__}: {error}", single)
+            self._reload()
+            return False
+        self.shared.applied(name, ordinal + len(batch))
+        self.holding, self._held_since = None, None
+        self._bad_in_a_row = 0
+        self._good += len(batch)
+        if self.careful and self._good >= TRUSTED_AFTER:
+            self.careful = False
+        return True
+
+    def _failed_at(self, ordinal: int, error: str, single: bool) -> None:
+        self._good = 0
+        self.careful = True
+        if not single:
+            return
+        attempts, first_at, _ = self.attempts.get(ordinal, (0, self.shared.clock(), ""))
+        self.attempts[ordinal] = (attempts + 1, first_at, error)
+        log.warning("stream failed at an event", extra={"stream": self.name, "ordinal": ordinal, "error": error})
+        if attempts + 1 < MAX_ATTEMPTS:
+            self.stopping.wait(0.05 * 2**attempts)
+        elif self._bad_in_a_row < MAX_BAD_IN_A_ROW:
+            self.condemned[ordinal] = "failed"
+        else:
+            self.holding = error
+            self._held_since = self._held_since or time.monotonic()
+            if time.monotonic() - self._held_since >= HOLD_S:
+                self.condemned[ordinal] = "failed"
+                self._held_since = None
+            else:
+                self.stopping.wait(min(5.0, 0.1 * 2 ** min(attempts, 6)))

@@ -1,0 +1,75 @@
+"""Tiles in memory: the state of one entity, and where each family's levels are in it.
+
+Of each family an entity has the newest tile of the finest level at hand, as two plain integers; the others are flat rows in one
+bytearray per level (a slot), ascending: tile number (u32), then the state. Flat bytes, because the garbage collector would walk
+millions of small objects and pause the whole process.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from pipeline.families import Family
+
+NUMBER = struct.Struct("<I")
+
+
+class Entity:
+    """The tiles of one user, merchant or zone. `position` is the ordinal behind the last event in them: none counts twice.
+
+    `touched` has a bit for each family whose newest tile changed since the last write, `changed` the (slot, tile) of other
+    changed rows, `gone` the fields of rows that left. `future` keeps what is stamped ahead of the clock, (event time ms,
+    family, delta), until its time has come.
+    """
+
+    __slots__ = (
+        "changed",
+        "expires",
+        "future",
+        "gone",
+        "kept_future",
+        "position",
+        "rows",
+        "tiles",
+        "touched",
+        "values",
+    )
+
+    def __init__(self, families: int, slots: int) -> None:
+        self.position = 0
+        self.tiles = [-1] * families
+        self.values = [0] * families
+        self.rows: list[bytearray | None] = [None] * slots
+        self.touched = 0
+        self.changed: list[tuple[int, int]] = []
+        self.gone: list[bytes] = []
+        self.future: list[tuple[int, int, int]] = []
+        self.kept_future = False  # the store has a copy of `future`
+        self.expires = 0
+
+
+class Layout:
+    """The slots of a set of families: `first` of each family, and per slot its family and level, and a state's bytes and mask."""
+
+    def __init__(self, families: Sequence[Family]) -> None:
+        self.families = tuple(families)
+        self.first = [sum(len(f.windows) for f in self.families[:i]) for i in range(len(self.families))]
+        self.slots = [(i, level) for i, f in enumerate(self.families) for level in range(len(f.windows))]
+        self.size = [self.families[i].sizes[level] for i, level in self.slots]
+        self.mask = [(1 << 8 * size) - 1 for size in self.size]
+
+    def new(self) -> Entity:
+        return Entity(len(self.families), len(self.slots))
+
+    def bound(self) -> int:
+        """The bytes that an entity's tiles never pass: for each window its tiles, one at either edge, and one being filled."""
+        return sum(
+            (window // tile + 2) * (size + NUMBER.size)
+            for family in self.families
+            for window, tile, size in zip(family.windows, family.tiles, family.sizes, strict=True)
+        )
+
+    def memory(self, entity: Entity) -> int:
+        """The bytes of an entity's tiles, without Python's own overhead."""
+        return sum(len(rows) for rows in entity.rows if rows) + sum(self.size[slot] for slot in self.first)

@@ -1,0 +1,201 @@
+"""Point-in-time training sets: joins labels with features as of each label's time, and writes one Parquet file.
+
+    python -m pipeline.training_set --labels labels.csv --features acceptance_rate,payments_1h --out set.parquet
+
+The labels are a CSV file with the columns `user_id` and `timestamp` (RFC 3339 or epoch ms), and any others, which are kept;
+`merchant_id` or `zone` where features of those are asked for. A feature counts the events up to the label's time, whenever they
+arrived; with --known-only those alone that had arrived by then. It reads the log of the store directly, which needs no running
+Nexus and costs one pass for many labels, where routes would cost a query for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from pipeline import settings
+from pipeline.catalogue import FEATURES
+from pipeline.definitions import Entity as Kind
+from pipeline.definitions import Feature, Malformed, check
+from pipeline.errors import NexusError, Unprocessable
+from pipeline.events import CANARY_TYPE
+from pipeline.families import plan
+from pipeline.foreign import read_moment
+from pipeline.log import Log, Position
+from pipeline.store import Store
+from pipeline.streams.fold import PAYMENT, REPORT, merchant_of
+from pipeline.streams.stream import Batch
+from pipeline.windows import Entity, Values, Windows
+
+LABELS_PER_PASS = 20_000  # each has its tiles in memory while the log is read
+COLUMN: Mapping[Kind, str] = {"user": "user_id", "merchant": "merchant_id", "zone": "zone"}
+_FEATURES_BIT = 1
+
+
+class Label:
+    """One row: its moment (epoch ms), and the tiles of each entity it names."""
+
+    __slots__ = ("at", "entities", "row", "seen")
+
+    def __init__(self, row: dict[str, str], at: int) -> None:
+        self.row, self.at = row, at
+        self.entities: dict[Kind, Entity] = {}
+        self.seen: set[Kind] = set()
+
+
+class TrainingSet:
+    """Folds the stored events into labels. `known_only` leaves out what arrived after a label's time."""
+
+    def __init__(self, log: Log, features: Sequence[Feature], known_only: bool = False) -> None:
+        families = plan(features)
+        self._log, self._known_only = log, known_only
+        self._windows: dict[Kind, Windows] = {
+            kind: Windows(features, families, kind) for kind in COLUMN if any(f.entity == kind for f in features)
+        }
+        # An event that any definition cannot take is a dead letter, and counts in none.
+        self._judges = [Windows(FEATURES, kind=kind) for kind in COLUMN]
+        self.features = tuple(features)
+
+    def join(self, labels: Sequence[Label], bar: Any = None) -> Iterator[Values]:
+        """The features of each label, in the order given; None for an entity without any event. One pass over the log."""
+        index: dict[Kind, dict[str, list[Label]]] = {kind: {} for kind in self._windows}
+        for label in sorted(labels, key=lambda label: label.at):
+            for kind, windows in self._windows.items():
+                label.entities[kind] = windows.new()
+                index[kind].setdefault(label.row[COLUMN[kind]], []).append(label)
+        self._read(index, bar)
+        for label in labels:
+            found: Values = {}
+            for kind, windows in self._windows.items():
+                values = windows.values(label.entities[kind], label.at)
+                found |= values if kind in label.seen else dict.fromkeys(values)
+            yield found
+
+    def _read(self, index: dict[Kind, dict[str, list[Label]]], bar: Any) -> None:
+        paid: dict[str, str] = {}  # of the payments so far: a fraud report counts for the merchant of its payment
+        position = Position(segment=self._log.head().first_segment)
+        while frames := self._log.read(position):
+            for frame in frames:
+                if frame.to & _FEATURES_BIT:
+                    self._take(Batch([frame]), index, paid)
+                if bar is not None:
+                    bar.update(len(frame.records))
+            position = frames[-1].after()
+
+    def _take(self, batch: Batch, index: dict[Kind, dict[str, list[Label]]], paid: dict[str, str]) -> None:
+        for i, event in enumerate(batch.events):
+            if event is None or event.event_type == CANARY_TYPE:
+                continue
+            owners: dict[Kind, str | None] = {"user": event.user_id}
+            if "merchant" in index and event.event_type in (PAYMENT, REPORT):
+                data = batch.data(i)
+                transaction = str(data.get("transaction_id"))
+                if event.event_type == PAYMENT and (merchant := merchant_of(data)) is not None:
+                    paid[transaction] = merchant
+                owners["merchant"] = merchant_of(data) if event.event_type == PAYMENT else paid.get(transaction)
+            if "zone" in index:
+                owners["zone"] = batch.zones[i]
+            for kind, labelled in index.items():
+                found = labelled.get(owners.get(kind) or "")
+                if found is not None and (kind == "user" or event.event_type in self._windows[kind].event_types):
+                    self._count(kind, batch, i, found)
+
+    def _count(self, kind: Kind, batch: Batch, i: int, labels: list[Label]) -> None:
+        """One event, in every label of its entity from its own time on."""
+        windows, event, ts = self._windows[kind], batch.events[i], batch.ts[i]
+        assert event is not None
+        try:
+            for judge in self._judges:
+                judge.extract(event, batch.data(i), ts)
+            deltas = windows.extract(event, batch.data(i), ts)
+        except Malformed:
+            return
+        for label in labels[bisect_left(labels, ts, key=lambda label: label.at) :]:
+            if ts <= label.at - windows.horizon_ms:
+                break
+            if not self._known_only or batch.arrivals[i] <= label.at:
+                label.seen.add(kind)
+                windows.add(label.entities[kind], ts, deltas, label.at)
+
+
+def read_labels(path: Path, kinds: Sequence[Kind]) -> list[Label]:
+    """The rows of a CSV file. Raises Unprocessable with the line and the remedy."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        needed = ["timestamp", *(COLUMN[kind] for kind in kinds)]
+        absent = [name for name in needed if name not in (reader.fieldnames or [])]
+        if absent:
+            raise Unprocessable(
+                "no_column", f"{path} has no column {', '.join(absent)}; its first line names the columns"
+            )
+        labels = []
+        for row in reader:
+            try:
+                labels.append(Label(row, read_moment("timestamp", row["timestamp"])))
+            except NexusError as error:
+                raise Unprocessable("invalid_label", f"{path}, line {reader.line_num}: {error.message}") from error
+        return labels
+
+
+def chosen(names: Sequence[str], features: Sequence[Feature] = FEATURES) -> list[Feature]:
+    """The definitions with these names, and those that their ratios need, last. Raises Unprocessable."""
+    check(features)
+    by_name = {feature.name: feature for feature in features}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise Unprocessable(
+            "unknown_feature", f"no feature {', '.join(unknown)}; there are {', '.join(sorted(by_name))}"
+        )
+    parts = [part for name in names for part in by_name[name].of or () if part not in names]
+    return [by_name[name] for name in dict.fromkeys([*names, *parts])]
+
+
+def table_of(labels: Sequence[Label], values: Sequence[Values], names: Sequence[str]) -> pa.Table:
+    """Labels and features side by side; the labels' columns as they are, the features as numbers."""
+    columns: dict[str, Any] = {name: [label.row[name] for label in labels] for name in labels[0].row} if labels else {}
+    for name in names:
+        columns[name] = pa.array([row[name] for row in values], pa.float64())
+    return pa.table(columns)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.training_set", description=__doc__.partition("\n")[0])
+    parser.add_argument("--labels", type=Path, required=True, help="CSV with user_id, timestamp and any other columns")
+    parser.add_argument("--features", required=True, help="names, comma separated")
+    parser.add_argument("--out", type=Path, required=True, help="the Parquet file to write")
+    parser.add_argument(
+        "--known-only", action="store_true", help="leave out events that arrived after the label's time"
+    )
+    given = parser.parse_args()
+    try:
+        names = [name for name in given.features.split(",") if name]
+        features = chosen(names)
+        kinds = list(dict.fromkeys(feature.entity for feature in features))
+        labels = read_labels(given.labels, kinds)
+        environment = settings.load()
+        log = Log(Store(environment.store_url, environment.redis_cluster))
+        maker = TrainingSet(log, features, given.known_only)
+        passes = range(0, len(labels), LABELS_PER_PASS)
+        values: list[Values] = []
+        with tqdm(total=log.head().ordinal * len(passes), unit=" events", disable=None) as bar:
+            for at in passes:
+                values += maker.join(labels[at : at + LABELS_PER_PASS], bar)
+        pq.write_table(table_of(labels, values, names), given.out)
+    except (NexusError, OSError) as error:
+        print(f"training set: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(labels)} labels, {len(names)} features: {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""Tiles: sliding windows as packed states per time slice. Constant work per event, at most 60 tiles per window and read.
+
+tiles.py has the form of an entity's tiles in memory, reading.py makes values of them; here they are filled, handed up from finer
+to coarser levels, and brought to the store and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import add
+from typing import Any
+
+import msgspec
+
+from pipeline.definitions import Entity as Kind
+from pipeline.definitions import Feature
+from pipeline.events import Event, Stored
+from pipeline.extraction import Deltas, Extract, compile_extraction
+from pipeline.families import Family, plan
+from pipeline.reading import Reading, Values
+from pipeline.tiles import NUMBER, Entity, Layout
+
+POSITION = b"p"
+FUTURE = b"f"
+_EXPIRY_SLACK_MS = 3 * 3_600_000
+_FIELD = 8  # bytes of a tile's field in the store: family id (3), level (1), tile number (4)
+
+
+class Windows:
+    """The arithmetic of tiles for one kind of entity; it holds no state. All times are epoch ms and passed in.
+
+    `features` are those that values() answers; `families`, planned from them where not given, those that events are counted in.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[Feature],
+        families: Sequence[Family] | None = None,
+        kind: Kind = "user",
+        suffix: bytes = b"",
+    ) -> None:
+        self.kind = kind
+        self._position, self._future = POSITION + suffix, FUTURE + suffix
+        self.kept: frozenset[bytes] | None = None  # families of others in the same hashes; None: touch no foreign field
+        self.filled: bytes | None = None  # the suffix of the fold that filled families before these took over from it
+        self.features = tuple(f for f in features if f.entity == kind)
+        chosen = plan(self.features) if families is None else families
+        self.families = tuple(family for family in chosen if family.entity == kind)
+        self.layout = Layout(self.families)
+        self._first, self._slots = self.layout.first, self.layout.slots
+        self._size, self._mask = self.layout.size, self.layout.mask
+        self._prefix = [self.families[i].id + bytes([level]) for i, level in self._slots]
+        self._by_prefix = {prefix: slot for slot, prefix in enumerate(self._prefix)}
+        self._by_id = {family.id: i for i, family in enumerate(self.families)}
+        self._fine = [(family.merge, 1 << i) for i, family in enumerate(self.families)]
+        untyped = [(i, family) for i, family in enumerate(self.families) if family.event_type is None]
+        self._extract_any = compile_extraction(untyped)
+        self._extract: dict[str, Extract] = {
+            event_type: compile_extraction(
+                [(i, f) for i, f in enumerate(self.families) if f.event_type in (None, event_type)]
+            )
+            for event_type in {f.event_type for f in self.families if f.event_type is not None}
+        }
+        self.horizon_ms = max((family.windows[-1] for family in chosen), default=0)
+        self._reading = Reading(self.features, self.layout)
+
+    @property
+    def event_types(self) -> frozenset[str]:
+        """The event types whose data some definition reads."""
+        return frozenset(self._extract)
+
+    def new(self) -> Entity:
+        return self.layout.new()
+
+    # ------------------------------------------------------------------------------------------ counting
+
+    def extract(self, event: Event | Stored, data: Mapping[str, Any], ts: int) -> Deltas:
+        """What an event adds, per family. Raises Malformed; nothing is changed then."""
+        return self._extract.get(event.event_type, self._extract_any)(data, event, ts)
+
+    def add(self, entity: Entity, ts: int, deltas: Deltas, now: int) -> None:
+        """Count an event in its own tiles; one that is ahead of the clock waits."""
+        if entity.future:
+            self._ripen(entity, now)
+        if ts > now:
+            entity.future += [(ts, i, delta) for i, _, delta in deltas]
+            return
+        fine, tiles, values = self._fine, entity.tiles, entity.values
+        touched = 0
+        for i, tile, delta in deltas:
+            if tiles[i] == tile:
+                before = values[i]
+                merge, bit = fine[i]
+                after = before + delta if merge is add else merge(before, delta)
+                if after != before:
+                    values[i] = after
+                    touched |= bit
+            else:
+                self._open(entity, i, ts, tile, delta, now)
+        entity.touched |= touched
+
+    def _open(self, entity: Entity, i: int, ts: int, tile: int, delta: int, now: int) -> None:
+        """Count in another tile than the newest: a newer one takes its place, an older one is looked up."""
+        slot, newest = self._first[i], entity.tiles[i]
+        if tile < newest or ts <= now - self.families[i].windows[-1]:
+            self._put(entity, i, 0, tile, delta, now)
+            return
+        if newest >= 0:
+            rows = entity.rows[slot]
+            if rows is None:
+                rows = entity.rows[slot] = bytearray()
+            rows += NUMBER.pack(newest) + (entity.values[i] & self._mask[slot]).to_bytes(self._size[slot], "little")
+            if entity.touched >> i & 1:
+                entity.changed.append((slot, newest))
+        entity.values[i] = delta
+        entity.tiles[i] = tile  # last: a reader elsewhere looks at it twice
+        entity.touched |= 1 << i
+        self._hand_up(entity, i, now)
+
+    def _put(self, entity: Entity, i: int, level: int, tile: int, state: int, now: int) -> None:
+        """Merge a state into the row of its tile, in the finest level from `level` on whose window still has it."""
+        family, slot = self.families[i], self._first[i] + level
+        while tile <= (now - family.windows[level]) // family.tiles[level]:
+            level += 1
+            if level == len(family.windows):
+                return  # its last window has passed: no value of now may show it
+            tile = tile * family.tiles[level - 1] // family.tiles[level]
+            slot += 1
+        state &= self._mask[slot]
+        rows, step = entity.rows[slot], self._size[slot] + 4
+        if rows is None:
+            rows = entity.rows[slot] = bytearray()
+        at = len(rows) - step
+        while at >= 0 and (number := NUMBER.unpack_from(rows, at)[0]) > tile:
+            at -= step
+        if at >= 0 and number == tile:
+            merged = self._fine[i][0](int.from_bytes(rows[at + 4 : at + step], "little"), state) & self._mask[slot]
+            rows[at + 4 : at + step] = merged.to_bytes(step - 4, "little")
+        else:
+            at += step
+            rows[at:at] = NUMBER.pack(tile) + state.to_bytes(step - 4, "little")
+        entity.changed.append((slot, tile))
+
+    def _hand_up(self, entity: Entity, i: int, now: int) -> None:
+        """Rows that left their level's window go into the next coarser level, or are let go."""
+        family, slot = self.families[i], self._first[i]
+        for level, (window, tile_ms) in enumerate(zip(family.windows, family.tiles, strict=True)):
+            rows = entity.rows[slot + level]
+            if not rows:
+                continue
+            edge, step, at = (now - window) // tile_ms, self._size[slot + level] + 4, 0
+            while at < len(rows) and (tile := NUMBER.unpack_from(rows, at)[0]) <= edge:
+                entity.gone.append(self._prefix[slot + level] + NUMBER.pack(tile))
+                self._put(entity, i, level, tile, int.from_bytes(rows[at + 4 : at + step], "little"), now)
+                at += step
+            if at:
+                del rows[:at]
+
+    def _ripen(self, entity: Entity, now: int) -> None:
+        ripe = [item for item in entity.future if item[0] <= now]
+        if ripe:
+            entity.future = [item for item in entity.future if item[0] > now]
+            for ts, i, delta in ripe:
+                self.add(entity, ts, [(i, ts // self.families[i].tiles[0], delta)], now)
+
+    def values(self, entity: Entity, at: int) -> Values:
+        """All features as of `at`: events with a time in (at - window, at], the older edge rounded up to a whole tile."""
+        return self._reading.values(entity, at)
+
+    def due(self, entity: Entity, at: int, spacing_ms: int) -> int | None:
+        """When the values of `at` should be looked at again; see Reading."""
+        return self._reading.due(entity, at, spacing_ms)
+
+    # ------------------------------------------------------------------------------------------ the store's form
+
+    def dump(self, entity: Entity, key: str, now: int) -> list[list[Any]]:
+        """The commands that bring the store up to this entity: only the rows that changed, and the position with them."""
+        words: list[Any] = ["HSET", key, self._position, entity.position]
+        touched, i = entity.touched, 0
+        while touched:
+            if touched & 1:
+                slot = self._first[i]
+                words.append(self._prefix[slot] + NUMBER.pack(entity.tiles[i]))
+                words.append((entity.values[i] & self._mask[slot]).to_bytes(self._size[slot], "little"))
+            touched >>= 1
+            i += 1
+        for slot, tile in dict.fromkeys(entity.changed):
+            raw = self._row(entity, slot, tile)
+            if raw is not None:
+                words += [self._prefix[slot] + NUMBER.pack(tile), raw]
+        gone = [*entity.gone]
+        if entity.future:
+            kept = [
+                (
+                    ts,
+                    self.families[i].id,
+                    (delta & self._mask[self._first[i]]).to_bytes(self._size[self._first[i]], "little"),
+                )
+                for ts, i, delta in entity.future
+            ]
+            words += [self._future, msgspec.msgpack.encode(kept)]
+        elif entity.kept_future:
+            gone.append(self._future)
+        entity.kept_future = bool(entity.future)
+        commands = [["HDEL", key, *gone], words] if gone else [words]
+        if entity.expires < now + self.horizon_ms:
+            entity.expires = now + self.horizon_ms + _EXPIRY_SLACK_MS
+            commands.append(["PEXPIREAT", key, entity.expires])
+        entity.touched, entity.changed, entity.gone = 0, [], []
+        return commands
+
+    def _row(self, entity: Entity, slot: int, tile: int) -> bytes | None:
+        """The state of a row, None where it has been handed up since."""
+        rows, step = entity.rows[slot], self._size[slot] + 4
+        at = len(rows) - step if rows else -1
+        while rows is not None and at >= 0:
+            number = NUMBER.unpack_from(rows, at)[0]
+            if number <= tile:
+                return bytes(rows[at + 4 : at + step]) if number == tile else None
+            at -= step
+        return None
+
+    def load(self, flat: Mapping[bytes, bytes]) -> Entity:
+        """An entity from its hash in the store; fields that nobody reads any more are marked to be deleted."""
+        entity = self.new()
+        entity.position = int(flat.get(self._position, 0))
+        if self.filled is not None:  # an entity that only the other fold knew has only its position
+            entity.position = max(entity.position, int(flat.get(POSITION + self.filled, 0)))
+        found: dict[int, list[tuple[int, bytes]]] = {}
+        for field, value in flat.items():
+            if len(field) == _FIELD:
+                slot = self._by_prefix.get(field[:4])
+                if slot is not None:
+                    found.setdefault(slot, []).append((NUMBER.unpack_from(field, 4)[0], value))
+                elif self.kept is not None and field[:3] not in self.kept:
+                    entity.gone.append(field)
+            elif field == self._future or (field.startswith(FUTURE) and self.kept == frozenset()):
+                self._load_future(entity, value)
+                if field == self._future:
+                    entity.kept_future = True
+                else:
+                    entity.gone.append(field)
+            elif field != self._position and self.kept == frozenset():
+                entity.gone.append(field)
+        for slot, rows in found.items():
+            rows.sort()
+            i, level = self._slots[slot]
+            if level == 0:
+                tile, state = rows.pop()
+                entity.tiles[i], entity.values[i] = tile, int.from_bytes(state, "little")
+            if rows:
+                entity.rows[slot] = bytearray(b"".join([NUMBER.pack(tile) + state for tile, state in rows]))
+        return entity
+
+    def _load_future(self, entity: Entity, raw: bytes) -> None:
+        for ts, family_id, state in msgspec.msgpack.decode(raw):
+            if family_id in self._by_id:
+                entity.future.append((ts, self._by_id[family_id], int.from_bytes(state, "little")))
