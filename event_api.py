@@ -1,0 +1,864 @@
+"""The reference Python feature service: takes events over HTTP and keeps features per user in a Redis or Valkey store.
+
+Features, by event time; T is now, a window is (T - window, T]. Empty window: null for rates and means, 0 for counts.
+
+    name                       value                                                       window  tile
+    acceptance_rate            accepted / (accepted + rejected), ride_request_response     24 h    10 min
+    response_time              mean response_time of ride_request_response, s              24 h    10 min
+    recent_rejections          rejected ride_request_response                              1 h     20 s
+    py_activity_score          ln(1 + events) / ln(1001), at most 1                        24 h    10 min
+    py_session_count_24h       distinct session_id, at most 100                            24 h    10 min
+    py_mean_event_gap_s        mean time from one event to the next, s                     24 h    10 min
+    py_payment_amount_mean_7d  mean amount of payment                                      7 d     2 h
+
+The newer edge is exact: an event with a later timestamp waits for its time. The older one moves by tiles: a tile
+counts while all of it is inside, so an expired event is never counted.
+
+How events are kept: one script adds a batch to a journal and its ids to the seen ones, or does neither. The users'
+states live in this process. About once a second the changed ones are stored, `features:{user_id}` is written, and the
+journal is cut to what no stored state has yet; whoever starts, or had lost the store, claims it and replays the
+journal. The scripts refuse a process that is no longer the owner; it then drops what it holds. The keys of a script
+share the tag {py}, for Cluster: there the public keys are written just before the states, with the journal as outbox.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import logging
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from hashlib import blake2b, sha1, sha256
+from typing import Annotated, Any, NamedTuple
+from urllib.parse import quote
+
+import msgspec
+import redis.asyncio as redis
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse
+from msgspec import Meta
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError
+from starlette.exceptions import HTTPException
+
+VERSION = "1.0.0"
+HOUR, DAY, WEEK = 3_600_000, 86_400_000, 7 * 86_400_000  # all times are epoch milliseconds
+HOUR_TILE, DAY_TILE, WEEK_TILE, DEMAND_TILE = 20_000, 600_000, 7_200_000, 1_800_000
+MAX_EVENTS, MAX_BODY = 5_000, 40 << 20
+MAX_STATES, MAX_SESSIONS = 50_000, 100  # in memory; per user
+SEEN_PERIOD, SEEN_PERIODS = 2 * DAY, 5  # one set of ids per two days: an id is known for 8 to 10 days
+KEEP_S = 8 * 86_400  # an idle user is forgotten a day after its last window has run empty
+PUBLISH_MS, TICK_S = 900, 0.1  # a user is published at most so often; how often the flusher looks
+STORE_TIMEOUT_S = 2.0
+OTHER, ACCEPTED, REJECTED, ANSWERED, PAYMENT, REQUEST = range(6)
+CITY = " city"  # the demand of the city, kept like a user; no user_id holds a space
+OWNER, JOURNAL, COUNTS, STATE, SEEN = (
+    f"py:{{py}}:{name}" for name in ("owner", "journal", "counts", "state:", "seen:")
+)
+log = logging.getLogger("event_api")
+
+CLAIM = """#!lua flags=allow-oom
+redis.call('SET', KEYS[1], ARGV[1])
+return redis.call('XRANGE', KEYS[2], '-', '+')
+"""
+# Over the memory limit this one is refused before its first write. Where ids are known it writes nothing and answers
+# their positions, so that the caller comes back with a frame of the new ones only.
+ACCEPT = """#!lua
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('NOTOWNER') end
+local ids, known = {}, {}
+for i = 1, #ARGV[2], 12 do ids[#ids + 1] = string.sub(ARGV[2], i, i + 11) end
+if #ids > 0 then
+  for k = 4, #KEYS do
+    for i, hit in ipairs(redis.call('SMISMEMBER', KEYS[k], unpack(ids))) do
+      if hit == 1 then known[#known + 1] = i - 1 end
+    end
+  end
+  if #known > 0 then return known end
+  redis.call('SADD', KEYS[4], unpack(ids))
+  redis.call('EXPIRE', KEYS[4], ARGV[6])
+end
+redis.call('HINCRBY', KEYS[3], 'accepted', ARGV[3])
+redis.call('HINCRBY', KEYS[3], 'duplicates', ARGV[4])
+local seq = redis.call('HINCRBY', KEYS[3], 'seq', 1)
+if ARGV[5] ~= '' then redis.call('XADD', KEYS[2], seq .. '-0', 'facts', ARGV[5]) end
+return seq
+"""
+# Allowed over the memory limit: cutting the journal gives memory back. Keys and values come joined, with their sizes:
+# the client would spend more on packing hundreds of arguments than on all else.
+SAVE = """#!lua flags=allow-oom
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('NOTOWNER') end
+local words, at = {}, 1
+for size in string.gmatch(ARGV[4], '%d+') do
+  words[#words + 1] = string.sub(ARGV[5], at, at + size - 1)
+  at = at + size
+end
+for i = 1, #words, 2 do redis.call('SET', words[i], words[i + 1], 'EX', ARGV[3]) end
+return redis.call('XTRIM', KEYS[2], 'MINID', ARGV[2])
+"""
+
+# ---------------------------------------------------------------------------------------------- events
+
+NAME, TYPE = r"[^\s/\x00-\x1f\x7f-\x9f]{1,128}", r"[a-z0-9_.\-]{1,64}"
+# The patterns are for the documents: checked by msgspec they would cost three times as much as all the decoding.
+Name = Annotated[str, Meta(extra_json_schema={"pattern": f"^{NAME}$"})]
+Type = Annotated[str, Meta(extra_json_schema={"pattern": f"^{TYPE}$"})]
+Fact = tuple[str, int, int, float, str | None]  # entity, event time, kind, value (NaN: none), session
+
+
+class Location(msgspec.Struct, gc=False):
+    lat: Annotated[float, Meta(ge=-90, le=90)]
+    lng: Annotated[float, Meta(ge=-180, le=180)]
+
+
+class Data(msgspec.Struct, gc=False):
+    """The fields of `data` that features use; others pass unread, and one of a strange type counts as absent."""
+
+    response: Any = None
+    response_time: Any = None
+    amount: Any = None
+    quantity: Any = None
+
+
+class Event(msgspec.Struct, gc=False):
+    """One nested event. `timestamp` is RFC 3339 (UTC where it says no offset) or epoch milliseconds."""
+
+    event_type: Type
+    user_id: Name
+    event_id: Name | None = None
+    session_id: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+    timestamp: datetime | int | float | None = None
+    location: Location | None = None
+    data: Data | None = None
+
+
+class Batch(msgspec.Struct, gc=False):
+    events: list[Event]
+
+
+class RawBatch(msgspec.Struct, gc=False):
+    events: list[msgspec.Raw]
+
+
+class OnlyId(msgspec.Struct, gc=False):
+    event_id: str | None = None
+
+
+class Question(msgspec.Struct, gc=False):
+    """`event` belongs to the model fraud; `zone` and `horizon`, in half hours, to the model demand."""
+
+    model: str
+    event: Event | None = None
+    zone: str | None = None
+    horizon: Annotated[int, Meta(ge=1, le=336)] = 1
+
+
+class Rejection(msgspec.Struct, gc=False):
+    index: int
+    event_id: str | None
+    field: str
+    code: str
+    message: str
+
+
+class ApiError(Exception):
+    """An answer that is an error: status, code, message, details."""
+
+    def __init__(self, status: int, code: str, message: str, details: Any = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.details = status, code, message, details
+
+
+decode_batch = msgspec.json.Decoder(Batch).decode
+decode_raw_batch = msgspec.json.Decoder(RawBatch).decode
+decode_event = msgspec.json.Decoder(Event).decode
+decode_question = msgspec.json.Decoder(Question).decode
+to_json = msgspec.json.Encoder().encode
+is_name = re.compile(NAME).fullmatch
+is_user = lru_cache(MAX_STATES)(is_name)
+is_type = lru_cache(1000)(re.compile(TYPE).fullmatch)
+
+
+def parse_events(body: bytes) -> tuple[list[tuple[int, Event]], list[Rejection]]:
+    """The events of a batch body by position, and the rejected ones. Raises msgspec.DecodeError where it is none."""
+    try:
+        return list(enumerate(decode_batch(body).events)), []
+    except msgspec.ValidationError:  # one of them is bad, or the body is: look at each by itself
+        events, rejected = [], []
+        for index, raw in enumerate(decode_raw_batch(body).events):
+            try:
+                events.append((index, decode_event(raw)))
+            except (msgspec.DecodeError, RecursionError) as error:
+                rejected.append(Rejection(index, _event_id(raw), *verdict(error)))
+        return events, rejected
+
+
+def _event_id(raw: msgspec.Raw) -> str | None:
+    try:
+        return msgspec.json.decode(raw, type=OnlyId).event_id
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def verdict(error: Exception) -> tuple[str, str, str]:
+    """Field, code and message of a validation error."""
+    text = str(error)
+    if missing := re.search(r"missing required field `(\w+)`", text):
+        return missing[1], "missing", text
+    at = re.search(r" - at `\$\.([^`]+)`", text)
+    return at[1] if at else "event", "invalid", text
+
+
+def take(events: Iterable[tuple[int, Event]], now: int) -> tuple[dict[bytes, tuple[Fact, ...]], int, list[Rejection]]:
+    """What each new event means to the features, by the digest of its id; the duplicates among them; the rejected."""
+    fresh: dict[bytes, tuple[Fact, ...]] = {}
+    duplicates, rejected = 0, []
+    for index, event in events:
+        event_id, stamp, problem = event.event_id, event.timestamp, None
+        if stamp is None:
+            ts = now
+        elif isinstance(stamp, datetime):
+            stamp = stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)
+            ts = int((stamp.timestamp() * 1000 + 0.0005) // 1)  # half a microsecond: floats fall short of whole ones
+        else:
+            ts = int(stamp)
+            if stamp < 1e11:
+                problem = "timestamp", "looks_like_seconds", f"{stamp} is seconds; multiply by 1000 for milliseconds"
+        if ts - now > HOUR:
+            problem = "timestamp", "in_the_future", "more than one hour ahead of this clock; check the device's clock"
+        if not is_type(event.event_type):
+            problem = "event_type", "invalid", "it takes 1 to 64 characters of a-z 0-9 _ . -"
+        if not is_user(event.user_id):
+            problem = "user_id", "invalid", "it takes 1 to 128 characters without spaces, control characters or /"
+        if event_id is not None and not is_name(event_id):
+            problem = "event_id", "invalid", "it takes 1 to 128 characters without spaces, control characters or /"
+        if problem:
+            rejected.append(Rejection(index, event_id, *problem))
+            continue
+        digest = os.urandom(12) if event_id is None else blake2b(event_id.encode(), digest_size=12).digest()
+        if digest in fresh:
+            duplicates += 1
+        else:
+            fresh[digest] = _facts(event, ts)
+    return fresh, duplicates, rejected
+
+
+def _facts(event: Event, ts: int) -> tuple[Fact, ...]:
+    kind, value, data, user = OTHER, math.nan, event.data, event.user_id
+    match event.event_type:
+        case "ride_request_response" if data:
+            kind = ACCEPTED if data.response == "accepted" else REJECTED if data.response == "rejected" else ANSWERED
+            value = _number(data.response_time)
+        case "payment" if data:
+            value = _number(data.amount)
+            kind = PAYMENT if value == value else OTHER
+        case "ride_request":
+            quantity = _number(data.quantity) if data else math.nan
+            quantity = quantity if quantity > 0 else 1.0
+            return (user, ts, OTHER, math.nan, event.session_id), (CITY, ts, REQUEST, quantity, None)
+        case "nexus.canary":
+            return ()
+    return ((user, ts, kind, value, event.session_id),)
+
+
+def _number(value: Any) -> float:
+    return float(value) if type(value) in (int, float) and abs(value) < 1e15 else math.nan
+
+
+# -------------------------------------------------------------------------------------------- features
+
+
+class State(msgspec.Struct, array_like=True, gc=False):
+    """What is kept of one user, or of the city's demand; the dicts go from the number of a tile to a count or a sum.
+
+    Dicts of plain numbers, and gc=False, keep the garbage collector from walking through thousands of users.
+    """
+
+    seq: int = 0  # the last journal frame in here
+    published: int = 0
+    newest: int = 0  # event time
+    tick: int = 0  # the hour tile up to which it has been advanced
+    hour_edge: int = 0  # the last expired tile
+    day_edge: int = 0
+    week_edge: int = 0
+    demand_edge: int = 0
+    future: list[Fact] | None = None
+    rejections: dict[int, int] = {}
+    accepted: dict[int, int] = {}
+    rejected: dict[int, int] = {}
+    response_count: dict[int, int] = {}
+    response_sum: dict[int, float] = {}
+    events: dict[int, int] = {}
+    first: dict[int, int] = {}
+    sessions: dict[str, int] = {}
+    payment_count: dict[int, int] = {}
+    payment_sum: dict[int, float] = {}
+    payment_squares: dict[int, float] = {}
+    requests: dict[int, float] = {}
+
+
+WINDOWS: tuple[tuple[str, int, int, tuple[str, ...]], ...] = (
+    ("hour_edge", HOUR, HOUR_TILE, ("rejections",)),
+    ("day_edge", DAY, DAY_TILE, ("accepted", "rejected", "response_count", "response_sum", "events", "first")),
+    ("week_edge", WEEK, WEEK_TILE, ("payment_count", "payment_sum", "payment_squares")),
+    ("demand_edge", WEEK, DEMAND_TILE, ("requests",)),
+)
+
+
+def add(state: State, fact: Fact, now: int) -> None:
+    """Count one fact; one of a later time waits."""
+    _, ts, kind, value, session = fact
+    if ts > now:
+        state.future = [*(state.future or ()), fact]
+        return
+    if kind == REQUEST:
+        if (tile := ts // DEMAND_TILE) > state.demand_edge:
+            state.requests[tile] = state.requests.get(tile, 0.0) + value
+        return
+    if ts > state.newest:
+        state.newest = ts
+    if (tile := ts // DAY_TILE) > state.day_edge:
+        state.events[tile] = state.events.get(tile, 0) + 1
+        if ts < state.first.get(tile, ts + 1):
+            state.first[tile] = ts
+        sessions = state.sessions
+        if session is not None and (session in sessions or len(sessions) < MAX_SESSIONS):
+            sessions[session] = max(tile, sessions.get(session, 0))
+        if ACCEPTED <= kind <= ANSWERED:
+            if kind == ACCEPTED:
+                state.accepted[tile] = state.accepted.get(tile, 0) + 1
+            elif kind == REJECTED:
+                state.rejected[tile] = state.rejected.get(tile, 0) + 1
+            if value == value:
+                state.response_count[tile] = state.response_count.get(tile, 0) + 1
+                state.response_sum[tile] = state.response_sum.get(tile, 0.0) + value
+    if kind == REJECTED and (tile := ts // HOUR_TILE) > state.hour_edge:
+        state.rejections[tile] = state.rejections.get(tile, 0) + 1
+    elif kind == PAYMENT and (tile := ts // WEEK_TILE) > state.week_edge:
+        state.payment_count[tile] = state.payment_count.get(tile, 0) + 1
+        state.payment_sum[tile] = state.payment_sum.get(tile, 0.0) + value
+        state.payment_squares[tile] = state.payment_squares.get(tile, 0.0) + value * value
+
+
+def advance(state: State, now: int) -> State:
+    """Bring a state to `now`: count what has come due, drop the tiles that are no longer wholly inside their window."""
+    if state.future:
+        waiting, state.future = state.future, None
+        for fact in waiting:
+            add(state, fact, now)
+    if state.tick == (tick := now // HOUR_TILE):  # all windows and tiles are multiples of this one
+        return state
+    state.tick = tick
+    for name, window, tile, series in WINDOWS:
+        edge = (now - window) // tile
+        if edge > getattr(state, name):
+            setattr(state, name, edge)
+            for each in series:
+                if tiles := getattr(state, each):
+                    setattr(state, each, {at: value for at, value in tiles.items() if at > edge})
+            if name == "day_edge" and state.sessions:
+                state.sessions = {session: at for session, at in state.sessions.items() if at > edge}
+    return state
+
+
+def features(state: State, now: int) -> dict[str, float | int | None]:
+    """The features of a user as of `now` (epoch ms); see the table above."""
+    advance(state, now)
+    accepted, rejected = sum(state.accepted.values()), sum(state.rejected.values())
+    answers, events = sum(state.response_count.values()), sum(state.events.values())
+    payments = sum(state.payment_count.values())
+    return {
+        "acceptance_rate": accepted / (accepted + rejected) if accepted + rejected else None,
+        "response_time": sum(state.response_sum.values()) / answers if answers else None,
+        "recent_rejections": sum(state.rejections.values()),
+        "py_activity_score": min(1.0, math.log1p(events) / math.log(1001)),
+        "py_session_count_24h": len(state.sessions),
+        "py_mean_event_gap_s": (state.newest - min(state.first.values())) / (events - 1) / 1000 if events > 1 else None,
+        "py_payment_amount_mean_7d": sum(state.payment_sum.values()) / payments if payments else None,
+    }
+
+
+# --------------------------------------------------------------------------------------------- service
+
+encode, decode_state = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(State).decode
+decode_facts = msgspec.msgpack.Decoder(list[Fact]).decode
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def rfc3339(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class NotOwner(Exception):
+    """Another process of this service has claimed the store."""
+
+
+class Service:
+    """The states of the users and their way into the store, on one event loop. Without the store: ApiError 503."""
+
+    def __init__(self, url: str, cluster: bool) -> None:
+        # No retries: a write whose answer is lost may have happened, and only the journal tells.
+        options: dict[str, Any] = {"protocol": 2, "socket_timeout": STORE_TIMEOUT_S, "retry": Retry(NoBackoff(), 0)}
+        self.cluster = cluster
+        self.client: Any = (redis.RedisCluster if cluster else redis.Redis).from_url(url, **options)
+        self.shas = {script: sha1(script.encode()).hexdigest() for script in (CLAIM, ACCEPT, SAVE)}
+        self.lock = asyncio.Lock()  # one claim or batch at a time: states take the frames in the journal's order
+        self.stopping = asyncio.Event()
+        self.failed_at, self.trouble = -1.0, ""
+        self.forget()
+
+    def forget(self) -> None:
+        """Trust nothing in memory any more; the next use claims the store and replays its journal."""
+        self.token = ""
+        self.seq = 0  # of the last frame in the states
+        self.states: dict[str, State] = {}
+        self.unsaved: dict[str, int] = {}  # user -> the first frame that its stored state lacks; lowest first
+        self.due: list[tuple[int, str]] = []  # when an event that waits for its time will count
+
+    async def run(self, script: str, keys: list[str], args: list[Any]) -> Any:
+        try:
+            return await self.client.evalsha(self.shas[script], len(keys), *keys, *args)
+        except NoScriptError:
+            return await self.client.eval(script, len(keys), *keys, *args)
+
+    @contextlib.asynccontextmanager
+    async def store(self) -> AsyncIterator[None]:
+        """Translate the store's errors; after one that leaves the outcome open, forget."""
+        try:
+            yield
+        except OutOfMemoryError as error:
+            raise ApiError(503, "store_full", "the store is at its memory limit; nothing was taken") from error
+        except (RedisError, OSError) as error:
+            self.forget()
+            if "NOTOWNER" in str(error):
+                raise NotOwner from error
+            self.failed_at, self.trouble = time.monotonic(), str(error) or type(error).__name__
+            await self.client.aclose()  # open connections may lead to what is a replica now
+            raise ApiError(503, "store_unavailable", f"the store does not answer: {self.trouble}") from error
+        except BaseException:
+            self.forget()
+            raise
+
+    async def claim(self) -> None:
+        """Own the store, its journal replayed. Call with the lock held."""
+        if self.token:
+            return
+        if time.monotonic() - self.failed_at < 0.2:  # requests in a queue must not wait for a time-out each
+            raise ApiError(503, "store_unavailable", f"the store does not answer: {self.trouble}")
+        async with self.store():
+            token = os.urandom(8).hex()
+            frames = await self.run(CLAIM, [OWNER, JOURNAL], [token])
+            journal = [(int(at.split(b"-")[0]), decode_facts(fields[1])) for at, fields in frames]
+            states = await self.load({fact[0] for _, facts in journal for fact in facts})
+        self.token, self.states = token, states
+        for seq, facts in journal:
+            self.apply([fact for fact in facts if states[fact[0]].seq < seq], seq)
+        log.info("claimed the store, %d journal frames replayed", len(journal))
+
+    async def load(self, users: set[str]) -> dict[str, State]:
+        """Stored states; new ones for users never seen."""
+        loaded: dict[str, State] = {}
+        while part := [users.pop() for _ in range(min(500, len(users)))]:
+            blobs = await self.client.mget([STATE + user for user in part])
+            loaded |= {u: decode_state(blob) if blob else State() for u, blob in zip(part, blobs, strict=True)}
+        return loaded
+
+    async def accept(self, fresh: dict[bytes, tuple[Fact, ...]], duplicates: int) -> tuple[int, int]:
+        """Keep the facts of events by the digests of their ids, once each: how many were new, how many not."""
+        while True:
+            try:
+                async with self.lock:
+                    await self.claim()
+                    return await self._accept(dict(fresh), duplicates)
+            except NotOwner:
+                log.warning("another process has claimed the store; claiming it back")
+
+    async def _accept(self, fresh: dict[bytes, tuple[Fact, ...]], duplicates: int) -> tuple[int, int]:
+        token, states, period = self.token, self.states, now_ms() // SEEN_PERIOD
+        if len(states) > MAX_STATES:  # the front is what has not been saved for the longest time
+            idle = (user for user in states if user not in self.unsaved and not states[user].future)
+            for user in [user for user, _ in zip(idle, range(MAX_STATES // 10), strict=False)]:
+                del states[user]
+        keys = [OWNER, JOURNAL, COUNTS, *(f"{SEEN}{period - back}" for back in range(SEEN_PERIODS))]
+        async with self.store():
+            facts = [fact for facts in fresh.values() for fact in facts]
+            loaded = await self.load({fact[0] for fact in facts} - states.keys())
+            while fresh or duplicates:
+                frame = encode(facts) if facts else b""
+                counts = [sum(map(bool, fresh.values())), duplicates]  # a canary has no facts and counts nowhere
+                args = [token, b"".join(fresh), *counts, frame, SEEN_PERIODS * SEEN_PERIOD // 1000]
+                answer = await self.run(ACCEPT, keys, args)
+                if isinstance(answer, int):
+                    if self.token == token:  # else the store was lost in between, and the replay brings these too
+                        states.update({fact[0]: loaded[fact[0]] for fact in facts if fact[0] in loaded})
+                        self.apply(facts, answer)
+                    break
+                digests = list(fresh)
+                for position in set(answer):
+                    del fresh[digests[position]]
+                duplicates += len(digests) - len(fresh)
+                facts = [fact for facts in fresh.values() for fact in facts]
+        return len(fresh), duplicates
+
+    def apply(self, facts: list[Fact], seq: int) -> None:
+        states, unsaved, now = self.states, self.unsaved, now_ms()
+        for fact in facts:
+            state = states[fact[0]]
+            state.seq = seq
+            add(state, fact, now)
+            unsaved.setdefault(fact[0], seq)
+            if fact[1] > now:
+                self.due.append((fact[1], fact[0]))
+        self.seq = seq
+
+    async def flush(self, everything: bool = False) -> None:
+        """Store and publish what has changed, a user at most once in PUBLISH_MS, unless `everything`."""
+        states, now = self.states, now_ms()
+        for at, user in self.due:
+            if at <= now and user in states:
+                self.unsaved.setdefault(user, self.seq + 1)
+        self.due = [item for item in self.due if item[0] > now]
+        ready = [user for user in self.unsaved if everything or states[user].published <= now - PUBLISH_MS]
+        for first in range(0, len(ready), 200):  # in parts, so that requests come in between
+            if self.states is states:
+                async with self.store():
+                    await self._save(ready[first : first + 200], now_ms())
+
+    async def _save(self, users: list[str], now: int) -> None:
+        stored: list[bytes] = []
+        public: list[bytes] = []
+        computed_at = rfc3339(now)
+        for user in users:
+            state = self.states[user] = self.states.pop(user)  # to the end
+            del self.unsaved[user]
+            state.published = now
+            values = features(state, now)
+            stored += (STATE + user).encode(), encode(state)
+            if user != CITY:
+                body = {"user_id": user, "features": values, "computed_at": computed_at}
+                public += b"features:" + user.encode(), to_json(body)
+        args = [self.token, next(iter(self.unsaved.values()), self.seq + 1), KEEP_S]
+        try:
+            if self.cluster:
+                pipeline = self.client.pipeline()
+                for key, value in zip(public[::2], public[1::2], strict=True):
+                    pipeline.set(key, value, ex=KEEP_S)
+                await pipeline.execute()
+            else:
+                stored += public
+            await self.run(SAVE, [OWNER, JOURNAL], [*args, " ".join(map(str, map(len, stored))), b"".join(stored)])
+        except OutOfMemoryError:
+            self.forget()  # these users are no longer marked as unsaved
+            raise
+
+    async def keep_flushing(self) -> None:
+        """Claim the store whenever it is not owned, and flush; when stopping, flush everything and return."""
+        while True:
+            stopping = self.stopping.is_set()
+            try:
+                async with self.lock:
+                    await self.claim()
+                await self.flush(everything=stopping)
+            except (ApiError, NotOwner) as error:
+                log.debug("not flushed: %s", error)
+            if stopping:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.stopping.wait(), TICK_S)
+
+    async def read(self, user: str) -> State | None:
+        """The state with every accepted event in it, to look at only; None for a user never seen."""
+        while True:
+            async with self.lock:
+                await self.claim()
+            async with self.store():
+                owner, blob = await self.client.mget(OWNER, STATE + user)
+            if owner and owner.decode() == self.token:
+                return self.states.get(user) or (decode_state(blob) if blob else None)
+            self.forget()
+
+    async def health(self) -> tuple[dict[str, str], list[int]]:
+        """The store's part of /health, and how many events were accepted and how many known; asked now."""
+        try:
+            async with asyncio.timeout(1), self.store():
+                counts = await self.client.hmget(COUNTS, "accepted", "duplicates")
+        except (ApiError, TimeoutError) as error:
+            return {"status": "unavailable", "message": str(error) or "no answer within a second"}, [0, 0]
+        return {"status": "ok"}, [int(count or 0) for count in counts]
+
+
+# ----------------------------------------------------------------------------------------- predictions
+
+
+def fraud(state: State, amount: float, now: int) -> dict[str, Any]:
+    """How far an amount lies above the user's payments of seven days: 0.5 at three standard deviations."""
+    advance(state, now)
+    n, total, squares = (sum(s.values()) for s in (state.payment_count, state.payment_sum, state.payment_squares))
+    if n < 5 or amount != amount:
+        reason = f"{n} payments in 7 days; it takes 5, and an amount"
+        return {"status": "warming_up", "score": None, "reasons": [reason]}
+    mean = total / n
+    spread = max(math.sqrt(max(0.0, squares / n - mean * mean)), 0.1 * abs(mean), 0.01)
+    z = max(-50.0, min(50.0, (amount - mean) / spread))
+    reason = f"{z:.1f} standard deviations from the user's mean of {mean:.2f}"
+    return {"status": "ready", "score": 1 / (1 + math.exp(3 - z)), "reasons": [reason]}
+
+
+def demand(state: State, zone: str | None, horizon: int, now: int) -> dict[str, Any]:
+    """The city's mean of ride requests per half hour, the same for each step: no more than a baseline."""
+    advance(state, now)
+    steps = now // DEMAND_TILE - min(state.requests, default=now // DEMAND_TILE)  # whole half hours behind us
+    answer = {"zone": zone, "step_s": DEMAND_TILE // 1000, "made_at": rfc3339(now)}
+    if zone is None and steps >= 4:
+        mean = sum(value for tile, value in state.requests.items() if tile < now // DEMAND_TILE) / steps
+        margin = 1.96 * math.sqrt(mean)
+        ats = (rfc3339((now // DEMAND_TILE + step) * DEMAND_TILE) for step in range(1, horizon + 1))
+        band = {"value": mean, "low": max(0.0, mean - margin), "high": mean + margin}
+        return {**answer, "status": "ready", "forecasts": [{"at": at, **band} for at in ats]}
+    return {**answer, "status": "warming_up", "forecasts": []}
+
+
+# ------------------------------------------------------------------------------------------------ HTTP
+
+
+def reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(to_json(body), status, headers, "application/json")
+
+
+async def read_body(request: Request) -> bytes:
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY:
+            raise ApiError(413, "too_large", f"a body has at most {MAX_BODY} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def takes(kind: type) -> dict[str, Any]:
+    """The OpenAPI entry of a route that decodes its body itself."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def create_app(settings: Settings) -> FastAPI:
+    service: Service
+    started = time.monotonic()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        nonlocal service
+        service = Service(settings.store_url, settings.cluster)
+        flusher = asyncio.create_task(service.keep_flushing())
+        yield
+        service.stopping.set()
+        await flusher
+        await service.client.aclose()
+
+    app = FastAPI(title="event_api", version=VERSION, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=["*"])
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        body = {"error": {"code": error.code, "message": error.message, "details": error.details}}
+        return reply(body, error.status, {"Retry-After": "1"} if error.status == 503 else None)
+
+    @app.exception_handler(msgspec.DecodeError)
+    @app.exception_handler(RecursionError)
+    async def bad_body(request: Request, error: Exception) -> Response:
+        if not isinstance(error, msgspec.ValidationError):
+            return await api_error(request, ApiError(400, "not_json", str(error)))
+        field, code, message = verdict(error)
+        return await api_error(request, ApiError(422, code, message, {"field": field}))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        return await api_error(request, ApiError(error.status_code, code, f"{request.url.path}: {error.detail}"))
+
+    @app.exception_handler(Exception)
+    async def failure(request: Request, error: Exception) -> Response:
+        return await api_error(request, ApiError(500, "internal_error", f"{type(error).__name__}; see the log"))
+
+    @app.get("/health")
+    async def health() -> Response:
+        store, (accepted, duplicates) = await service.health()
+        return reply(
+            {
+                "status": "healthy" if store["status"] == "ok" else "degraded",
+                "service": "event_api",
+                "version": VERSION,
+                "supports": ["batch", "features", "predict", "canary"],
+                "store": store,
+                "uptime_s": round(time.monotonic() - started, 3),
+                "events": {"accepted": accepted, "duplicates": duplicates},
+            }
+        )
+
+    @app.post("/events", openapi_extra=takes(Event))
+    async def post_event(request: Request) -> Response:
+        fresh, duplicates, rejected = take([(0, decode_event(await read_body(request)))], now_ms())
+        if rejected:
+            raise ApiError(422, rejected[0].code, rejected[0].message, rejected[0])
+        accepted, duplicates = await service.accept(fresh, duplicates)
+        return reply({"accepted": accepted, "duplicates": duplicates, "rejected": []})
+
+    @app.post("/events/batch", openapi_extra=takes(Batch))
+    async def post_batch(request: Request) -> Response:
+        events, rejected = parse_events(await read_body(request))
+        if len(events) + len(rejected) > MAX_EVENTS:
+            raise ApiError(413, "too_many", f"a batch has at most {MAX_EVENTS} events")
+        fresh, duplicates, refused = take(events, now_ms())
+        accepted, duplicates = await service.accept(fresh, duplicates)
+        rejected = sorted(rejected + refused, key=lambda rejection: rejection.index)
+        return reply({"accepted": accepted, "duplicates": duplicates, "rejected": rejected})
+
+    @app.get("/features/{user_id}")
+    async def get_features(user_id: str) -> Response:
+        state = await service.read(user_id) if user_id != CITY else None
+        if state is None:
+            raise ApiError(404, "unknown_user", f"no events of {user_id!r} are known here")
+        now = now_ms()
+        return reply({"user_id": user_id, "features": features(state, now), "computed_at": rfc3339(now)})
+
+    @app.post("/predict", openapi_extra=takes(Question))
+    async def predict(request: Request) -> Response:
+        question = decode_question(await read_body(request))
+        if question.model == "fraud" and question.event:
+            state, data = await service.read(question.event.user_id), question.event.data
+            answer = fraud(state or State(), _number(data.amount if data else None), now_ms())
+        elif question.model == "demand":
+            answer = demand(await service.read(CITY) or State(), question.zone, question.horizon, now_ms())
+        else:
+            takes = '{"model":"fraud","event":{...}} or {"model":"demand","zone","horizon"}'
+            raise ApiError(422, "invalid", f"it takes {takes}")
+        return reply({"model": "python-heuristic", "version": VERSION, **answer})
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(DOCS)
+
+    schemas = msgspec.json.schema_components((Batch, Event, Question), ref_template="#/components/schemas/{name}")[1]
+    app.openapi()["components"] = {"schemas": schemas}
+    return app
+
+
+DOCS = """<!doctype html><html lang="en"><meta charset="utf-8"><title>event_api</title><link rel="icon" href="data:,">
+<style>body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}
+pre,textarea,input{font:14px monospace;width:100%;box-sizing:border-box}pre{background:#f3f4f6;overflow:auto}</style>
+<h1>event_api</h1><p>Described in <a href="/openapi.json">/openapi.json</a></p><main></main><h2>Schemas</h2><pre></pre>
+<script>
+const make = (tag, properties) => Object.assign(document.createElement(tag), properties)
+const event = {event_type: "payment", user_id: "driver_123", event_id: "e-1", data: {amount: 12.5}}
+const bodies = {"/events": event, "/events/batch": {events: [event]}, "/predict": {model: "fraud", event}}
+fetch("/openapi.json").then(answer => answer.json()).then(api => {
+  document.querySelector("pre").textContent = JSON.stringify(api.components.schemas, null, 1)
+  for (const [path, methods] of Object.entries(api.paths)) for (const method of Object.keys(methods)) {
+    const url = make("input", {value: path.replace("{user_id}", "driver_123"), ariaLabel: "path"})
+    const body = make("textarea", {value: JSON.stringify(bodies[path]), hidden: method == "get", ariaLabel: "body"})
+    const out = make("pre"), button = make("button", {textContent: "Try it", onclick: async () => {
+      const post = {method, headers: {"Content-Type": "application/json"}, body: body.value}
+      const answer = await fetch(url.value, method == "get" ? {} : post)
+      out.textContent = answer.status + " " + await answer.text()}})
+    const title = make("h2", {textContent: method.toUpperCase() + " " + path})
+    document.querySelector("main").append(title, url, body, button, out)
+  }
+})
+</script></html>"""
+
+
+# ------------------------------------------------------------------------------------------------ start
+
+
+class Settings(NamedTuple):
+    host: str
+    port: int
+    origins: list[str]
+    store_url: str
+    cluster: bool
+
+
+def read_settings(env: Mapping[str, str]) -> Settings:
+    """The settings of an environment. Raises ValueError that names the variable, what it held and what it takes."""
+
+    def setting(name: str, default: str, pattern: str, takes: str) -> str:
+        value = env.get(name) or default
+        if not re.fullmatch(pattern, value, re.IGNORECASE):
+            raise ValueError(f"{name} is {value!r}; it takes {takes}")
+        return value
+
+    def port(name: str, default: str) -> int:
+        value = int(setting(name, default, r"\d{1,5}", takes := "a port number, 1 to 65535"))
+        if not 1 <= value <= 65535:
+            raise ValueError(f"{name} is {str(value)!r}; it takes {takes}")
+        return value
+
+    host, a_host, origin = r"[\w.:-]+", "a host name or an IP address", r"(\*|https?://[^\s,/]+)"
+    some_origins = "origins such as http://localhost:4000, comma separated"
+    origins = setting("CORS_ORIGINS", "http://localhost:4000", rf"{origin}(\s*,\s*{origin})*", some_origins)
+    cluster = setting("REDIS_CLUSTER", "false", "true|false|1|0|yes|no|on|off", "true or false").lower()
+    url = setting("REDIS_URL", "", r"(rediss?|unix)://\S+|", "a URL that begins with redis://, rediss:// or unix://")
+    redis_host, redis_port = setting("REDIS_HOST", "", f"({host})?", a_host), port("REDIS_PORT", "6379")
+    if not url and redis_host:
+        url = f"redis://{f'[{redis_host}]' if ':' in redis_host else redis_host}:{redis_port}"
+    clustered = cluster in ("true", "1", "yes", "on")
+    if clustered and not url.startswith("redis"):
+        raise ValueError(
+            f"REDIS_CLUSTER is {cluster!r}; it takes a node's address in REDIS_URL or REDIS_HOST beside it"
+        )
+    if not url:  # the embedded store
+        folder = os.path.abspath(env.get("NEXUS_DATA_DIR") or ".nexus")
+        path = os.path.join(folder, "valkey.sock")
+        if len(os.fsencode(path)) > 107:  # the system's limit for the name of a socket
+            name = f"nexus-{os.getuid()}-{sha256(os.fsencode(folder)).hexdigest()[:12]}"
+            path = os.path.join(tempfile.gettempdir(), name, "valkey.sock")
+        url = "unix://" + quote(path)
+    where = setting("API_HOST", "127.0.0.1", host, a_host), port("API_PORT", "8000")
+    return Settings(*where, [each.strip() for each in origins.split(",")], url, clustered)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The reference Python feature service.")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    level = parser.parse_args().log_level
+    try:
+        settings = read_settings(os.environ)
+    except ValueError as error:
+        print(f"event_api: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises its signal again once all is answered and flushed
+        signal.signal(stop, lambda *_: sys.exit(0))
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        log_config=None,
+        access_log=level == "debug",
+        timeout_graceful_shutdown=10,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

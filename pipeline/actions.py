@@ -1,0 +1,168 @@
+"""The bridge route's actions: send_batch and hybrid_process, over the one log that all events take, and
+test_integration."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from pipeline import events as event_forms
+from pipeline.canary import Canary
+from pipeline.errors import BadRequest, TooLarge
+from pipeline.ingest import MAX_EVENTS, Verdicts, judge
+from pipeline.log import ALL_STREAMS, BRIDGE_ONLY, Taken
+from pipeline.lookups import bridge_refusals
+from pipeline.streams.inference import Inference
+
+if TYPE_CHECKING:
+    from pipeline.runtime import Runtime
+
+_SLACK_S = 1.0
+_PUBLISHED_S = 2.0  # how long the Python service's public features are waited for; it writes them about once a second
+_LOOK_S = 0.02
+
+
+class Actions:
+    """What POST /api/ml/bridge/python does beyond switching the circuit."""
+
+    def __init__(self, nexus: Runtime) -> None:
+        self._nexus = nexus
+        self.canary = Canary(nexus)
+
+    def send_batch(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Events to the Python service alone: 200 when all were sent, 202 when some wait durably in the log."""
+        nexus, began = self._nexus, time.perf_counter()
+        verdicts = judge(_events(body), nexus.clock())
+        taken = nexus.ingest.take(verdicts, _source(body), BRIDGE_ONLY)
+        nexus.bridge.wait_for(taken.end, self._timeout_s())
+        settled = self._settled(taken)
+        refused = self._refused(verdicts, taken, settled)
+        answer = {
+            "sent": settled - len(refused),
+            "queued": taken.taken - settled,
+            "duplicates": len(taken.duplicates),
+            "rejected": verdicts.rejected + refused,
+            "event_ids": verdicts.event_ids,
+            "response_time_ms": _ms(began),
+        }
+        if not verdicts.kept:
+            return 422, _with_error(answer)
+        return (200 if settled == taken.taken else 202), answer
+
+    def hybrid_process(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Events to both systems; answers when the result is readable, or when the time is up."""
+        nexus, began = self._nexus, time.perf_counter()
+        verdicts = judge(_events(body), arrived := nexus.clock())
+        taken = nexus.ingest.take(verdicts, _source(body), ALL_STREAMS)
+        deadline = time.monotonic() + self._timeout_s()
+        applied = all(
+            nexus.runner.wait_for(name, taken.end, deadline - time.monotonic()) for name in ("features", "inference")
+        )
+        delivered = nexus.bridge.wait_for(taken.end, deadline - time.monotonic())
+        settled = self._settled(taken)
+        refused = self._refused(verdicts, taken, settled)
+        kept = [event_forms.decode(event.body) for event in verdicts.kept]
+        users = list(dict.fromkeys(event["user_id"] for event in kept))
+        if delivered and taken.taken:
+            self._wait_published(users, arrived, deadline)
+        combined = nexus.features.combine(users)
+        inference = nexus.stream("inference")
+        transactions = [
+            str(t) for e in kept if e["event_type"] == "payment" and (t := e["data"].get("transaction_id")) is not None
+        ]
+        predictions = nexus.lookups.predictions(
+            transactions, nexus.clock(), inference if isinstance(inference, Inference) else None
+        )
+        answer = {
+            "success": applied and bool(verdicts.kept),
+            "degraded": not (applied and delivered),
+            "accepted": taken.taken,
+            "duplicates": len(taken.duplicates),
+            "rejected": verdicts.rejected + refused,
+            "event_ids": verdicts.event_ids,
+            "typescript": {
+                "processed": taken.taken if applied else 0,
+                "features": {user: found.nexus for user, found in combined.items()},
+                "predictions": predictions,
+            },
+            "python": {
+                "processed": settled - len(refused),
+                "queued": taken.taken - settled,
+                "error": None if delivered else self._why_queued(),
+            },
+            "combined_features": {user: found.combined for user, found in combined.items()},
+            "processing_time_ms": _ms(began),
+        }
+        return (200, answer) if verdicts.kept else (422, _with_error(answer))
+
+    def test_integration(self) -> tuple[int, dict[str, Any]]:
+        """One canary along the whole real path, hop by hop, the Python service always included."""
+        return 200, self.canary.run()
+
+    def _settled(self, taken: Taken) -> int:
+        """How many of the events taken the bridge has behind it."""
+        return min(taken.taken, max(0, self._nexus.bridge.reached() - (taken.end - taken.taken)))
+
+    def _why_queued(self) -> str:
+        bridge = self._nexus.bridge
+        status = self._nexus.partner_status()
+        return bridge.halted or status["reason"] or "not answered in time, or a backlog is before them"
+
+    def _wait_published(self, users: list[str], since: int, deadline: float) -> None:
+        """Until a Python service that publishes features has published those of the users, events of `since`
+        included."""
+        if "features" not in self._nexus.bridge.partner.supports:
+            return
+        deadline = min(deadline, time.monotonic() + _PUBLISHED_S)
+        waiting = users
+        while waiting and time.monotonic() < deadline:
+            found = self._nexus.features.partner(waiting)
+            waiting = [user for user in waiting if (found[user].computed_at or 0) < since]
+            if waiting:
+                self._nexus.pause(_LOOK_S)
+
+    def _refused(self, verdicts: Verdicts, taken: Taken, settled: int) -> list[dict[str, Any]]:
+        """Events of a frame that the partner refused, as rejections by input position."""
+        duplicates = set(taken.duplicates)
+        kept = [i for i in range(len(verdicts.kept)) if i not in duplicates][:settled]
+        places = [taken.address * 8192 + at for at in range(len(kept))]
+        words = bridge_refusals(self._nexus.store, places)
+        return [
+            {
+                "index": verdicts.positions[i],
+                "event_id": verdicts.kept[i].event_id,
+                "field": "event",
+                "code": "refused_by_python",
+                "message": words[place],
+            }
+            for i, place in zip(kept, places, strict=True)
+            if place in words
+        ]
+
+    def _timeout_s(self) -> float:
+        return float(self._nexus.live["PYTHON_SERVICE_TIMEOUT"]) / 1000 + _SLACK_S
+
+
+def _with_error(answer: dict[str, Any]) -> dict[str, Any]:
+    message = "none of the events is valid; 'rejected' names each one's field and remedy"
+    return {**answer, "error": {"code": "no_event_accepted", "message": message, "details": {}}}
+
+
+def _events(body: dict[str, Any]) -> list[Any]:
+    events = body.get("events")
+    if not isinstance(events, list):
+        raise BadRequest("not_events", "'events' is an array of events")
+    if len(events) > MAX_EVENTS:
+        raise TooLarge("too_many_events", f"a batch has at most {MAX_EVENTS} events, this one {len(events)}; split it")
+    return events
+
+
+def _source(body: dict[str, Any]) -> str:
+    source = body.get("source", "bridge")
+    if not isinstance(source, str) or not 1 <= len(source) <= 64 or len(source.encode()) > 128:
+        raise BadRequest("invalid_source", "'source' is a string of 1 to 64 characters, or absent")
+    return source
+
+
+def _ms(began: float) -> float:
+    return round((time.perf_counter() - began) * 1000, 2)

@@ -1,0 +1,161 @@
+"""The attempt log: each call of the bridge to the partner, bounded; and an event's own attempts, for its receipt.
+
+An attempt holds the events of its lane from one ordinal of the log to another: a user's lane is a checksum of the
+user's id.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import msgspec
+
+from pipeline import keys
+from pipeline.errors import PartnerError, PartnerStatus
+from pipeline.events import rfc3339
+from pipeline.log import Log
+from pipeline.partner import Delivery, kind_of
+from pipeline.store import Command, Store
+
+KEPT = 10_000
+_ANSWER_CHARS = 300
+_PAGE = 250
+_encode = msgspec.json.Encoder().encode
+
+
+class Attempt(msgspec.Struct, omit_defaults=True):
+    """One call, or the calls for one event each that followed directly. `first` and `last` are ordinals, `at` epoch
+    ms."""
+
+    at: int
+    events: int
+    status: int | None
+    latency_ms: float
+    error: str | None
+    first: int
+    last: int
+    lane: int = 0
+    lanes: int = 1
+    answer: str = ""
+    detail: str | None = None
+    sent_bytes: int = 0
+    got_bytes: int = 0
+    refused: int = 0
+
+
+_decode = msgspec.json.Decoder(Attempt).decode
+
+
+class _OnlyUser(msgspec.Struct):
+    user_id: str
+
+
+_decode_user = msgspec.json.Decoder(_OnlyUser).decode
+
+
+def user_of(body: bytes) -> bytes:
+    """The user of a stored event, as JSON has it between the quotes; events begin alike (events.py)."""
+    parts = body.split(b'"', 12)
+    if b"\\" in parts[3] or b"\\" in parts[11]:
+        return _encode(_decode_user(body).user_id)[1:-1]
+    return parts[11]
+
+
+def lane_of(body: bytes, lanes: int) -> int:
+    """The lane that carries all events of the event's user."""
+    return zlib.crc32(user_of(body)) % lanes
+
+
+def made(at: int, delivery: Delivery, events: int, first: int, last: int, lane: int, lanes: int) -> Attempt:
+    """The record of a call that began at `at`."""
+    error = delivery.error
+    status = error.status_code if isinstance(error, PartnerStatus) else delivery.status
+    return Attempt(
+        at,
+        events,
+        status if not isinstance(error, PartnerError) or isinstance(error, PartnerStatus) else None,
+        round(delivery.latency_ms, 2),
+        None if error is None else kind_of(error),
+        first,
+        last,
+        lane,
+        lanes,
+        delivery.answer[:_ANSWER_CHARS],
+        None if error is None else error.message[:_ANSWER_CHARS],
+        delivery.sent_bytes,
+        delivery.got_bytes,
+        len(delivery.rejected),
+    )
+
+
+def keep(attempts: list[Attempt]) -> list[Command]:
+    """The commands that keep attempts, oldest first."""
+    if not attempts:
+        return []
+    return [("LPUSH", keys.ATTEMPTS, *[_encode(a) for a in attempts]), ("LTRIM", keys.ATTEMPTS, 0, KEPT - 1)]
+
+
+def latest(store: Store, limit: int) -> list[dict[str, Any]]:
+    """The latest attempts, newest first, as the route answers them."""
+    found = []
+    for raw in store.call("LRANGE", keys.ATTEMPTS, 0, limit - 1):
+        attempt = msgspec.structs.asdict(_decode(raw))
+        attempt["at"] = rfc3339(attempt["at"])
+        found.append(attempt)
+    return found
+
+
+def of_event(store: Store, ordinal: int, body: bytes, received_at: int) -> tuple[list[Attempt], bool]:
+    """The attempts that held an event, newest first, and whether the log reaches back to the event's arrival."""
+    found: list[Attempt] = []
+    for start in range(0, KEPT, _PAGE):
+        page = store.call("LRANGE", keys.ATTEMPTS, start, start + _PAGE - 1)
+        for raw in page:
+            attempt = _decode(raw)
+            if attempt.at < received_at:
+                return found, True
+            if attempt.first <= ordinal <= attempt.last and (
+                attempt.lanes == 1 or lane_of(body, attempt.lanes) == attempt.lane
+            ):
+                found.append(attempt)
+        if len(page) < _PAGE:
+            return found, start + len(page) < KEPT
+    return found, False
+
+
+def bridge_state(store: Store, log: Log, place: int, found: dict[str, Any]) -> dict[str, Any]:
+    """The bridge's part of a receipt, made out of what its position tells: how often the event was sent, and what the
+    partner answered to the call that held it last. Null where the attempt log no longer reaches."""
+    attempts: list[Attempt] = []
+    complete = True
+    for event in log.fetch(_places(store, place)):
+        if event is not None:
+            some, reaches = of_event(store, event.ordinal, event.body, event.received_at)
+            attempts = some + attempts
+            complete = complete and reaches
+    state = "retrying" if found["state"] == "pending" and attempts else found["state"]
+    if not attempts:
+        return {
+            **found,
+            "attempts": 0 if complete and state == "pending" else None if state == "done" else found["attempts"],
+        }
+    last = attempts[0]
+    answer = {
+        "at": rfc3339(last.at),
+        "status": last.status,
+        "latency_ms": last.latency_ms,
+        "events": last.events,
+        "answer": last.answer,
+        "error": last.error,
+        "detail": last.detail,
+    }
+    return {**found, "state": state, "attempts": len(attempts), "result": {**(found["result"] or {}), **answer}}
+
+
+def _places(store: Store, place: int) -> list[int]:
+    """Where the event stands in the log: its own place, and those of its redrives, oldest first."""
+    places = [place]
+    while (again := store.call("HGET", keys.REDRIVEN, f"bridge-{places[-1]}")) is not None:
+        places.append(int(again))
+    return places

@@ -1,0 +1,133 @@
+"""The Python service's public keys, as any client library may have written them: JSON strings or plain hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import redis
+
+from pipeline import keys
+from pipeline.errors import BadRequest
+from pipeline.events import parse_rfc3339
+from pipeline.store import Store, translate
+
+_decode = msgspec.json.Decoder().decode
+_EARLIEST_MS = 10**11  # a number below is seconds
+
+
+@dataclass(slots=True)
+class Partner:
+    """What the Python service has written for a user: its values, when (epoch ms, None unknown), and what is wrong with it."""
+
+    features: dict[str, Any] = field(default_factory=dict)
+    computed_at: int | None = None
+    malformed: str | None = None
+
+
+def read(store: Store, user_ids: Sequence[str], own: Sequence[str] = ()) -> tuple[dict[str, Partner], list[Any]]:
+    """What the Python service has of users, and the hashes under the keys `own`, in one round trip. Raises StoreError."""
+    names = [keys.PARTNER + user_id for user_id in user_ids]
+    if not names and not own:
+        return {}, []
+    if store.cluster:  # keys of many slots: no script may read them together
+        found, hashes = _each(store, names, own)
+    else:
+        answer = store.run("vectors", [*names, *own], [len(names)])
+        found, hashes = answer[: len(names)], answer[len(names) :]
+    partners = {user: _partner(raw, name) for user, raw, name in zip(user_ids, found, names, strict=True)}
+    return partners, hashes
+
+
+def _each(store: Store, names: Sequence[str], own: Sequence[str]) -> tuple[list[Any], list[Any]]:
+    pipe = store.client.pipeline(transaction=False)
+    for name in names:
+        pipe.execute_command("GET", name)
+        pipe.execute_command("HGETALL", name)
+    for name in own:
+        pipe.execute_command("HGETALL", name)
+    try:
+        answers = pipe.execute(raise_on_error=False)
+    except redis.RedisError as error:
+        raise translate(error) from error
+    for answer in answers:
+        if isinstance(answer, Exception) and "WRONGTYPE" not in str(answer):
+            raise translate(answer) if isinstance(answer, redis.RedisError) else answer
+    texts, hashes = answers[: 2 * len(names) : 2], answers[1 : 2 * len(names) : 2]
+    found = [
+        flat if isinstance(text, Exception) and not isinstance(flat, Exception) else [str(text)] if isinstance(text, Exception) else text
+        for text, flat in zip(texts, hashes, strict=True)
+    ]  # fmt: skip
+    return found, answers[2 * len(names) :]
+
+
+def _partner(raw: Any, name: str) -> Partner:
+    if raw is None:
+        return Partner()
+    if isinstance(raw, bytes):
+        return _from_json(raw, name)
+    if isinstance(raw, dict):
+        return _from_hash(raw)
+    if len(raw) == 1:
+        return Partner(malformed=f"{name} is neither a string nor a hash")
+    return _from_hash(dict(zip(raw[::2], raw[1::2], strict=True)))
+
+
+def _from_json(raw: bytes, name: str) -> Partner:
+    try:
+        value = _decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return Partner(malformed=f"{name} is not JSON: {error}")
+    if not isinstance(value, dict):
+        return Partner(malformed=f"{name} is no JSON object")
+    features = value.get("features")
+    if features is None and "features" not in value:
+        features = {k: v for k, v in value.items() if k not in ("user_id", "computed_at")}
+    if not isinstance(features, dict):
+        return Partner(malformed=f"{name} has no object 'features'")
+    return Partner(features, _moment(value.get("computed_at")))
+
+
+def _from_hash(flat: dict[Any, Any]) -> Partner:
+    found: dict[str, Any] = {}
+    computed_at = None
+    for raw_name, raw in flat.items():
+        name, text = raw_name.decode(errors="replace"), raw.decode(errors="replace")
+        if name == "computed_at":
+            computed_at = _moment(_plain(text))
+        elif name == "features" and isinstance(value := _plain(text), dict):
+            found.update(value)
+        elif name != "user_id":
+            found[name] = _plain(text)
+    return Partner(found, computed_at)
+
+
+def _plain(text: str) -> Any:
+    """A hash field's value: a number, boolean or null where it reads as one, else the text."""
+    try:
+        return _decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return text
+
+
+def _moment(value: Any) -> int | None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return int(value if value > _EARLIEST_MS else value * 1000)
+    if isinstance(value, str):
+        try:
+            return read_moment("computed_at", value)
+        except BadRequest:
+            return None
+    return None
+
+
+def read_moment(name: str, text: str) -> int:
+    """Epoch ms of a query parameter: RFC 3339 or epoch milliseconds. Raises BadRequest that names it."""
+    if text.removeprefix("-").isdecimal() and len(text) < 18:
+        return int(text)
+    try:
+        return parse_rfc3339(text.replace(" ", "+"))[0]  # a plus sign unescaped in a query arrives as a space
+    except Exception as error:
+        raise BadRequest("invalid_time", f"{name} is {text!r}; it takes RFC 3339 or epoch milliseconds") from error
