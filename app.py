@@ -1,0 +1,82 @@
+"""Nexus: the composition root. `python app.py` serves the dashboard, the routes, the jobs and the pipeline on one
+port."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from flask import Flask, redirect
+from granian import Granian
+from granian.constants import Interfaces
+from granian.log import LogLevels
+
+from pipeline import logs, processes, settings
+from pipeline.dashboard import create_dashboard
+from pipeline.errors import NexusError, SettingError
+from pipeline.hot_route import HotRoute
+from pipeline.routes import register
+from pipeline.runtime import Runtime
+from pipeline.settings import Settings
+
+WEB_THREADS = 16
+
+
+def create_app(nexus: Runtime) -> Flask:
+    """The Flask application around a runtime; starts nothing."""
+    app = Flask("nexus", root_path=str(Path(__file__).parent), static_folder=None)
+    app.extensions["nexus"] = nexus
+    register(app, nexus)
+    create_dashboard(app)
+    app.add_url_rule("/", "root", lambda: redirect("/nexus/"))
+    app.wsgi_app = HotRoute(app.wsgi_app, nexus)  # type: ignore[method-assign]
+    return app
+
+
+def worker() -> Flask:
+    """What the web server's worker process serves: a started runtime, stopped again when the process ends."""
+    nexus = Runtime(settings.load())
+    processes.tie_to_parent()
+    app = create_app(nexus)
+    nexus.start()
+    processes.at_exit(nexus.stop)
+    return app
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Nexus: the dashboard, the routes, the jobs and the pipeline.")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    level = parser.parse_args().log_level
+    try:
+        chosen = settings.load()
+        logs.configure(chosen.log_dir, level)
+        processes.require_free_port(chosen.nexus_host, chosen.nexus_port, "NEXUS_PORT")
+        with processes.own_store(chosen):
+            serve(chosen, level)
+    except NexusError as error:
+        print(f"nexus: {error.message}", file=sys.stderr)
+        return 2 if isinstance(error, SettingError) else 1
+    return 0
+
+
+def serve(chosen: Settings, level: str) -> None:
+    """Run the web server with its one worker until SIGTERM or SIGINT."""
+    options: dict[str, Any] = {"factory": True, "workers": 1, "respawn_failed_workers": True, "respawn_interval": 0.2}
+    Granian(
+        "app:worker",
+        chosen.nexus_host,
+        chosen.nexus_port,
+        interface=Interfaces.WSGI,
+        blocking_threads=WEB_THREADS,
+        backpressure=512,
+        workers_kill_timeout=25,
+        log_level=LogLevels(level),
+        log_enabled=False,
+        **options,
+    ).serve()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

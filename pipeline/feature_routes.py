@@ -1,0 +1,89 @@
+"""The HTTP routes of features: vectors with their provenance, definitions and their state, health, and a sync on demand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flask import Blueprint, Response, request
+
+from pipeline.aggregations import error
+from pipeline.answers import answer, json_object, strings
+from pipeline.errors import BadRequest, NotFound
+from pipeline.events import rfc3339
+
+if TYPE_CHECKING:
+    from pipeline.runtime import Runtime
+
+MAX_USERS = 500
+
+
+def feature_routes(nexus: Runtime) -> Blueprint:
+    api = Blueprint("features", __name__)
+
+    @api.get("/api/ml/features/<user_id>")
+    def features(user_id: str) -> Response:
+        return _features(nexus, user_id)
+
+    @api.post("/api/ml/features")
+    def features_of_many() -> Response:
+        body = json_object()
+        users = strings(body, "user_ids", MAX_USERS)
+        names = frozenset(strings(body, "names", 1000)) if body.get("names") is not None else None
+        found = nexus.features.combine(users, names)
+        rows = {user: {"features": c.combined, "meta": c.meta, **c.notes()} for user, c in found.items()}
+        return answer({"users": rows})
+
+    @api.get("/api/ml/feature-definitions")
+    def definitions() -> Response:
+        return answer({"definitions": describe(nexus)})
+
+    @api.get("/api/ml/feature-health")
+    def health() -> Response:
+        return answer(nexus.feature_health.snapshot())
+
+    @api.post("/api/ml/features/sync")
+    def sync() -> Response:
+        return answer(nexus.sync_features())
+
+    return api
+
+
+def describe(nexus: Runtime) -> list[dict[str, Any]]:
+    """Every definition with its state: ready, or how far its history is made from the stored events."""
+    stream = nexus.features.stream
+    states = stream.states()
+    return [
+        {
+            "name": f.name, "entity": f.entity, "event_type": f.event_type, "aggregation": f.aggregation, "field": f.field,
+            "where": f.where, "of": f.of, "window_s": f.window_s, "owner": f.owner, "merge": f.merge, "tolerance": f.tolerance,
+            "fresh_s": f.fresh_s, "low": f.low, "high": f.high, "error": error(f), "description": f.description,
+            "state": states[f.name],
+        }
+        for f in stream.wanted
+    ]  # fmt: skip
+
+
+def _features(nexus: Runtime, user_id: str) -> Response:
+    text, known, wanted = (request.args.get(name) for name in ("as_of", "known_at", "names"))
+    names = frozenset(wanted.split(",")) if wanted else None
+    now = nexus.clock()
+    if text is None and known is None:
+        found = nexus.features.combine([user_id], names)[user_id]
+        if not found.known:
+            raise NotFound("unknown_user", f"neither system knows a user {user_id}")
+        return answer(
+            {"user_id": user_id, "as_of": rfc3339(now), "features": found.combined, "meta": found.meta, **found.notes()}
+        )
+    at = now if text is None else nexus.features.as_of(text)
+    known_at = None if known is None else nexus.features.as_of(known, "known_at")
+    if known_at is not None and known_at < at and text is None:
+        raise BadRequest("no_as_of", "known_at goes with as_of; give both")
+    values = nexus.features.past(user_id, at, known_at)
+    if not values:
+        raise NotFound("unknown_user", f"no event of {user_id} up to {rfc3339(at)} is retained")
+    values = {name: values.get(name) for name in sorted(names if names is not None else values)}
+    served = nexus.features.stream.definitions
+    fresh = {"owner": "nexus", "computed_at": rfc3339(now), "age_s": 0.0, "verdict": "fresh"}
+    missing = {"owner": None, "computed_at": None, "age_s": None, "verdict": "missing"}
+    meta = {name: fresh if name in served else missing for name in values}
+    return answer({"user_id": user_id, "as_of": rfc3339(at), "features": values, "meta": meta})

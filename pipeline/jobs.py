@@ -1,0 +1,111 @@
+"""The table of APScheduler jobs: name, how often, what. Late runs are counted, a job never runs beside itself."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from apscheduler.events import EVENT_JOB_MAX_INSTANCES, EVENT_JOB_SUBMITTED, JobSubmissionEvent
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.interval import IntervalTrigger
+
+from pipeline.errors import NexusError
+
+PIPELINE = "pipeline"
+log = logging.getLogger(__name__)
+logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it warns at each refused turn of a job that still runs
+
+
+@dataclass(slots=True)
+class Job:
+    """A job: seconds between runs, given by a function since settings change at run time. Figures for the dashboard."""
+
+    name: str
+    every_s: Callable[[], float]
+    run: Callable[[], Any]
+    last_ms: float | None = None
+    late: int = 0
+    ok: bool | None = None
+    error: str | None = None
+    result: Any = None
+    runs: int = field(default=0)
+
+    def __call__(self) -> None:
+        began = time.perf_counter()
+        try:
+            self.result = self.run()
+            self.ok, self.error = True, None
+        except NexusError as error:  # the store or the partner is away: reported, tried again at the next run
+            self.ok, self.error = False, error.message
+        except Exception as error:
+            self.ok, self.error = False, f"{type(error).__name__}: {error}"
+            log.exception("job failed", extra={"job": self.name})
+        self.last_ms = (time.perf_counter() - began) * 1000
+        self.runs += 1
+
+
+class Scheduler:
+    """One BackgroundScheduler for the process, with the table of jobs."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.jobs = {job.name: job for job in jobs}
+        # A long job (the pipeline, which runs until stop) holds a thread of its own: the pool has one for each job.
+        self._scheduler = BackgroundScheduler(
+            executors={"default": ThreadPoolExecutor(len(jobs) + 1)},
+            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
+            timezone=UTC,
+        )
+        self._scheduler.add_listener(self._late, EVENT_JOB_SUBMITTED | EVENT_JOB_MAX_INSTANCES)
+
+    def start(self) -> None:
+        for job in self.jobs.values():
+            self._scheduler.add_job(
+                job, IntervalTrigger(seconds=job.every_s()), id=job.name, name=job.name, next_run_time=datetime.now(UTC)
+            )
+        self._scheduler.start()
+
+    def reschedule(self) -> None:
+        """Take over intervals that were changed."""
+        for job in self.jobs.values():
+            scheduled = self._scheduler.get_job(job.name)
+            if scheduled is not None and scheduled.trigger.interval.total_seconds() != job.every_s():
+                self._scheduler.reschedule_job(job.name, trigger=IntervalTrigger(seconds=job.every_s()))
+
+    def stop(self) -> None:
+        """Ends the scheduler once running jobs are through; those that run until stop must have been told before."""
+        if self._scheduler.running:
+            self._scheduler.shutdown(wait=True)
+
+    def describe(self) -> list[dict[str, Any]]:
+        now = datetime.now(UTC)
+        rows = []
+        for job in self.jobs.values():
+            scheduled = self._scheduler.get_job(job.name) if self._scheduler.running else None
+            upcoming = scheduled.next_run_time if scheduled is not None else None
+            rows.append(
+                {
+                    "name": job.name,
+                    "every_s": job.every_s(),
+                    "last_ms": None if job.last_ms is None else round(job.last_ms, 2),
+                    "runs": job.runs,
+                    "late": job.late,
+                    "next_in_s": None if upcoming is None else round((upcoming - now).total_seconds(), 1),
+                    "ok": job.ok,
+                    "error": job.error,
+                }
+            )
+        return rows
+
+    def _late(self, event: JobSubmissionEvent) -> None:
+        """Count runs that began over a second after their time, or fell together with one still running."""
+        job = self.jobs[event.job_id]
+        if job.name == PIPELINE:
+            return  # runs until stop: its further turns are meant to be refused, they are there to start it again
+        late = event.code == EVENT_JOB_MAX_INSTANCES
+        late |= (datetime.now(UTC) - event.scheduled_run_times[0]).total_seconds() > 1.0
+        job.late += late

@@ -1,0 +1,128 @@
+"""The settings that change while Nexus runs: the environment gives the first value, the store keeps the later ones."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from pipeline import keys
+from pipeline.errors import SettingError, StoreError, Unprocessable
+from pipeline.events import rfc3339
+from pipeline.settings import RUNTIME, SPECS, Settings
+from pipeline.store import Command, Store
+
+AUDIT_LENGTH = 1_000
+_encode = msgspec.json.Encoder().encode
+
+
+class LiveSettings:
+    """The values in force. Reading one costs nothing; `refresh` fetches what another instance may have changed."""
+
+    def __init__(self, store: Store, settings: Settings, clock: Callable[[], int]) -> None:
+        self._store, self._clock = store, clock
+        self._environment = {name: getattr(settings, SPECS[name].field) for name in RUNTIME}
+        self._overrides: dict[str, Any] = {}
+        self._lock = threading.Lock()  # a refresh must not put back what it read before a change
+        self.changed: list[Callable[[], None]] = []  # called after any change, by whoever noticed it
+
+    def __getitem__(self, name: str) -> Any:
+        overrides = self._overrides
+        return overrides[name] if name in overrides else self._environment[name]
+
+    def refresh(self) -> None:
+        """Read the overrides again; one that this version cannot take is left out, the environment's value stands."""
+        with self._lock:
+            found = self._read()
+            changed = found != self._overrides
+            self._overrides = found
+        if changed:
+            self._tell()
+
+    def _read(self) -> dict[str, Any]:
+        flat = self._store.call("HGETALL", keys.SETTINGS)
+        pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+        found: dict[str, Any] = {}
+        for raw_name, raw in pairs:
+            name = raw_name.decode()
+            if name in RUNTIME:
+                try:
+                    found[name] = SPECS[name].parse(msgspec.json.decode(raw))
+                except (SettingError, msgspec.DecodeError):
+                    continue
+        return found
+
+    def change(self, wanted: Mapping[str, Any], reason: str | None, by: str) -> None:
+        """Set values, null goes back to the environment's; all or none. Raises SettingError, Unprocessable,
+        StoreError."""
+        parsed: dict[str, Any] = {}
+        for name, value in wanted.items():
+            if name not in RUNTIME:
+                raise Unprocessable("unknown_setting", f"{name} is no run-time setting; there are {', '.join(RUNTIME)}")
+            parsed[name] = None if value is None else SPECS[name].parse(value)
+        with self._lock:
+            self._write(parsed, reason, by)
+        self._tell()
+
+    def _write(self, parsed: Mapping[str, Any], reason: str | None, by: str) -> None:
+        commands: list[Command] = []
+        for name, value in parsed.items():
+            before = self[name]
+            after = self._environment[name] if value is None else value
+            commands.append(
+                ("HDEL", keys.SETTINGS, name) if value is None else ("HSET", keys.SETTINGS, name, _encode(value))
+            )
+            entry = {
+                "at": rfc3339(self._clock()),
+                "name": name,
+                "from": before,
+                "to": after,
+                "reason": reason,
+                "by": by,
+            }
+            commands.append(("LPUSH", keys.AUDIT, _encode(entry)))
+        if commands:
+            self._store.many([*commands, ("LTRIM", keys.AUDIT, 0, AUDIT_LENGTH - 1)])
+        self._overrides = {
+            **{name: value for name, value in self._overrides.items() if name not in parsed},
+            **{name: value for name, value in parsed.items() if value is not None},
+        }
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Each setting with its value, bounds and where the value comes from."""
+        return {
+            name: {
+                "value": self[name],
+                "default": SPECS[name].default_value,
+                "source": "store" if name in self._overrides else "environment",
+                "min": SPECS[name].minimum,
+                "max": SPECS[name].maximum,
+                "unit": SPECS[name].unit,
+                "meaning": SPECS[name].meaning,
+            }
+            for name in RUNTIME
+        }
+
+    def overridden(self) -> list[str]:
+        """One line for each value of the store that overrides the environment's."""
+        return [
+            f"{n} is {v!r}, set at run time (the environment says {self._environment[n]!r})"
+            for n, v in self._overrides.items()
+        ]
+
+    def audit(self, limit: int = 100) -> list[dict[str, Any]]:
+        """The latest changes, newest first."""
+        return [msgspec.json.decode(raw) for raw in self._store.call("LRANGE", keys.AUDIT, 0, limit - 1)]
+
+    def refresh_quietly(self) -> None:
+        """As refresh, keeping the values in force while the store is away."""
+        try:
+            self.refresh()
+        except StoreError:
+            return
+
+    def _tell(self) -> None:
+        for listener in self.changed:
+            listener()

@@ -1,0 +1,338 @@
+"""The HTTP routes under /api/ml, and the probes: thin, each reads its parameters, asks one part, and answers JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from flask import Blueprint, Flask, Response, request
+from werkzeug.exceptions import HTTPException
+
+from pipeline import keys
+from pipeline.answers import JSON, answer, error_answer, json_object, limit, required, strings
+from pipeline.attempts import latest as latest_attempts
+from pipeline.errors import BadRequest, NexusError, NotFound, StoreError, TooLarge
+from pipeline.events import rfc3339
+from pipeline.feature_routes import feature_routes
+from pipeline.foreign import read_moment
+from pipeline.ingest import MAX_BODY_BYTES
+from pipeline.lookups import event_object
+from pipeline.metrics import metrics_routes
+from pipeline.model_routes import demand_answer, model_routes
+from pipeline.openapi import openapi_routes
+from pipeline.outages import rows as outage_rows
+from pipeline.streams.aggregates import DIMENSIONS, STEPS_S, Aggregates
+from pipeline.streams.inference import Inference
+from pipeline.streams.storage import Query
+
+if TYPE_CHECKING:
+    from pipeline.runtime import Runtime
+
+ACTIONS = ("test_integration", "send_batch", "hybrid_process", "pause", "resume", "reset_circuit", "open_circuit")
+MAX_TRANSACTIONS = 1_000
+MAX_POINTS = 20_000
+_encode = msgspec.json.Encoder().encode
+
+
+def register(app: Flask, nexus: Runtime) -> None:
+    """All routes, and answers in JSON for whatever goes wrong outside the dashboard."""
+    app.register_blueprint(_routes(nexus))
+    app.register_blueprint(feature_routes(nexus))
+    app.register_blueprint(model_routes(nexus))
+    app.register_blueprint(metrics_routes(nexus))
+    app.register_blueprint(openapi_routes(nexus))
+
+    @app.errorhandler(NexusError)
+    def _ours(error: NexusError) -> Response:
+        return error_answer(error)
+
+    @app.errorhandler(HTTPException)
+    def _http(error: HTTPException) -> Response | HTTPException:
+        if request.path.startswith("/nexus"):
+            return error
+        code = (error.name or "error").lower().replace(" ", "_")
+        body = {"error": {"code": code, "message": error.description or code, "details": {"path": request.path}}}
+        made = answer(body, error.code or 500)
+        if allow := error.get_response().headers.get("Allow"):
+            made.headers["Allow"] = allow
+        return made
+
+    @app.errorhandler(Exception)
+    def _unexpected(error: Exception) -> Response:
+        app.logger.exception("request failed", extra={"path": request.path})
+        return answer(
+            {
+                "error": {
+                    "code": "internal",
+                    "message": "this should not happen; the log has the details",
+                    "details": {},
+                }
+            },
+            500,
+        )
+
+
+def _routes(nexus: Runtime) -> Blueprint:
+    api = Blueprint("api", __name__)
+
+    @api.post("/api/ml/events/ingest")
+    def ingest() -> Response:
+        status, headers, body = ingest_response(nexus, request.environ)
+        return Response(body, status, headers)
+
+    @api.get("/api/ml/events/ingest")
+    def ingest_health() -> Response:
+        if request.args.get("check", "health") != "health":
+            raise BadRequest("unknown_check", "check takes 'health'")
+        status, body = nexus.ingest_health()
+        return answer(body, status)
+
+    @api.get("/api/ml/bridge/python")
+    def bridge_get() -> Response:
+        action = request.args.get("action")
+        if action == "health":
+            return answer(nexus.bridge_health())
+        if action == "features":
+            return _both_features(nexus, required("user_id"))
+        raise BadRequest(
+            "unknown_action",
+            f"action is {action!r}; GET takes health and features",
+            details={"actions": ["health", "features"]},
+        )
+
+    @api.post("/api/ml/bridge/python")
+    def bridge_post() -> Response:
+        body = json_object()
+        action = body.get("action")
+        if action == "send_batch":
+            status, found = nexus.actions.send_batch(body)
+        elif action == "hybrid_process":
+            status, found = nexus.actions.hybrid_process(body)
+        elif action == "test_integration":
+            status, found = nexus.actions.test_integration()
+        elif action in ACTIONS:
+            nexus.bridge.control(action)
+            status, found = 200, {"action": action, **nexus.bridge_health()}
+        else:
+            message = f"action is {action!r}; POST takes {', '.join(ACTIONS)}"
+            raise BadRequest("unknown_action", message, details={"actions": list(ACTIONS)})
+        return answer(found, status)
+
+    @api.get("/api/ml/bridge/attempts")
+    def attempts() -> Response:
+        return answer({"attempts": latest_attempts(nexus.store, limit(100))})
+
+    @api.get("/api/ml/bridge/outages")
+    def outages() -> Response:
+        return answer({"outages": outage_rows(nexus.store, limit(100))})
+
+    @api.get("/api/ml/events")
+    def events() -> Response:
+        since, until = (request.args.get(name) for name in ("since", "until"))
+        order = request.args.get("order", "asc")
+        if order not in ("asc", "desc"):
+            raise BadRequest("invalid_order", f"order is {order!r}; it takes asc or desc")
+        query = Query(
+            user_id=request.args.get("user_id"),
+            event_type=request.args.get("event_type"),
+            session_id=request.args.get("session_id"),
+            source=request.args.get("source"),
+            since=None if since is None else read_moment("since", since),
+            until=None if until is None else read_moment("until", until),
+            newest_first=order == "desc",
+        )
+        found, cursor = nexus.events.find(query, limit(100), request.args.get("cursor"))
+        return answer({"events": [event_object(f.body, f.source, f.received_at) for f in found], "cursor": cursor})
+
+    @api.get("/api/ml/events/<event_id>")
+    def receipt(event_id: str) -> Response:
+        return answer(nexus.lookups.receipt(event_id))
+
+    @api.get("/api/ml/aggregates")
+    def aggregates() -> Response:
+        return _aggregates(nexus)
+
+    @api.get("/api/ml/predictions/fraud/<transaction_id>")
+    def fraud_one(transaction_id: str) -> Response:
+        found = _fraud(nexus, [transaction_id])
+        if transaction_id not in found:
+            raise NotFound("unknown_transaction", f"no payment {transaction_id} was scored")
+        return answer(found[transaction_id])
+
+    @api.post("/api/ml/predictions/fraud")
+    def fraud_many() -> Response:
+        return answer({"predictions": _fraud(nexus, strings(json_object(), "transaction_ids", MAX_TRANSACTIONS))})
+
+    @api.get("/api/ml/predictions/demand")
+    def demand_forecast() -> Response:
+        return answer(demand_answer(nexus, request.args.get("zone"), request.args.get("horizon")))
+
+    @api.get("/api/ml/settings")
+    def settings() -> Response:
+        return answer({"settings": nexus.live.describe()})
+
+    @api.patch("/api/ml/settings")
+    def change_settings() -> Response:
+        _own_host(nexus)
+        body = json_object(strict_type=True)
+        wanted = body.get("settings")
+        if not isinstance(wanted, dict):
+            raise BadRequest("no_settings", '"settings" is an object of names and values')
+        reason = body.get("reason")
+        if reason is not None and not isinstance(reason, str):
+            raise BadRequest("invalid_reason", "'reason' is a text, or absent")
+        nexus.live.change(wanted, reason, by=request.remote_addr or "unknown")
+        return answer({"settings": nexus.live.describe()})
+
+    @api.get("/api/ml/settings/audit")
+    def audit() -> Response:
+        return answer({"changes": nexus.live.audit(limit(100))})
+
+    @api.get("/api/ml/dead-letters")
+    def dead_letters() -> Response:
+        args = request.args
+        found = nexus.dead_letters.find(args.get("stream"), args.get("reason"), limit(100), args.get("cursor"))
+        return answer(found)
+
+    @api.post("/api/ml/dead-letters/redrive")
+    def redrive() -> Response:
+        body = json_object()
+        ids = strings(body, "ids", 5000) if "ids" in body else None
+        stream, reason = body.get("stream"), body.get("reason")
+        if ids is None and stream is None and reason is None and body.get("all") is not True:
+            raise BadRequest("nothing_named", 'give "ids", or "stream" and/or "reason", or "all": true')
+        for name, value in (("stream", stream), ("reason", reason)):
+            if value is not None and not isinstance(value, str):
+                raise BadRequest(f"invalid_{name}", f"{name} is a text, or absent")
+        report = nexus.dead_letters.redrive(ids, stream, reason, nexus.clock())
+        nexus.taken()
+        return answer(report)
+
+    @api.get("/healthz")
+    def alive() -> Response:
+        return answer({"status": "alive", "version": nexus.version})
+
+    @api.get("/readyz")
+    def ready() -> Response:
+        why = nexus.not_ready()
+        return answer(
+            {"status": "ready"} if why is None else {"status": "not ready", "why": why}, 200 if why is None else 503
+        )
+
+    @api.get("/nexus/feed.json")
+    def feed() -> Response:
+        made = Response(nexus.serving.feed("history" in request.args), content_type=JSON)
+        made.headers["Cache-Control"] = "no-store"
+        return made
+
+    return api
+
+
+def ingest_response(nexus: Runtime, environ: dict[str, Any]) -> tuple[int, list[tuple[str, str]], bytes]:
+    """POST /api/ml/events/ingest: status, headers and body, from a bare WSGI environ, since this route is dispatched
+    ahead of Flask."""
+    headers = [("Content-Type", JSON)]
+    try:
+        body = _read_body(environ)
+        query = _query(environ.get("QUERY_STRING", ""))
+        status, made = nexus.ingest.post(
+            body, environ.get("CONTENT_TYPE") or "", environ.get("HTTP_CONTENT_ENCODING") or "", query
+        )
+        return status, headers, _encode(made)
+    except NexusError as error:
+        if isinstance(error, StoreError):
+            headers.append(("Retry-After", str(error.retry_after)))
+        return error.status, headers, _encode(error.body())
+
+
+def _read_body(environ: dict[str, Any]) -> bytes:
+    length = environ.get("CONTENT_LENGTH") or ""
+    if length.isdecimal() and int(length) > MAX_BODY_BYTES:
+        raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes; send fewer events at a time")
+    body: bytes = environ["wsgi.input"].read(int(length) if length.isdecimal() else MAX_BODY_BYTES + 1)
+    if length.isdecimal() and len(body) < int(length):
+        raise BadRequest("cut_off", f"the body ended after {len(body)} of {length} bytes")
+    return body
+
+
+def _query(text: str) -> dict[str, str]:
+    if not text:
+        return {}
+    from urllib.parse import parse_qsl
+
+    return dict(parse_qsl(text, keep_blank_values=True))
+
+
+def _both_features(nexus: Runtime, user_id: str) -> Response:
+    found = nexus.features.combine([user_id])[user_id]
+    if not found.known:
+        raise NotFound("unknown_user", f"neither system knows a user {user_id}")
+    return answer(
+        {
+            "python_features": {"user_id": user_id, "features": found.python},
+            "combined_features": {
+                "python_features": found.python,
+                "typescript_features": found.nexus,
+                "combined": found.combined,
+            },
+            "meta": found.meta,
+            **found.notes(),
+        }
+    )
+
+
+def _aggregates(nexus: Runtime) -> Response:
+    by, step_name = request.args.get("by", "type"), request.args.get("step", "1m")
+    if by not in DIMENSIONS:
+        raise BadRequest("unknown_dimension", f"by is {by!r}; it takes {', '.join(DIMENSIONS)}")
+    if step_name not in STEPS_S:
+        raise BadRequest("unknown_step", f"step is {step_name!r}; it takes {', '.join(STEPS_S)}")
+    step, now_s = STEPS_S[step_name], nexus.clock() // 1000
+    since, until = request.args.get("since"), request.args.get("until")
+    # Events may be stamped up to an hour ahead; the default begins 60 steps before the present all the same.
+    last = now_s + (3600 if step > 1 else 0) if until is None else read_moment("until", until) // 1000
+    begin = (now_s if until is None else last) - 60 * step
+    first = (begin if since is None else read_moment("since", since) // 1000) // step * step
+    starts = range(first, last + 1, step)  # not a list before it is known to be short
+    if len(starts) > MAX_POINTS:
+        raise BadRequest(
+            "too_many_points",
+            f"since, until and step ask for {len(starts)} points; at most {MAX_POINTS}: take a larger step",
+        )
+    hours = list(range(first // 3600 * 3600, last + 1, 3600))
+    stream = nexus.stream("aggregates")
+    unwritten = list(stream.unwritten(step)) if isinstance(stream, Aggregates) else []
+    flats = nexus.store.many([("HGETALL", f"{keys.AGGREGATE}{step}:{start}") for start in starts])
+    series: dict[str, dict[int, int]] = {}
+    prefix = f"{by}:"
+    for start, flat in zip(starts, flats, strict=True):
+        for raw, count in flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True):
+            if raw.startswith(prefix.encode()):
+                series.setdefault(raw.decode()[len(prefix) :], {})[start] = int(count)
+    for start, name, count in unwritten:
+        if name.startswith(prefix) and first <= start <= last:
+            points = series.setdefault(name[len(prefix) :], {})
+            points[start] = points.get(start, 0) + count
+    distinct = nexus.store.call("PFCOUNT", *[f"{keys.SEEN}{hour}" for hour in hours]) if hours else 0
+    rows = [
+        {"key": key, "points": [[rfc3339(at * 1000), n] for at, n in sorted(points.items())]}
+        for key, points in sorted(series.items())
+    ]
+    return answer({"series": rows, "distinct_users": distinct})
+
+
+def _fraud(nexus: Runtime, transactions: list[str]) -> dict[str, dict[str, Any]]:
+    stream = nexus.stream("inference")
+    return nexus.lookups.predictions(transactions, nexus.clock(), stream if isinstance(stream, Inference) else None)
+
+
+def _own_host(nexus: Runtime) -> None:
+    """Settings are changed from this server's own pages and by its own name: a page elsewhere must not reach them."""
+    origin = request.headers.get("Origin")
+    if origin is not None and origin.partition("://")[2] != request.host:
+        raise NexusError("foreign_origin", f"settings are not changed from {origin}", status=403)
+    name = request.host.rsplit(":", 1)[0].strip("[]")
+    if name not in nexus.own_names:
+        raise NexusError(
+            "foreign_host", f"Host is {request.host}; it takes one of {', '.join(sorted(nexus.own_names))}", status=403
+        )

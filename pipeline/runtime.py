@@ -1,0 +1,356 @@
+"""The runtime: builds all parts of Nexus, starts and stops them in order, and is the sole maker of threads."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import gc
+import logging
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import IO, Any, TypeVar
+
+from pipeline import keys
+from pipeline.actions import Actions
+from pipeline.catalogue import FEATURES
+from pipeline.completeness import Backlog
+from pipeline.dead_letters import DeadLetters
+from pipeline.definitions import check
+from pipeline.embedded import sync_to_disk
+from pipeline.errors import PartnerTimeout, StoreError
+from pipeline.events import rfc3339, uuid7
+from pipeline.feature_health import FeatureHealth
+from pipeline.feature_store import FeatureStore
+from pipeline.health import Health
+from pipeline.ingest import Ingest
+from pipeline.jobs import PIPELINE, Job, Scheduler
+from pipeline.lease import Lease
+from pipeline.live_settings import LiveSettings
+from pipeline.log import Log
+from pipeline.lookups import Lookups
+from pipeline.models import fraud
+from pipeline.partner import Partner
+from pipeline.publisher import Publisher
+from pipeline.registry import Models
+from pipeline.retention import Retention
+from pipeline.serving import Serving, city_warming
+from pipeline.settings import Settings
+from pipeline.store import Store
+from pipeline.streams.aggregates import Aggregates
+from pipeline.streams.bridge import Bridge
+from pipeline.streams.features import Features
+from pipeline.streams.inference import Inference
+from pipeline.streams.runner import Runner
+from pipeline.streams.storage import EventStore, Storage
+from pipeline.streams.stream import Stream
+from pipeline.sync import synchronise
+
+VERSION = "0.1.0"
+SWITCH_INTERVAL_S = 0.0005  # default 5 ms: a request would wait that long behind the pipeline's thread
+_FREEZE_S = 5.0
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def wall_clock() -> int:
+    """Epoch milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+class Runtime:
+    """One instance of Nexus. Building it starts nothing."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], int] = wall_clock) -> None:
+        check(FEATURES)
+        self.settings, self.clock = settings, clock
+        self.version, self.boot = VERSION, uuid7(clock())
+        self.own_names = {"localhost", "127.0.0.1", "::1", settings.nexus_host, socket.gethostname()}
+        retention_ms = settings.event_retention_hours * 3_600_000
+        self.store = Store(settings.store_url, settings.redis_cluster)
+        self.live = LiveSettings(self.store, settings, clock)
+        self.log = Log(self.store)
+        self._folder_lock: IO[str] | None = None
+        holder = f"{socket.gethostname()}:{settings.data_dir.resolve()}"
+        self.lease = Lease(self.store, holder, clock, self._last_here)
+        self.backlog = Backlog(lambda: self.bridge.ordinal)
+        make: dict[str, Callable[[], Stream]] = {
+            "features": lambda: Features(self.store, FEATURES, retention_ms, lambda: self.lease.epoch, self.backlog),
+            "storage": lambda: Storage(self.store),
+            "aggregates": lambda: Aggregates(self.store, retention_ms),
+            "inference": lambda: Inference(self.store, retention_ms),
+        }
+        self.runner = Runner(self.store, self.log, self.lease, clock, make, self._spawn)
+        partner = Partner(lambda: self.live["PYTHON_EVENT_API_URL"], lambda: self.live["PYTHON_SERVICE_TIMEOUT"], clock)
+        self.bridge = Bridge(self.store, self.log, self.lease, self.live, partner, clock)
+        self.ingest = Ingest(self.log, clock, self.taken, lambda end, s: self.runner.wait_for("features", end, s))
+        self.events = EventStore(self.store, self.log, self._unwritten_rows)
+        self.features = FeatureStore(
+            self.store, self.events, self.live, self._live_features, clock, self._own_lag_s, self._python_behind
+        )
+        self.feature_health = FeatureHealth(self._live_features, clock)
+        self.lookups = Lookups(self.store, self.log)
+        self.dead_letters = DeadLetters(self.store, self.log)
+        self.retention = Retention(self.log, self.lease, retention_ms)
+        self.actions = Actions(self)
+        self.models = Models(self)
+        self.serving = Serving(self, clock)
+        self.publisher = Publisher(self.store, self.lease, self._live_features, clock, self.feature_health)
+        self.demand_warming: str | None = "not asked yet"
+        self._stop = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_ready = threading.Event()
+        self._bridge_thread: threading.Thread | None = None
+        self.scheduler = Scheduler(self._jobs())
+        self.live.changed += [self.scheduler.reschedule, self.bridge.wake]
+
+    def _jobs(self) -> list[Job]:
+        live = self.live
+        jobs = [
+            Job(PIPELINE, lambda: 1.0, lambda: self.runner.run(self._stop)),
+            Job("snapshot", lambda: 1.0, self.serving.refresh),
+            Job("publish", lambda: 1.0, self.publisher.publish),
+            Job("backfill", lambda: 1.0, self._backfill),
+            Job("settings", lambda: 2.0, live.refresh),
+            Job("health check", lambda: float(live["HEALTH_CHECK_INTERVAL"]), self._check_health),
+            Job("canary", lambda: float(live["HEALTH_CHECK_INTERVAL"]), self.actions.canary.periodic),
+            Job("feature sync", lambda: float(live["FEATURE_SYNC_INTERVAL"]), self.sync_features),
+            Job("demand", lambda: 30.0, self._look_at_demand),
+            Job("models", lambda: 60.0, self.models.look),
+            Job("retention", lambda: 10.0, lambda: self.retention.run(self.clock(), self.serving.memory_used())),
+            Job("memory", lambda: _FREEZE_S, tidy_memory),
+        ]
+        if self.settings.embedded and self.settings.store_fsync == "everysec":
+            jobs.append(Job("sync to disk", lambda: 1.0, lambda: sync_to_disk(self.settings)))
+        return jobs
+
+    def start(self) -> None:
+        """Start the bridge's loop and the scheduler, which runs all else; a store that is away does not hinder."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 1_000)
+        self._lock_folder()
+        self.live.refresh_quietly()
+        for line in self.live.overridden():
+            log.warning("setting overridden: %s", line)
+        self._bridge_thread = self._spawn("bridge", self._run_bridge)
+        self._loop_ready.wait(5.0)
+        self.scheduler.start()
+        log.info("nexus started", extra={"version": self.version, "boot": self.boot})
+
+    def stop(self) -> None:
+        """Mirror of start(): the streams' last checkpoint is made, the lease given back."""
+        self._stop.set()
+        self.runner.wake()
+        self.bridge.wake()
+        self.scheduler.stop()
+        if self._bridge_thread is not None:
+            self._bridge_thread.join(15.0)
+        try:
+            self.lease.release()
+        except StoreError as error:
+            log.warning("the lease was not given back: %s", error.message)
+        self.store.close()
+        if self._folder_lock is not None:
+            self._folder_lock.close()
+            self._folder_lock = None
+
+    def stream(self, name: str) -> Stream | None:
+        return self.runner.stream(name)
+
+    def stream_states(self) -> dict[str, tuple[str, str | None]]:
+        return {**self.runner.states(), "bridge": (self.bridge.state, self.bridge.detail)}
+
+    def live_ordinal(self, name: str) -> int:
+        return self.bridge.ordinal if name == "bridge" else self.runner.ordinal(name)
+
+    def live_processed(self, name: str) -> int:
+        return self.bridge.processed if name == "bridge" else self.runner.processed(name)
+
+    def labels_needed(self) -> int:
+        stream = self.stream("inference")
+        return (
+            max(0, fraud.LABELS_NEEDED - stream.model.frauds) if isinstance(stream, Inference) else fraud.LABELS_NEEDED
+        )
+
+    def partner_status(self) -> dict[str, Any]:
+        """The Python service as it stands: online, degraded, offline or disabled, and why."""
+        health = self.bridge.health
+        status: str
+        reason: str | None
+        if not self.live["ENABLE_PYTHON_BRIDGE"]:
+            status, reason = "disabled", "the bridge is switched off (ENABLE_PYTHON_BRIDGE)"
+        elif health is None:
+            status, reason = "offline", "not asked yet"
+        else:
+            status, reason = health.status, health.reason
+        return {
+            "status": status,
+            "reason": reason,
+            "url": self.live["PYTHON_EVENT_API_URL"],
+            "response_time_ms": None
+            if health is None or health.response_time_ms is None
+            else round(health.response_time_ms, 2),
+            "checked_at": None if health is None else health.checked_at,
+            "since": self.bridge.status_since,
+        }
+
+    def bridge_health(self) -> dict[str, Any]:
+        """The answer of ?action=health."""
+        health, circuit = self.bridge.health, self.bridge.circuit
+        status, audit = self.partner_status(), self.serving.audit
+        account = audit.accounts["bridge"] if audit is not None else None
+        return {
+            "status": status["status"],
+            "reason": status["reason"],
+            "python_service": {
+                "url": status["url"],
+                "status_code": None if health is None else health.status_code,
+                "response_time_ms": status["response_time_ms"],
+                "checked_at": None if health is None else rfc3339(health.checked_at),
+                "body": None if health is None else health.body,
+            },
+            "circuit": {
+                "state": circuit.state,
+                "opened_at": None if circuit.opened_at is None else rfc3339(circuit.opened_at),
+                "failures": circuit.failures,
+                "paused": circuit.paused,
+                "forced": circuit.forced,
+                "reason": circuit.reason,
+            },
+            "backlog": {
+                "pending": account.pending if account else 0,
+                "dead": account.dead if account else 0,
+                "oldest_age_s": self.serving.backlog_age_s(),
+                "eta_s": self.serving.backlog_eta_s(),
+            },
+            "supports": sorted(self.bridge.partner.supports),
+            "lacks": self.bridge.partner.lacks,
+            "history": self.bridge.watch.changes,
+        }
+
+    def ingest_health(self) -> tuple[int, dict[str, Any]]:
+        """The answer of ?check=health, from the counters themselves. Raises StoreError."""
+        return self.serving.ingest_health()
+
+    def not_ready(self) -> str | None:
+        """Why Nexus cannot serve, None when it can."""
+        try:
+            self.store.call("PING")
+        except StoreError as error:
+            return error.message
+        if self.runner.state not in ("running", "standby"):
+            return f"the pipeline is {self.runner.state}" + (f": {self.runner.detail}" if self.runner.detail else "")
+        return None
+
+    def wait_delivered(self, end: int, timeout_s: float) -> bool:
+        """Wait until the bridge has all events before an ordinal behind it; gives up early where it is known not to
+        run."""
+        return self.bridge.wait_for(end, timeout_s)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, but not beyond the stop."""
+        self._stop.wait(seconds)
+
+    def in_bridge(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the bridge's loop and wait for it. Raises PartnerTimeout when the loop does not get to
+        it."""
+        if self._loop is None:
+            work.close()
+            raise PartnerTimeout("the bridge does not run")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(float(self.live["PYTHON_SERVICE_TIMEOUT"]) / 1000 + 5.0)
+        except (FutureTimeout, CancelledError) as error:  # cancelled: the bridge is being stopped
+            future.cancel()
+            raise PartnerTimeout("the bridge did not get to it in time") from error
+
+    def aside(self, name: str, body: Callable[[], None]) -> None:
+        """Run something that nobody waits for in a thread of its own."""
+        self._spawn(name, body)
+
+    def taken(self) -> None:
+        """The log has taken events: wakes whoever reads it."""
+        self.runner.wake()
+        self.bridge.arrived()
+
+    def _live_features(self) -> Features | None:
+        stream = self.stream("features")
+        return stream if isinstance(stream, Features) else None
+
+    def _own_lag_s(self) -> float:
+        """How old Nexus's own features are: the age of the oldest event that they do not have yet."""
+        return self.serving.lag_s("features")
+
+    def _python_behind(self, user_id: str) -> int | None:
+        """Events of a user that the Python service has not been given yet, None where another instance runs the bridge."""
+        if not self.lease.epoch or not self.live["ENABLE_PYTHON_BRIDGE"]:
+            return None
+        return self.backlog.behind(user_id)
+
+    def _backfill(self) -> None:
+        stream = self._live_features()
+        if stream is not None and stream.backfill is not None:
+            stream.backfill.step(self.clock())
+
+    def _unwritten_rows(self) -> Any:
+        stream = self.stream("storage")
+        return stream.unwritten() if isinstance(stream, Storage) else Storage(self.store).unwritten()
+
+    def _check_health(self) -> Health | None:
+        if not self.live["ENABLE_PYTHON_BRIDGE"]:
+            return None
+        return self.in_bridge(self.bridge.check_health())
+
+    def sync_features(self) -> dict[str, Any]:
+        """One run of the feature sync, now. Raises StoreError."""
+        partner = self.bridge.partner
+        can = self.live["ENABLE_PYTHON_BRIDGE"] and "features" in partner.supports
+        refresh = (lambda user_id: self.in_bridge(partner.features(user_id))) if can else None
+        drift_s = float(self.live["FEATURE_SYNC_INTERVAL"])
+        return synchronise(self._live_features(), self.features, refresh, self.clock(), drift_s)
+
+    def _look_at_demand(self) -> None:
+        self.demand_warming = city_warming(self, self.clock() // 1000)
+
+    def _run_bridge(self) -> None:
+        async def body() -> None:
+            self._loop = asyncio.get_running_loop()
+            self._loop_ready.set()
+            await self.bridge.run(self._stop.is_set)
+
+        asyncio.run(body())
+
+    def _lock_folder(self) -> None:
+        """The lock of the data folder for Nexus: who holds it knows that no other instance on this folder is alive."""
+        try:
+            self.settings.data_dir.mkdir(parents=True, exist_ok=True)
+            handle = (self.settings.data_dir / "nexus.lock").open("w")
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._folder_lock = handle
+        except OSError as error:
+            log.warning("the data folder's lock is not to be had, so the lease is waited for: %s", error)
+
+    def _last_here(self) -> bool:
+        """The lease was last held on this data folder, and this process has its lock: that holder is dead. A lock says
+        nothing of instances on other folders, which an external store may have too. Raises StoreError."""
+        if self._folder_lock is None:
+            return False
+        held_by: bytes | None = self.store.call("HGET", keys.OWNER, "holder")
+        return held_by == self.lease.holder.encode()
+
+    def _spawn(self, name: str, body: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=body, name=name, daemon=True)
+        thread.start()
+        return thread
+
+
+def tidy_memory() -> None:
+    """Collect the young, then freeze what lives: a full collection over all users' state would stop every thread for
+    long."""
+    gc.collect(1)
+    gc.freeze()

@@ -1,0 +1,420 @@
+"""The snapshot: once a second a job makes one small JSON of how everything stands; pages and callbacks only read it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from pipeline import checkpoints, keys
+from pipeline.checkpoints import Audit
+from pipeline.errors import StoreError
+from pipeline.log import Head
+from pipeline.models import demand
+from pipeline.streams.aggregates import RECENT_S, Aggregates
+from pipeline.streams.features import Features
+from pipeline.streams.inference import CITY, Inference, demand_key
+
+if TYPE_CHECKING:
+    from pipeline.runtime import Runtime
+
+HISTORY_S = 300
+RATE_S = 5.0  # rates are means over this long
+MIN_FREE_DISK = 64 << 20  # bytes
+REFUSE_AT = 0.85  # of the store's memory limit
+_TOP = 6
+_encode = msgspec.json.Encoder().encode
+_BEHIND_S = 10.0
+
+
+class Meter:
+    """The mean rate of a growing count over the last seconds."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque(maxlen=int(RATE_S) + 1)
+
+    def rate(self, count: int, now: float) -> float:
+        """Per second; `now` is monotonic seconds. A count that fell (an emptied store) begins anew."""
+        if self._seen and count < self._seen[-1][1]:
+            self._seen.clear()
+        self._seen.append((now, count))
+        first_at, first = self._seen[0]
+        return (count - first) / (now - first_at) if now > first_at else 0.0
+
+
+class Serving:
+    """Makes and keeps the snapshot, with the last minutes' history for the charts."""
+
+    def __init__(self, nexus: Runtime, clock: Callable[[], int]) -> None:
+        self._nexus, self._clock = nexus, clock
+        self._meters: dict[str, Meter] = {}
+        self._history: deque[tuple[Any, ...]] = deque(maxlen=HISTORY_S)
+        self._body: dict[str, Any] = {}
+        self._plain = b"{}"
+        self.store_status: dict[str, Any] = {
+            "status": "offline",
+            "detail": "not asked yet",
+            "used_bytes": None,
+            "max_bytes": None,
+        }
+        self.audit: Audit | None = None
+        self._errors_seen: deque[tuple[int, int]] = deque(maxlen=60)
+
+    def feed(self, history: bool) -> bytes:
+        """The snapshot as JSON, with the history where asked for."""
+        if not history:
+            return self._plain
+        return _encode({**self._body, "history": self._history_columns()})
+
+    def lag_s(self, stream: str) -> float:
+        """The age of the oldest event that a stream has yet to process, as of the last snapshot."""
+        lag: float | None = self._body.get("streams", {}).get(stream, {}).get("lag_s")
+        return lag or 0.0
+
+    def backlog_age_s(self) -> float | None:
+        """The age of the oldest event that waits for the Python service, as of the last snapshot."""
+        age: float | None = self._body.get("backlog", {}).get("oldest_age_s")
+        return age
+
+    def memory_used(self) -> float:
+        """The share of the store's memory limit that was used at the last look, 0 without a limit."""
+        status = self.store_status
+        return status["used_bytes"] / status["max_bytes"] if status["max_bytes"] and status["used_bytes"] else 0.0
+
+    def backlog_eta_s(self) -> float | None:
+        """When the backlog will have drained, in seconds, as of the last snapshot; None where it does not shrink."""
+        eta: float | None = self._body.get("backlog", {}).get("eta_s")
+        return eta
+
+    def ingest_health(self) -> tuple[int, dict[str, Any]]:
+        """The audit as ?check=health answers it: counters read now, in one consistent read. Raises StoreError."""
+        nexus = self._nexus
+        audit = checkpoints.audit(nexus.store)
+        lags = self._lag_seconds(audit)
+        states = nexus.stream_states()
+        owned = audit.epoch > 0 and audit.lease_expires > nexus.clock()
+        local_ok = all(
+            (states[name][0] == "running" or (nexus.runner.state == "standby" and owned))
+            and lags.get(name, 0.0) < _BEHIND_S
+            for name in keys.LOCAL_STREAMS
+        )
+        running = nexus.runner.state == "running" or owned
+        partner = nexus.partner_status()["status"]
+        healthy = local_ok and partner in ("online", "disabled") and lags.get("bridge", 0.0) < _BEHIND_S
+        healthy = healthy and self.store_status["status"] == "online"
+        status = "unhealthy" if not running else "healthy" if healthy else "degraded"
+        streams = {
+            name: {
+                "state": states[name][0],
+                "lag": account.accepted - account.processed - account.dead,
+                "processed": account.processed,
+                "failed": account.dead,
+                "rate": self._body.get("streams", {}).get(name, {}).get("rate"),
+                "pending": account.pending,
+                "lag_s": round(lags.get(name, 0.0), 3),
+            }
+            for name, account in audit.accounts.items()
+        }
+        return (503 if status == "unhealthy" else 200), {
+            "status": status,
+            "streams": streams,
+            "totals": {
+                "accepted": audit.head.accepted,
+                "duplicates": audit.head.duplicates,
+                "rejected": audit.head.rejected,
+                "bridge_only": audit.head.bridge_only,
+            },
+            "unexplained": audit.unexplained,
+            "store": self.store_status,
+            "log": {
+                "ids": audit.head.ids,
+                "first_segment": audit.head.first_segment,
+                "last_segment": audit.head.segment,
+            },
+        }
+
+    def watch_store(self) -> None:
+        """Ask the store how it is; close ingest near its memory limit and open it again. Raises StoreError when it is
+        away."""
+        nexus = self._nexus
+        try:
+            memory, persistence, replication = self._info()
+        except StoreError as error:
+            text = str(error)
+            status = (
+                "loading" if "LOADING" in text or "loading" in text else "readonly" if "READONLY" in text else "offline"
+            )
+            self.store_status.update(status=status, detail=error.message)
+            raise
+        used, limit = int(memory.get("used_memory", 0)), int(memory.get("maxmemory", 0))
+        detail, status = None, "online"
+        if persistence.get("loading") == "1":
+            status, detail = "loading", "the store is reading its data from disk; it takes requests once it has done so"
+        elif replication.get("role") == "slave" and replication.get("slave_read_only") == "1":
+            status, detail = "readonly", "the store is a replica and takes no writes; point REDIS_URL at its primary"
+        elif persistence.get("aof_enabled") == "0":
+            status, detail = (
+                "degraded",
+                "append-only file is off: a crash of the store loses acknowledged events; set appendonly yes",
+            )
+        elif persistence.get("aof_last_write_status") == "err":
+            status, detail = "full", "the store cannot write its append-only file: is its disk full?"
+        full = limit > 0 and used > limit * REFUSE_AT
+        free = shutil.disk_usage(nexus.settings.data_dir).free if nexus.settings.embedded else None
+        if free is not None and free < MIN_FREE_DISK:
+            # The write that first meets a full disk is still answered by the store: refuse before it comes to that.
+            full, status = True, "full"
+            detail = (
+                f"{free >> 20} MiB are free in {nexus.settings.data_dir}; ingest refuses below {MIN_FREE_DISK >> 20}"
+            )
+        elif full:
+            status, detail = (
+                "full",
+                f"{used / limit:.0%} of the memory limit is used; ingest refuses from {REFUSE_AT:.0%} on",
+            )
+        nexus.ingest.closed = detail if full else None
+        self.store_status = {
+            "status": status,
+            "detail": detail,
+            "used_bytes": used,
+            "max_bytes": limit or None,
+            "embedded": nexus.settings.embedded,
+        }
+
+    def _info(self) -> tuple[dict[str, str], ...]:
+        """The sections memory, persistence and replication; a store that is loading answers this too."""
+        sections = ("memory", "persistence", "replication")
+        return tuple(map(_section, self._nexus.store.many([("INFO", section) for section in sections])))
+
+    def refresh(self) -> None:
+        """The job: look at everything once. A store that is away shows as such."""
+        nexus, now = self._nexus, time.monotonic()
+        try:
+            self.watch_store()
+            self.audit = checkpoints.audit(nexus.store)
+            lags = self._lag_seconds(self.audit)
+        except StoreError:
+            lags = {}
+        self._body = self._build(now, lags)
+        self._plain = _encode(self._body)
+        self._remember()
+
+    def _lag_seconds(self, audit: Audit) -> dict[str, float]:
+        """For each stream the age of the oldest event that it has yet to process."""
+        behind = {
+            name: account.position
+            for name, account in audit.accounts.items()
+            if account.pending > 0 and self._nexus.live_ordinal(name) < audit.head.ordinal
+        }
+        headers = self._nexus.log.arrivals(list(behind.values()))
+        now = self._clock()
+        return {name: max(0.0, (now - at) / 1000) for name, at in zip(behind, headers, strict=True) if at is not None}
+
+    def _build(self, now: float, lags: Mapping[str, float]) -> dict[str, Any]:
+        nexus, audit = self._nexus, self.audit
+        bridge, circuit = nexus.bridge, nexus.bridge.circuit
+        at = self._clock()
+        streams = self._streams(now, lags)
+        head = audit.head if audit is not None else None
+        pending = audit.accounts["bridge"].pending if audit is not None else None
+        dead = audit.accounts["bridge"].dead if audit is not None else None
+        python_rate, ingest_rate = streams["bridge"]["rate"], self._rate("ingest", _offered(head), now)
+        features = nexus.stream("features")
+        latencies = list(nexus.ingest.latencies_ms)
+        cuts = quantiles(latencies, n=100) if len(latencies) > 1 else None
+        recent = self._recent()
+        return {
+            "at": at,
+            "boot": nexus.boot,
+            "version": nexus.version,
+            "store": self.store_status,
+            "pipeline": {
+                "state": nexus.runner.state,
+                "detail": nexus.runner.detail,
+                "checkpoint_age_s": _rounded(nexus.runner.checkpoint_age_s()),
+            },
+            "python": nexus.partner_status(),
+            "circuit": {
+                "state": circuit.state,
+                "opened_at": circuit.opened_at,
+                "failures": circuit.failures,
+                "paused": circuit.paused,
+                "retry_in_s": _rounded(max(0.0, (circuit.retry_at - at) / 1000)) if circuit.state != "closed" else None,
+            },
+            "backlog": {
+                "pending": pending,
+                "dead": dead,
+                "oldest_age_s": _rounded(lags.get("bridge")),
+                "eta_s": _rounded(drain_s(pending, python_rate, ingest_rate)),
+            },
+            "streams": streams,
+            "totals": {
+                "accepted": head.accepted if head else None,
+                "duplicates": head.duplicates if head else None,
+                "rejected": head.rejected if head else None,
+            },
+            "unexplained": audit.unexplained if audit is not None else None,
+            "rates": {
+                "ingest": _rounded(ingest_rate),
+                "nexus": streams["features"]["rate"],
+                "python": python_rate,
+            },
+            "latency": {
+                "ingest_p50_ms": _rounded(cuts[49]) if cuts else None,
+                "ingest_p99_ms": _rounded(cuts[98]) if cuts else None,
+            },
+            "freshness": {
+                "nexus_s": _rounded(lags.get("features", nexus.runner.delay_s("features"))),
+                "python_s": _rounded(lags.get("bridge", bridge.delay_s)),
+                "nexus_users": features.users if isinstance(features, Features) else None,
+                "python_users": None,
+            },
+            "bridge_errors": {
+                "total": bridge.errors_total,
+                "per_min": self._errors_per_minute(bridge.errors_total),
+                "recent": list(bridge.errors),
+            },
+            "outages": bridge.ledger.latest,
+            "canary": nexus.actions.canary.latest,
+            "models": self._models(),
+            "jobs": nexus.scheduler.describe(),
+            "settings": nexus.live.describe(),
+            "events_per_type": _top(recent, "type:"),
+            "sources": _top(recent, "source:"),
+        }
+
+    def _streams(self, now: float, lags: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+        nexus, audit = self._nexus, self.audit
+        states = nexus.stream_states()
+        found = {}
+        for name in keys.STREAMS:
+            account = audit.accounts[name] if audit is not None else None
+            state, detail = states[name]
+            if state == "running" and lags.get(name, 0.0) >= _BEHIND_S:
+                state = "behind"
+            found[name] = {
+                "state": state,
+                "detail": detail,
+                "lag": account.pending if account else None,
+                "lag_s": _rounded(lags.get(name, 0.0)),
+                "processed": account.processed if account else None,
+                "failed": account.dead if account else None,
+                "rate": _rounded(self._rate(name, nexus.live_processed(name), now)),
+            }
+        return found
+
+    def _models(self) -> dict[str, dict[str, Any]]:
+        stream = self._nexus.stream("inference")
+        if not isinstance(stream, Inference):
+            return {}
+        model = stream.model
+        needed = self._nexus.labels_needed()
+        return {
+            "fraud": {
+                "state": "ready" if model.ready else "warming_up",
+                "detail": None if model.ready else f"needs {needed} more reported frauds",
+                "scored": model.scored,
+            },
+            "demand": {
+                "state": "warming_up" if (why := self._nexus.demand_warming) else "ready",
+                "detail": why,
+                "scored": None,
+            },
+        }
+
+    def _recent(self) -> Counter[str]:
+        stream = self._nexus.stream("aggregates")
+        total: Counter[str] = Counter()
+        if isinstance(stream, Aggregates):
+            since = self._clock() // 1000 - RECENT_S
+            for second, counts in list(stream.recent.items()):
+                if second >= since:
+                    total.update(dict(counts))
+        return total
+
+    def _rate(self, name: str, count: int, now: float) -> float:
+        return self._meters.setdefault(name, Meter()).rate(count, now)
+
+    def _errors_per_minute(self, total: int) -> int:
+        self._errors_seen.append((total, 0))
+        return total - self._errors_seen[0][0]
+
+    def _remember(self) -> None:
+        body = self._body
+        self._history.append(
+            (
+                body["at"],
+                body["rates"]["ingest"],
+                body["rates"]["nexus"],
+                body["rates"]["python"],
+                body["python"]["response_time_ms"],
+                body["freshness"]["nexus_s"],
+                body["freshness"]["python_s"],
+                body["bridge_errors"]["per_min"],
+                *(body["streams"][name]["lag"] for name in keys.STREAMS),
+            )
+        )
+
+    def _history_columns(self) -> dict[str, Any]:
+        rows = list(self._history)
+        columns = (
+            [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(8 + len(keys.STREAMS))]
+        )
+        names = ("t", "ingest", "nexus", "python", "response_ms", "fresh_nexus", "fresh_python", "errors")
+        return {**dict(zip(names, columns, strict=False)), "lag": dict(zip(keys.STREAMS, columns[8:], strict=True))}
+
+
+def demand_counts(nexus: Runtime, zone: str, now_s: int) -> dict[int, float]:
+    """A zone's ride requests per step (start in epoch s -> count) over the history that forecasts use."""
+    starts = sorted({now_s - demand.HISTORY_S, now_s - demand.HISTORY_S // 2, now_s})
+    names = sorted({demand_key(zone, start) for start in starts})
+    counts: Counter[int] = Counter()
+    for flat in nexus.store.many([("HGETALL", name) for name in names]):
+        pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+        for step, count in pairs:
+            counts[int(step)] += float(count)  # type: ignore[assignment]  # a feed may count in fractions
+    stream = nexus.stream("inference")
+    if isinstance(stream, Inference):
+        counts.update(stream.unwritten_requests(zone))
+    return {step: count for step, count in counts.items() if now_s - demand.HISTORY_S <= step <= now_s}
+
+
+def city_warming(nexus: Runtime, now_s: int) -> str | None:
+    """Why the city's demand has no forecast yet, or None."""
+    return demand.warming_up(demand_counts(nexus, CITY, now_s), now_s)
+
+
+def drain_s(pending: int | None, out: float, into: float) -> float | None:
+    """How long a backlog lasts at these rates (events/s), None while it does not shrink; what goes through at once is
+    none."""
+    if not pending or out <= 0:
+        return None
+    if pending < out:
+        return pending / out
+    return pending / (out - into) if out > into else None
+
+
+def _offered(head: Head | None) -> int:
+    """Events accepted for the bridge so far."""
+    return head.accepted + head.bridge_only if head is not None else 0
+
+
+def _section(raw: Any) -> dict[str, str]:
+    if isinstance(raw, dict):  # parsed by the client library
+        return {str(key): str(value) for key, value in raw.items()}
+    text = raw.decode() if isinstance(raw, bytes) else str(raw)
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+
+
+def _top(counts: Counter[str], prefix: str) -> list[tuple[str, int]]:
+    picked = [(name[len(prefix) :], count) for name, count in counts.items() if name.startswith(prefix)]
+    return sorted(picked, key=lambda item: -item[1])[:_TOP]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2 if value < 100 else 0)

@@ -1,0 +1,302 @@
+"""Starts the store, the Python service and Nexus, starts again what dies, and stops them in order.
+
+    python -m pipeline.supervisor [--demo]
+
+It is one thread that waits for signals: SIGCHLD when a part has ended, SIGTERM, SIGINT or SIGHUP when all is to stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.embedded import EmbeddedStore, is_serving, spawn
+from pipeline.errors import AlreadyRunning, NexusError, SettingError
+from pipeline.settings import Settings, bracketed, child_environment, load
+
+_ROOT = Path(__file__).resolve().parent.parent
+_BACKOFF_FIRST_S, _BACKOFF_MOST_S, _HEALTHY_AFTER_S = 0.2, 10.0, 30.0
+_PROBE_EVERY_S = 0.05
+_HURRIED_GRACE_S = 1.0
+_AFTER_KILL_S = 15.0  # how long the processes of an owner that was killed may keep their ports
+_STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+
+def _always() -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Part:
+    """One supervised process: how it starts, when it counts as ready, what must hold before it starts, its grace in s.
+
+    `spawn` starts a process in a session of its own; embedded.spawn() is such a function.
+    """
+
+    name: str
+    spawn: Callable[[], subprocess.Popen[bytes]]
+    ready: Callable[[], bool] = _always
+    after: Callable[[], bool] = _always
+    grace: float = 10.0
+
+
+class _Run:
+    """A part at run time: its process, and when it is due to be started again."""
+
+    def __init__(self, part: Part, say: Callable[[str], None]) -> None:
+        self.part = part
+        self._say = say
+        self._process: subprocess.Popen[bytes] | None = None
+        self._began = self._due = time.monotonic()
+        self._backoff = _BACKOFF_FIRST_S
+        self.ready = False
+
+    def step(self, now: float) -> None:
+        """Start it when due, notice that it is ready, notice that it has ended."""
+        if self._process is None:
+            if now >= self._due and self.part.after():
+                self._process, self._began = self.part.spawn(), now
+        elif self._ended():
+            self._schedule(now, self._reap())
+        elif not self.ready and self.part.ready():
+            self.ready = True
+            self._say(f"{self.part.name} is ready after {time.monotonic() - self._began:.1f} s")
+
+    def stop(self, wait: Callable[[float], bool], hurried: bool) -> None:
+        """SIGTERM, and SIGKILL when the grace is over. `wait(s)` waits for a signal; True means: hurry."""
+        if self._process is None:
+            return
+        if not self._ended():
+            self._process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        while not self._ended():
+            grace = min(self.part.grace, _HURRIED_GRACE_S) if hurried else self.part.grace
+            left = began + grace - time.monotonic()
+            if left <= 0:
+                self._say(f"{self.part.name} has not ended within {grace:g} s: killed")
+                self._process.send_signal(signal.SIGKILL)
+                break
+            hurried = wait(left) or hurried
+        self._reap()
+
+    def _ended(self) -> bool:
+        """Whether the process has ended, which is left unreaped so that its id still names its group."""
+        assert self._process is not None
+        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def _reap(self) -> int:
+        """End what the process has left behind in its group, then collect it; the exit code."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        code = self._process.wait()
+        self._process, self.ready = None, False
+        return code
+
+    def _schedule(self, now: float, code: int) -> None:
+        alive = now - self._began
+        if alive >= _HEALTHY_AFTER_S:
+            self._backoff = _BACKOFF_FIRST_S
+        self._due = now + self._backoff
+        self._say(
+            f"{self.part.name} ended {_cause(code)} after {alive:.1f} s; starting it again in {self._backoff:.1f} s"
+        )
+        self._backoff = min(self._backoff * 2, _BACKOFF_MOST_S)
+
+    def wake_in(self, now: float) -> float | None:
+        """Seconds until it wants step() again; None: not before a signal."""
+        if self._process is None:
+            return max(self._due - now, _PROBE_EVERY_S)
+        return None if self.ready else _PROBE_EVERY_S
+
+
+class Supervisor:
+    """Runs the parts until a stop signal. `parts` are in the order of the start; the stop goes the other way."""
+
+    def __init__(self, parts: Sequence[Part], say: Callable[[str], None]) -> None:
+        self._say = say
+        self._runs = [_Run(part, say) for part in parts]
+        self._stopping = 0
+
+    def run(self) -> None:
+        """Block until stopped; the parts have ended then, whatever happens. Call it from the main thread."""
+        watched = {signal.SIGCHLD, *_watched_stops()}
+        signal.pthread_sigmask(signal.SIG_BLOCK, watched)  # none gets lost between a check and the wait that follows
+        try:
+            self._supervise(watched)
+        finally:
+            self._say("stopping")
+            for run in reversed(self._runs):
+                run.stop(lambda left: self._wait(watched, left), self._stopping > 1)
+            self._say("stopped")
+
+    def _supervise(self, watched: set[signal.Signals]) -> None:
+        began, announced = time.monotonic(), False
+        while not self._stopping:
+            for run in self._runs:
+                run.step(time.monotonic())
+            if not announced and all(run.ready for run in self._runs):
+                announced = True
+                self._say(f"all ready after {time.monotonic() - began:.1f} s; Ctrl-C stops")
+            now = time.monotonic()
+            waits = [wait for run in self._runs if (wait := run.wake_in(now)) is not None]
+            self._wait(watched, min(waits, default=None))
+
+    def _wait(self, watched: set[signal.Signals], seconds: float | None) -> bool:
+        """Wait for a signal; True once a second stop signal says to hurry."""
+        info = signal.sigwaitinfo(watched) if seconds is None else signal.sigtimedwait(watched, seconds)
+        if info is not None and info.si_signo in _STOP:
+            self._stopping += 1
+        return self._stopping > 1
+
+
+def _watched_stops() -> set[signal.Signals]:
+    """The stop signals, without SIGHUP under nohup: a blocked signal arrives even where it is ignored."""
+    return {sign for sign in _STOP if sign != signal.SIGHUP or signal.getsignal(sign) != signal.SIG_IGN}
+
+
+def _cause(code: int) -> str:
+    return f"with code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+
+
+def answers(host: str, port: int, path: str, only_200: bool = False) -> bool:
+    """An HTTP GET is answered within a second, with any status or with 200 alone."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    connection = http.client.HTTPConnection(host.strip("[]"), port, timeout=1.0)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200 or not only_200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def parts_of(settings: Settings, store: EmbeddedStore | None, demo: bool) -> list[Part]:
+    """The parts of the whole system, in the order of the start; without `store` the settings name an external one."""
+    environment = child_environment(settings)
+
+    def python(*words: str) -> Callable[[], subprocess.Popen[bytes]]:
+        return lambda: spawn([sys.executable, *words], environment, cwd=_ROOT)
+
+    def has_store() -> bool:
+        return store is None or is_serving(settings)
+
+    def service_up() -> bool:
+        return answers(settings.api_host, settings.api_port, "/health")
+
+    def nexus_up() -> bool:
+        return answers(settings.nexus_host, settings.nexus_port, "/healthz")
+
+    def nexus_serves() -> bool:
+        return answers(settings.nexus_host, settings.nexus_port, "/readyz", only_200=True)
+
+    parts = [
+        Part("Python service", python("event_api.py"), service_up, has_store, grace=10),
+        Part("Nexus", python("app.py"), nexus_up, has_store, grace=20),
+    ]
+    if store is not None:
+        parts.insert(0, Part("store", store.start, has_store, grace=30))
+    if demo:
+        parts.append(Part("demo", python("-m", "pipeline.demo"), after=nexus_serves, grace=5))
+    return parts
+
+
+def check_ports(settings: Settings, patience_s: float = 0.0) -> None:
+    """Raises AlreadyRunning, naming port and setting, where a port that the parts need is taken for `patience_s`."""
+    wanted = [
+        ("NEXUS_PORT", settings.nexus_host, settings.nexus_port),
+        ("API_PORT", settings.api_host, settings.api_port),
+    ]
+    if settings.embedded and settings.embedded_store_port:
+        wanted.append(("EMBEDDED_STORE_PORT", "127.0.0.1", settings.embedded_store_port))
+    deadline = time.monotonic() + patience_s
+    with contextlib.ExitStack() as held:  # all at once, so that two settings with one port are noticed too
+        for setting, host, port in wanted:
+            while error := _listen(held, host, port):
+                if time.monotonic() >= deadline:
+                    raise AlreadyRunning(
+                        f"port {port} on {host} cannot be opened: {error}; stop what holds it, or set {setting}"
+                    )
+                time.sleep(_PROBE_EVERY_S)
+
+
+def _listen(held: contextlib.ExitStack, host: str, port: int) -> str | None:
+    """Listen on the port, without SO_REUSEPORT: that would share it with its holder; the reason where it fails."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        server = held.enter_context(socket.socket(family, kind))
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections just closed do not count
+        server.bind(address)
+        server.listen(1)
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    return None
+
+
+def banner(settings: Settings, colour: bool) -> str:
+    """The addresses to know, one a line."""
+
+    def at(host: str, port: int, path: str) -> str:
+        shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else bracketed(host)
+        return f"http://{shown}:{port}{path}"
+
+    nexus = settings.nexus_host, settings.nexus_port
+    rows = [
+        ("Dashboard", at(*nexus, "/nexus")),
+        ("Python service", at(settings.api_host, settings.api_port, "/docs")),
+        ("Ingest", at(*nexus, "/api/ml/events/ingest")),
+        (
+            "Store",
+            f"redis-cli -s {settings.socket_path}"
+            if settings.embedded
+            else "external, as REDIS_URL or REDIS_HOST says",
+        ),
+        ("Log", str(settings.log_dir / "nexus-ai.log")),
+    ]
+    bold, plain = ("\033[1;36m", "\033[0m") if colour else ("", "")
+    return "\n".join(f"  {bold}{name:<15}{plain} {value}" for name, value in rows)
+
+
+def say(text: str) -> None:
+    """Print at once; a terminal or a pipe that is gone must not keep the parts from being stopped."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stdout.fileno(), f"{text}\n".encode(errors="replace"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 after a stop, 1 where another process is in the way, 2 for a setting that cannot be."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.supervisor", description=__doc__)
+    parser.add_argument("--demo", action="store_true", help="send synthetic ride-hailing traffic too")
+    demo = parser.parse_args(arguments).demo
+    try:
+        settings = load()
+        store = EmbeddedStore(settings) if settings.embedded else None
+        killed = store.lock() if store else False
+        check_ports(settings, _AFTER_KILL_S if killed else 0.0)
+        say(banner(settings, sys.stdout.isatty()))
+        Supervisor(parts_of(settings, store, demo), lambda text: say(f"nexus: {text}")).run()
+        if store:
+            store.release()
+    except KeyboardInterrupt:  # before the first part was started
+        return 0
+    except SettingError as error:
+        print(f"nexus: {error}", file=sys.stderr)
+        return 2
+    except (NexusError, OSError) as error:
+        print(f"nexus: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
