@@ -1,0 +1,173 @@
+/* Says in one sentence whether the two systems work as one: the cause first, its impact after it. */
+(function () {
+  "use strict";
+  const nexus = (window.nexus = window.nexus || {});
+  const { format, at, known } = nexus;
+  const LOCAL = ["features", "storage", "aggregates", "inference"];
+  const BEHIND_S = 10; // the same line that the health check draws
+  const WAITING = 1000; // fewer waiting events are a bridge at work, not a backlog
+
+  const events = (n) => format.int(n) + (n === 1 ? " event" : " events");
+  const since = (ms) => (known(ms) ? " since " + format.minute(ms) : "");
+  const nothingLost = (feed) => (feed.unexplained === 0 ? ", nothing is lost" : "");
+
+  function wait(feed) {
+    const pending = at(feed, "backlog.pending");
+    if (!known(pending)) return "events wait in the log" + nothingLost(feed);
+    if (pending === 0) return "no event waits";
+    return events(pending) + (pending === 1 ? " waits" : " wait") + " in the log" + nothingLost(feed);
+  }
+
+  const drained = (feed) => {
+    const eta = at(feed, "backlog.eta_s");
+    return known(eta) ? "Caught up in about " + format.age(eta) + "." : "Catching up.";
+  };
+
+  const sentence = (words) => (words ? words[0].toUpperCase() + words.slice(1).replace(/\.$/, "") + ". " : "");
+
+  function store(feed) {
+    const why = sentence(at(feed, "store.detail"));
+    const said = {
+      offline: ["bad", "Store is away: ingest refuses with 503, Nexus resumes by itself", "The Python service keeps what it knows. Acknowledged events are in the store and come back with it."],
+      loading: ["warn", "Store is loading: ingest refuses with 503 until it is done", "Nexus resumes by itself."],
+      readonly: ["bad", "Store is read-only: ingest refuses with 503, Nexus resumes by itself", "Usual causes: a failover, or a replica taken for the primary."],
+      full: ["bad", "Store is full: ingest refuses with 503, the backlog still drains", "Nothing is evicted. Raise STORE_MAX_MEMORY or wait for retention to free room."],
+    }[at(feed, "store.status")];
+    return said && { level: said[0], title: said[1], detail: why + said[2], rings: "apart", root: true };
+  }
+
+  function pipeline(feed) {
+    const why = sentence(at(feed, "pipeline.detail"));
+    const said = {
+      stopped: ["bad", "The pipeline is stopped: accepted events wait in the log" + nothingLost(feed), "Features and scores do not move until it runs."],
+      restarting: ["warn", "The pipeline restarts: accepted events wait in the log" + nothingLost(feed), "It goes on from its checkpoint."],
+      standby: ["idle", "This instance stands by: it serves reads and ingest", "Another instance owns the pipeline; this one takes over when that one is gone."],
+    }[at(feed, "pipeline.state")];
+    return said && { level: said[0], title: said[1], detail: why + said[2], rings: said[0] === "idle" ? "joined" : "apart", root: true };
+  }
+
+  function accounts(feed) {
+    if (!known(feed.unexplained) || feed.unexplained === 0) return null;
+    return { level: "bad", title: events(feed.unexplained) + " unexplained: accepted, but neither processed, pending nor dead",
+      detail: "The accounts of the streams below show where. This must never happen.", rings: "apart",
+      also: events(feed.unexplained) + " unexplained" };
+  }
+
+  function localStream(feed, states) {
+    const hit = LOCAL.filter((name) => states.includes(at(feed, "streams." + name + ".state")));
+    if (!hit.length) return null;
+    const first = hit[0];
+    const is = at(feed, "streams." + first + ".state");
+    const lag = at(feed, "streams." + first + ".lag");
+    const held = known(lag) ? events(lag) + " before it" : "its events wait in the log";
+    const who = hit.length > 1 ? "Streams " + hit.join(", ") + " are " : "Stream " + first + " ";
+    const verb = hit.length > 1 ? "" : is === "behind" ? "falls " : is === "restarting" ? "" : is === "failed" ? "has " : "is ";
+    const word = is === "restarting" && hit.length === 1 ? "restarts" : is;
+    return { level: is === "failed" ? "bad" : "warn", title: who + verb + word + ": " + held,
+      detail: "The other streams go on" + nothingLost(feed) + ".", rings: "joined", also: first + " " + is };
+  }
+
+  function bridge(feed) {
+    const status = at(feed, "python.status");
+    const circuit = at(feed, "circuit.state");
+    const because = sentence(at(feed, "python.reason"));
+    const go = "Nexus's own features go on. ";
+    const dead = at(feed, "backlog.dead");
+    const letters = known(dead) && dead > 0 ? events(dead) + " in the dead letters. " : "";
+    const retry = at(feed, "circuit.retry_in_s");
+    const again = known(retry) ? "Next try in " + format.age(retry) + "." : "The bridge tries again by itself.";
+    if (status === "disabled" || at(feed, "settings.ENABLE_PYTHON_BRIDGE.value") === false) {
+      return { level: "idle", title: "The bridge is switched off: Nexus works alone", rings: "apart",
+        detail: go + "Events for the Python service are not sent: " + wait(feed) + ".", also: "the bridge is off" };
+    }
+    if (at(feed, "circuit.paused") === true) {
+      return { level: "warn", title: "The bridge is paused: " + wait(feed), detail: go + letters + "Resume it below.", rings: "apart", also: "the bridge is paused" };
+    }
+    if (status === "offline") {
+      return { level: "bad", title: "Python service is offline" + since(at(feed, "python.since")) + ": " + wait(feed),
+        detail: because + go + letters + again, rings: "apart", also: "the Python service is offline" };
+    }
+    if (circuit === "open") {
+      return { level: "bad", title: "The circuit to the Python service is open" + since(at(feed, "circuit.opened_at")) + ": " + wait(feed),
+        detail: because + go + letters + again, rings: "apart", also: "the circuit is open" };
+    }
+    if (at(feed, "streams.bridge.state") === "failed") {
+      return { level: "bad", title: "The bridge has failed: " + wait(feed), detail: go + letters, rings: "apart", also: "the bridge has failed" };
+    }
+    if (status === "degraded" || circuit === "half_open") {
+      return { level: "warn", title: status === "degraded" ? "Python service is degraded: " + wait(feed) : "The bridge probes the Python service: " + wait(feed),
+        detail: because + go + letters, rings: "joined", also: status === "degraded" ? "the Python service is degraded" : "the circuit is half open" };
+    }
+    return null;
+  }
+
+  function backlog(feed) {
+    const pending = at(feed, "backlog.pending");
+    const oldest = at(feed, "backlog.oldest_age_s");
+    const old = known(oldest) && oldest > BEHIND_S;
+    if (!known(pending) || pending === 0 || (!old && pending < WAITING)) return null;
+    return { level: "warn", title: "Python service catches up: " + wait(feed), rings: "joined", also: wait(feed),
+      detail: (known(oldest) ? "The oldest is " + format.age(oldest) + " old. " : "") + drained(feed) };
+  }
+
+  function stale(feed) {
+    for (const [side, name] of [["nexus_s", "Nexus"], ["python_s", "Python"]]) {
+      const old = at(feed, "freshness." + side);
+      if (known(old) && old > 60) {
+        return { level: "warn", title: name + " features are " + format.age(old) + " behind the newest event", rings: "joined",
+          detail: "Combined features carry the age and say so.", also: name + " features are " + format.age(old) + " behind" };
+      }
+    }
+    return null;
+  }
+
+  function dead(feed) {
+    const n = at(feed, "backlog.dead");
+    if (!known(n) || n === 0) return null;
+    const title = events(n) + (n === 1 ? " needs" : " need") + " a look: in the dead letters of the bridge";
+    return { level: "warn", title, detail: "Both systems run. GET /api/ml/dead-letters says why, and redrive sends them again.", rings: "joined", also: events(n) + " in the dead letters" };
+  }
+
+  function hybrid(feed) {
+    if (at(feed, "settings.HYBRID_FEATURE_MODE.value") !== false) return null;
+    return { level: "idle", title: "Hybrid mode is off: combined features are Nexus's own", detail: "Both systems run and receive every event.", rings: "joined", also: "hybrid mode is off" };
+  }
+
+  function empty(feed) {
+    if (at(feed, "totals.accepted") !== 0) return null;
+    const online = at(feed, "python.status") === "online";
+    return { level: "idle", title: "Nothing flows yet", rings: "joined",
+      detail: (online ? "Both systems are up and wait" : "Nexus is up and waits") + " for the first event at POST /api/ml/events/ingest." };
+  }
+
+  function asOne(feed) {
+    const rate = at(feed, "rates.ingest");
+    const pace = known(rate) ? (rate > 0 ? format.rate(rate) + " events/s. " : "No events right now. ") : "";
+    const fresh = ["nexus_s", "python_s"].map((side) => at(feed, "freshness." + side));
+    const ages = fresh.every(known) ? "Nexus features are " + format.age(fresh[0]) + " old, Python features " + format.age(fresh[1]) + "." : "";
+    return { level: "ok", title: "Both systems work as one", detail: (pace + ages).trim() || "Every part answers.", rings: "one" };
+  }
+
+  /* One verdict for a feed: {level, title, detail, rings}. What hangs on a graver cause is not told again. */
+  nexus.verdict = function (feed) {
+    if (!at(feed, "store.status") && !at(feed, "pipeline.state") && !at(feed, "python.status")) {
+      return { level: "unknown", title: "Nexus runs, its figures are not known yet", detail: "The page asks once a second.", rings: "unknown" };
+    }
+    const root = store(feed) || pipeline(feed);
+    if (root) return root;
+    const found = [accounts(feed), localStream(feed, ["failed"]), bridge(feed), localStream(feed, ["behind", "restarting", "paused"]),
+      empty(feed), backlog(feed), dead(feed), stale(feed), hybrid(feed)].filter(Boolean);
+    if (!found.length) return asOne(feed);
+    const [first, ...rest] = found;
+    const hung = first.rings === "apart" ? rest.filter((one) => one.level !== "warn" || !/(wait|behind|letters)/.test(one.also || "")) : rest;
+    const also = hung.map((one) => one.also).filter(Boolean).slice(0, 2);
+    return { ...first, detail: first.detail.trim() + (also.length ? " Also: " + also.join("; ") + "." : "") };
+  };
+
+  /* What the page says while Nexus itself does not answer. */
+  nexus.verdictOfSilence = function (age, why, last) {
+    return { level: "warn", rings: "unknown",
+      title: known(age) ? "Nexus does not answer, last data " + Math.round(age) + " s old" : "Nexus does not answer",
+      detail: (last ? "Before that: " + last + ". " : "") + "The page asks again every second" + (why ? " (" + why + ")." : ".") };
+  };
+})();

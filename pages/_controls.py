@@ -1,0 +1,137 @@
+"""The controls of the overview: settings and bridge actions. The browser sends them; the feed shows the truth."""
+
+from __future__ import annotations
+
+import dash
+import dash_mantine_components as dmc
+from dash import ClientsideFunction, Input, html
+
+from pages._components import aria, state, tile
+
+SWITCHES = {
+    "ENABLE_PYTHON_BRIDGE": ("Bridge", "send events to the Python service"),
+    "HYBRID_FEATURE_MODE": ("Hybrid mode", "combined features merge both systems"),
+}
+NUMBERS = {
+    "FEATURE_SYNC_INTERVAL": ("Feature sync every", "s"),
+    "PYTHON_SERVICE_TIMEOUT": ("Python service timeout", "ms"),
+    "HEALTH_CHECK_INTERVAL": ("Health check every", "s"),
+}
+URL = "PYTHON_EVENT_API_URL"
+
+
+def controls() -> html.Section:
+    """Switches, bounded inputs and buttons; each setting says where its value comes from and can be reset."""
+    return tile(
+        "Controls",
+        *[_switch(name, *words) for name, words in SWITCHES.items()],
+        *[_number(name, *words) for name, words in NUMBERS.items()],
+        _address(),
+        html.Div(
+            [
+                _button("Pause bridge", "bridge-pause"),
+                _button("Resume bridge", "bridge-resume"),
+                _button("Reset circuit", "bridge-reset"),
+                _button("Open circuit …", "bridge-open", color="red"),
+            ],
+            className="buttons",
+        ),
+        html.Div([_button("Test the whole way", "bridge-test"), html.Span(id="test-summary")], className="buttons-one"),
+        html.Ol(id="test-steps", className="test-steps", **aria(live="polite")),
+        _confirm(),
+        id="tile-controls",
+        note=state("circuit.state"),
+    )
+
+
+def _button(label: str, id: str, color: str = "gray", variant: str = "default") -> dmc.Button:
+    return dmc.Button(label, id=id, size="sm", color=color, variant="light" if color == "red" else variant)
+
+
+def _source(name: str) -> html.Div:
+    """Where the value of a setting comes from, and the way back to the environment."""
+    return html.Div(
+        [
+            html.Span("–", id=f"{name}-source", className="setting-source"),
+            html.Button(
+                "reset",
+                id=f"{name}-reset",
+                className="setting-reset",
+                type="button",
+                hidden=True,
+                title="Back to the environment's value",
+                **aria(label=f"Reset {name} to the environment's value"),
+            ),
+        ],
+        className="setting-foot",
+    )
+
+
+def _switch(name: str, label: str, what: str) -> html.Div:
+    knob = dmc.Switch(id=name, label=label, description=what, checked=False, disabled=True, size="md", color="teal.7")
+    return html.Div([knob, _source(name)], className="setting setting-switch")
+
+
+def _number(name: str, label: str, unit: str) -> html.Div:
+    field = dmc.NumberInput(
+        id=name,
+        label=label,
+        suffix=f" {unit}",
+        allowDecimal=False,
+        allowNegative=False,
+        hideControls=True,
+        clampBehavior="none",
+        thousandSeparator=" ",
+        size="sm",
+        className="setting-field",
+    )
+    apply = dmc.Button("Apply", id=f"{name}-apply", size="sm", variant="light", disabled=True)
+    return html.Div([html.Div([field, apply], className="setting-edit"), _source(name)], className="setting")
+
+
+def _address() -> html.Div:
+    field = dmc.TextInput(id=URL, label="Python service address", size="sm", className="setting-field", debounce=False)
+    apply = dmc.Button("Apply", id=f"{URL}-apply", size="sm", variant="light", disabled=True)
+    return html.Div([html.Div([field, apply], className="setting-edit"), _source(URL)], className="setting")
+
+
+def _confirm() -> dmc.Modal:
+    return dmc.Modal(
+        [
+            html.P(
+                "The bridge stops sending until the circuit is reset. Events wait in the log, nothing is lost; "
+                "the Python service's features grow old."
+            ),
+            html.Div(
+                [
+                    dmc.Button("Leave it closed", id="open-circuit-no", variant="default"),
+                    dmc.Button("Open the circuit", id="open-circuit-yes", color="red.8"),
+                ],
+                className="modal-buttons",
+            ),
+        ],
+        id="open-circuit",
+        title="Open the circuit to the Python service?",
+        centered=True,
+        opened=False,
+    )
+
+
+def _clientside(name: str, *inputs: Input) -> None:
+    dash.clientside_callback(ClientsideFunction("nexus", name), *inputs, prevent_initial_call=True)
+
+
+for _name in SWITCHES:
+    _clientside("toggleSetting", Input(_name, "checked"))
+for _name in [*NUMBERS, URL]:
+    _clientside("editSetting", Input(_name, "value"))
+    _clientside("applySetting", Input(f"{_name}-apply", "n_clicks"), Input(_name, "n_submit"))
+for _name in [*SWITCHES, *NUMBERS, URL]:
+    _clientside("resetSetting", Input(f"{_name}-reset", "n_clicks"))
+_clientside(
+    "bridgeAction",
+    *[Input(name, "n_clicks") for name in ("bridge-pause", "bridge-resume", "bridge-reset", "open-circuit-yes")],
+)
+_clientside("confirmOpen", Input("bridge-open", "n_clicks"), Input("open-circuit-no", "n_clicks"))
+_clientside("testWholeWay", Input("bridge-test", "n_clicks"))
+_clientside("sendSample", Input("sample-send", "n_clicks"))
