@@ -1,0 +1,267 @@
+"""A stand-in for Nexus behind the dashboard: feeds of several scenarios, and a server that a test can steer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import dash
+from flask import Flask, Response, jsonify, request
+
+from pipeline.dashboard import create_dashboard
+
+Feed = dict[str, Any]
+STREAMS = ("features", "storage", "aggregates", "inference", "bridge")
+DEADLINE_S = 20.0
+
+
+def _setting(value: object, unit: str | None = None, low: int | None = None, high: int | None = None) -> Feed:
+    return {
+        "value": value,
+        "default": value,
+        "source": "environment",
+        "unit": unit,
+        "min": low,
+        "max": high,
+        "meaning": "",
+    }
+
+
+def busy() -> Feed:
+    """Both systems at work."""
+    at = int(time.time() * 1000)
+    stream = {"state": "running", "lag": 3, "lag_s": 0.1, "processed": 481_204, "failed": 0, "rate": 1240.0}
+    return {
+        "at": at,
+        "boot": "one",
+        "version": "0.1.0",
+        "store": {"status": "online", "detail": None, "used_bytes": 312e6, "max_bytes": 3.2e9, "embedded": True},
+        "pipeline": {"state": "running", "detail": None, "checkpoint_age_s": 0.4},
+        "python": {
+            "status": "online",
+            "reason": None,
+            "url": "http://localhost:8000",
+            "response_time_ms": 3.1,
+            "checked_at": at,
+            "since": at - 3_600_000,
+        },
+        "circuit": {"state": "closed", "opened_at": None, "failures": 0, "paused": False, "retry_in_s": None},
+        "backlog": {"pending": 3, "dead": 0, "oldest_age_s": 0.2, "eta_s": 0.1},
+        "streams": {name: dict(stream) for name in STREAMS},
+        "totals": {"accepted": 481_207, "duplicates": 12, "rejected": 3},
+        "unexplained": 0,
+        "rates": {"ingest": 1240.0, "nexus": 1238.0, "python": 1236.0},
+        "latency": {"ingest_p50_ms": 0.8, "ingest_p99_ms": 4.2},
+        "freshness": {"nexus_s": 0.2, "python_s": 0.4, "nexus_users": 10_204, "python_users": 10_198},
+        "bridge_errors": {
+            "total": 2,
+            "per_min": 0.0,
+            "recent": [
+                {"at": at - 90_000, "kind": "timeout", "status": None, "detail": "no answer in 5000 ms"},
+                {"at": at - 95_000, "kind": "status", "status": 503, "detail": "store is loading"},
+            ],
+        },
+        "models": {
+            "fraud": {"state": "ready", "detail": None, "scored": 48_120},
+            "demand": {"state": "warming_up", "detail": "needs 14 more labels", "scored": 0},
+        },
+        "jobs": [
+            {"name": name, "every_s": every, "last_ms": 2.4, "late": False, "next_in_s": every / 2, "ok": True}
+            for name, every in (("health_check", 30), ("feature_sync", 300), ("trim", 60), ("forecast", 60))
+        ],
+        "settings": {
+            "ENABLE_PYTHON_BRIDGE": _setting(True),
+            "HYBRID_FEATURE_MODE": _setting(True),
+            "FEATURE_SYNC_INTERVAL": _setting(300, "s", 1, 86400),
+            "PYTHON_SERVICE_TIMEOUT": _setting(5000, "ms", 10, 60000),
+            "HEALTH_CHECK_INTERVAL": _setting(30, "s", 1, 86400),
+            "PYTHON_EVENT_API_URL": _setting("http://localhost:8000"),
+        },
+        "events_per_type": [["ride_request", 31_204], ["ride_request_response", 29_440], ["payment", 12_100]],
+        "sources": [["driver_app", 51_000], ["rider_app", 21_744]],
+    }
+
+
+def empty() -> Feed:
+    feed = busy()
+    feed["totals"] = {"accepted": 0, "duplicates": 0, "rejected": 0}
+    feed["rates"] = {"ingest": 0.0, "nexus": 0.0, "python": 0.0}
+    feed["backlog"] = {"pending": 0, "dead": 0, "oldest_age_s": None, "eta_s": None}
+    feed["freshness"] = {"nexus_s": None, "python_s": None, "nexus_users": 0, "python_users": 0}
+    feed["latency"] = {"ingest_p50_ms": None, "ingest_p99_ms": None}
+    feed["bridge_errors"] = {"total": 0, "per_min": 0, "recent": []}
+    feed.update(events_per_type=[], sources=[])
+    for stream in feed["streams"].values():
+        stream.update(lag=0, lag_s=0.0, processed=0, rate=0.0)
+    return feed
+
+
+def python_dead() -> Feed:
+    feed = busy()
+    feed["python"].update(status="offline", reason="connection refused", response_time_ms=None)
+    feed["circuit"].update(state="open", opened_at=feed["at"] - 60_000, failures=5, retry_in_s=4.0)
+    feed["backlog"] = {"pending": 1204, "dead": 0, "oldest_age_s": 61.0, "eta_s": None}
+    feed["streams"]["bridge"].update(state="behind", lag=1204, lag_s=61.0, rate=0.0)
+    feed["rates"]["python"] = 0.0
+    feed["freshness"]["python_s"] = 61.0
+    feed["bridge_errors"].update(per_min=12.0, total=14)
+    return feed
+
+
+def store_away() -> Feed:
+    feed = busy()
+    feed["store"].update(status="offline", detail="connection refused", used_bytes=None, max_bytes=None)
+    feed["pipeline"]["state"] = "restarting"
+    for stream in feed["streams"].values():
+        stream.update(state="restarting", rate=0.0, lag=None, lag_s=None)
+    feed["rates"] = {"ingest": 0.0, "nexus": 0.0, "python": 0.0}
+    feed["unexplained"] = None
+    return feed
+
+
+def draining() -> Feed:
+    feed = busy()
+    feed["backlog"] = {"pending": 48_210, "dead": 2, "oldest_age_s": 310.0, "eta_s": 42.0}
+    feed["streams"]["bridge"].update(state="behind", lag=48_210, lag_s=310.0, rate=4120.0, failed=2)
+    feed["freshness"]["python_s"] = 300.0
+    return feed
+
+
+def standby() -> Feed:
+    feed = busy()
+    feed["pipeline"].update(state="standby", checkpoint_age_s=None)
+    for stream in feed["streams"].values():
+        stream["state"] = "standby"
+    return feed
+
+
+def simulated() -> Feed:
+    feed = busy()
+    feed["sources"] = [["simulator", 800]]
+    return feed
+
+
+def paused() -> Feed:
+    feed = busy()
+    feed["circuit"]["paused"] = True
+    feed["streams"]["bridge"]["state"] = "paused"
+    return feed
+
+
+def unexplained() -> Feed:
+    return {**busy(), "unexplained": 1}
+
+
+def every_field_null() -> Feed:
+    def hollow(value: object) -> object:
+        return {key: hollow(inner) for key, inner in value.items()} if isinstance(value, dict) else None
+
+    return {key: hollow(value) for key, value in busy().items()} | {"at": int(time.time() * 1000), "boot": "one"}
+
+
+def no_fields() -> Feed:
+    return {"at": int(time.time() * 1000), "boot": "one"}
+
+
+SCENARIOS: dict[str, Callable[[], Feed]] = {
+    make.__name__: make
+    for make in (
+        busy,
+        empty,
+        python_dead,
+        store_away,
+        draining,
+        standby,
+        simulated,
+        paused,
+        unexplained,
+        every_field_null,
+        no_fields,
+    )
+}
+
+
+def history(feed: Feed, points: int = 300) -> Feed:
+    """The last seconds, made up, at 1 Hz; oldest first."""
+    wave = [1 + 0.15 * ((i * 7919) % 13 - 6) / 6 for i in range(points)]
+
+    def line(path: tuple[str, str]) -> list[float | None]:
+        value = (feed.get(path[0]) or {}).get(path[1])
+        return [None if value is None else value * part for part in wave]
+
+    return {
+        "t": [feed["at"] - 1000 * (points - 1 - i) for i in range(points)],
+        "ingest": line(("rates", "ingest")),
+        "nexus": line(("rates", "nexus")),
+        "python": line(("rates", "python")),
+        "response_ms": line(("python", "response_time_ms")),
+        "fresh_nexus": line(("freshness", "nexus_s")),
+        "fresh_python": line(("freshness", "python_s")),
+        "errors": [1 if i % 40 == 0 else 0 for i in range(points)],
+        "lag": {name: [(i * 31) % 9 for i in range(points)] for name in STREAMS},
+    }
+
+
+class FakeNexus:
+    """A Flask application with the dashboard, and in place of Nexus a feed and two routes that a test can steer."""
+
+    def __init__(self) -> None:
+        self.reset()
+        self.app = Flask(__name__)
+        dash.page_registry.clear()
+        create_dashboard(self.app)
+        self.app.add_url_rule("/nexus/feed.json", "feed", self.feed)
+        self.app.add_url_rule("/api/ml/settings", "settings", self.settings, methods=["PATCH"])
+        self.app.add_url_rule("/api/ml/bridge/python", "bridge", self.bridge, methods=["POST"])
+        self.app.add_url_rule("/api/ml/events/ingest", "ingest", self.ingest, methods=["POST"])
+        self.app.before_request(lambda: self.requests.append((request.method, request.full_path.rstrip("?"))))
+
+    def reset(self, scenario: str = "busy") -> None:
+        self.scenario, self.failing, self.refuse = scenario, False, False
+        self.overrides: Feed = {}
+        self.boot = "one"
+        self.hold = threading.Event()
+        self.hold.set()
+        self.requests: list[tuple[str, str]] = []
+        self.received: list[Feed] = []
+
+    def feed(self) -> Response | tuple[Response, int]:
+        self.hold.wait(DEADLINE_S)
+        if self.failing:
+            return jsonify(error={"code": "away", "message": "away", "details": {}}), 503
+        feed = SCENARIOS[self.scenario]()
+        feed["boot"] = self.boot
+        for name, value in self.overrides.items():
+            feed["settings"][name].update(value=value, source="store")
+        return jsonify({**feed, "history": history(feed)} if request.args.get("history") else feed)
+
+    def settings(self) -> Response | tuple[Response, int]:
+        body = request.get_json()
+        self.received.append(body)
+        if self.refuse:
+            return jsonify(error={"code": "out_of_bounds", "message": "the store says no", "details": {}}), 422
+        for name, value in body["settings"].items():
+            if value is None:
+                self.overrides.pop(name, None)
+            else:
+                self.overrides[name] = value
+        return jsonify(settings={})
+
+    def bridge(self) -> Response:
+        body = request.get_json()
+        self.received.append(body)
+        if body["action"] == "test_integration":
+            hops = ("ingest", "log", "bridge", "python")
+            steps = [{"name": name, "ok": True, "ms": 4.5, "detail": "seen"} for name in hops]
+            return jsonify(success=True, duration_ms=18.2, steps=steps)
+        if body["action"] in ("pause", "resume"):
+            self.scenario = "paused" if body["action"] == "pause" else "busy"
+        return jsonify(ok=True)
+
+    def ingest(self) -> tuple[Response, int]:
+        body = request.get_json()
+        self.received.append(body)
+        self.scenario = "simulated"
+        return jsonify(accepted=len(body["events"]), duplicates=0, rejected=[], event_ids=[]), 202

@@ -1,0 +1,241 @@
+"""Backfill: a new definition's history is made from the stored events, exactly, while events go on arriving."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from pipeline import checkpoints, keys
+from pipeline.backfill import Backfill
+from pipeline.catalogue import FEATURES
+from pipeline.checkpoints import Progress
+from pipeline.definitions import DAY, HOUR, Feature
+from pipeline.errors import Fenced
+from pipeline.lease import Lease
+from pipeline.log import Log, Position
+from pipeline.store import Store
+from pipeline.streams.features import Features
+from pipeline.streams.stream import Batch
+from tests.helpers import HOUR_MS, MINUTE_MS, NOON, Clock, append, event, frames, payment, report, response
+
+OLD = (
+    Feature(name="touches", aggregation="count", event_type="ui_interaction", window_s=HOUR, description="touches"),
+    Feature(
+        name="answers", aggregation="count", event_type="ride_request_response", window_s=DAY, description="answers"
+    ),
+)
+NEW = (
+    OLD[0],
+    replace(OLD[1], window_s=7 * DAY),
+    Feature(name="slowest", aggregation="max", event_type="ride_request_response", field="response_time", window_s=DAY,
+            description="slowest answer"),
+    Feature(name="events", aggregation="count", window_s=DAY, description="events"),
+    Feature(name="per_touch", aggregation="ratio", of=("events", "touches"), window_s=DAY, description="events per touch"),
+    Feature(name="frauds", aggregation="count", event_type="fraud_report", entity="merchant", window_s=DAY, description="frauds"),
+)  # fmt: skip
+
+
+class Worker:
+    """What the runner does with the stream: feeds it, writes its cuts with the checkpoint, makes it anew after a crash."""
+
+    def __init__(self, store: Store, lease: Lease, features: tuple[Feature, ...]) -> None:
+        self.store, self.lease, self.log = store, lease, Log(store)
+        self.at = checkpoints.read(store, ["features"])["features"]
+        self.stream = Features(store, features, epoch=lambda: lease.epoch)
+        self.stream.load(NOON)
+
+    def feed(self, now: int = NOON) -> None:
+        for frame in frames(self.log, self.at):
+            self.stream.process(Batch([frame], self.at.index), now)
+            self.at = frame.after()
+
+    def checkpoint(self, now: int = NOON, skip_final: bool = False) -> None:
+        cut = self.stream.cut(now)
+        for chunk in cut.chunks:
+            checkpoints.commit(self.store, self.lease.epoch, chunk)
+        if not skip_final:
+            progress = Progress("features", self.at)
+            checkpoints.commit(self.store, self.lease.epoch, [*cut.final, *checkpoints.advance(progress, now)])
+            cut.done()
+
+    def fill(self, now: int = NOON) -> None:
+        while self.stream.backfill is not None:
+            self.stream.backfill.step(now)
+
+
+@pytest.fixture
+def lease(store: Store) -> Lease:
+    made = Lease(store, "test", Clock(), lambda: True)
+    assert made.take()
+    return made
+
+
+def events(user: str, n: int) -> list[dict[str, Any]]:
+    found = [event(user=user, timestamp=NOON - i * MINUTE_MS) for i in range(n)]
+    found += [response(user, response_time=float(i), timestamp=NOON - i * HOUR_MS) for i in range(n)]
+    return [*found, payment(f"t-{user}", user=user, data={"merchant_id": "m"}), report(f"t-{user}", user=user)]
+
+
+def post(store: Store, *users: str, n: int = 3) -> None:
+    for user in users:
+        append(Log(store), events(user, n), NOON)
+
+
+def afresh(store: Store, features: tuple[Feature, ...] = NEW) -> Features:
+    """A stream that always had the definitions, and saw every event; it knows nothing of what the store has of entities."""
+    stream = Features(store, features)
+    for table in stream.fold.tables.values():
+        table.hashes = lambda ids: [{} for _ in ids]  # type: ignore[method-assign]
+    for frame in frames(Log(store)):
+        stream.process(Batch([frame]), NOON)
+    return stream
+
+
+def answers(stream: Features, users: list[str]) -> dict[str, Any]:
+    return {**stream.values(users, NOON), "m": stream.values(["m"], NOON, "merchant")["m"]}
+
+
+def grown(store: Store, lease: Lease) -> Worker:
+    """A stream with the new definitions over a store that was filled with the old ones."""
+    post(store, "u1", "u2", "u3")
+    old = Worker(store, lease, OLD)
+    old.feed()
+    old.checkpoint()
+    return Worker(store, lease, NEW)
+
+
+def test_first_start_needs_no_backfill(store, lease):
+    worker = Worker(store, lease, OLD)
+    assert worker.stream.backfill is None
+    assert set(worker.stream.states().values()) == {"ready"}
+
+
+def test_old_version_serves_until_the_new_one_has_caught_up(store, lease):
+    worker = grown(store, lease)
+    before = worker.stream.values(["u1"], NOON)["u1"]
+    assert before == {"touches": 3, "answers": 3}
+    states = worker.stream.states()
+    assert states["touches"] == "ready"
+    assert states["answers"].startswith("backfilling ")
+    assert states["per_touch"].startswith("backfilling ")
+    worker.fill()
+    assert answers(worker.stream, ["u1", "u2", "u3"]) == answers(afresh(store), ["u1", "u2", "u3"])
+    assert set(worker.stream.states().values()) == {"ready"}
+
+
+def test_events_that_arrive_meanwhile_are_counted_once(store, lease, monkeypatch):
+    worker = grown(store, lease)
+    monkeypatch.setattr("pipeline.backfill._READ_BYTES", 2_000)
+    monkeypatch.setattr("pipeline.backfill.STEP_S", 0.0)
+    users = ["u1", "u2", "u3", "u4"]
+    for turn in range(200):
+        if turn < 6:
+            post(store, users[turn % 4], n=2)
+            worker.feed()
+        if turn % 2:
+            worker.checkpoint()
+        if worker.stream.backfill is None:
+            break
+        worker.stream.backfill.step(NOON)
+    assert worker.stream.backfill is None
+    post(store, "u2")
+    worker.feed()
+    worker.checkpoint()
+    assert answers(worker.stream, users) == answers(afresh(store), users)
+    again = Worker(store, lease, NEW)
+    assert again.stream.backfill is None
+    assert answers(again.stream, users) == answers(afresh(store), users)
+
+
+@pytest.mark.parametrize("fails_at", range(1, 9))
+def test_crash_at_any_commit_leaves_every_event_counted_once(store, lease, monkeypatch, fails_at):
+    worker = grown(store, lease)
+    users = ["u1", "u2", "u3"]
+    post(store, *users)
+    worker.feed()
+    real, count = checkpoints.commit, iter(range(1, 1000))
+
+    def broken(*args: Any) -> None:
+        if next(count) == fails_at:
+            raise Fenced("the process was killed here")
+        real(*args)
+
+    monkeypatch.setattr(checkpoints, "commit", broken)
+    crashed = False
+    try:
+        worker.checkpoint(skip_final=True)
+        worker.fill()
+        worker.checkpoint()
+    except Fenced:
+        crashed = True
+    monkeypatch.setattr(checkpoints, "commit", real)
+    after = Worker(store, lease, NEW)
+    after.feed()
+    after.fill()
+    after.checkpoint()
+    assert answers(after.stream, users) == answers(afresh(store), users)
+    assert answers(Worker(store, lease, NEW).stream, users) == answers(afresh(store), users)
+    assert crashed == (fails_at < next(count))
+
+
+def test_definition_dropped_again_leaves_no_field_behind(store, lease):
+    worker = grown(store, lease)
+    worker.fill()
+    back = Worker(store, lease, OLD)
+    back.fill()
+    back.checkpoint()
+    post(store, "u1", "u2", "u3")
+    back.feed()
+    back.checkpoint()
+    ids = {family.id for family in back.stream.fold.families}
+    for user in ("u1", "u2", "u3"):
+        fields = store.client.hkeys(keys.USER + user)
+        assert {field[:3] for field in fields if len(field) == 8} <= ids
+        assert {field for field in fields if len(field) != 8} == {b"p"}
+    assert back.stream.values(["u1"], NOON)["u1"]["touches"] == 6
+
+
+def test_backfill_goes_on_where_a_restart_interrupted_it(store, lease, monkeypatch):
+    worker = grown(store, lease)
+    filling = worker.stream.backfill
+    assert isinstance(filling, Backfill)
+    monkeypatch.setattr("pipeline.backfill._READ_BYTES", 500)
+    monkeypatch.setattr("pipeline.backfill.STEP_S", 0.0)
+    filling.step(NOON)
+    monkeypatch.undo()
+    kept = msgspec.json.decode(store.call("GET", keys.BACKFILL))
+    assert 0 < Position(*kept["position"]).ordinal < worker.stream.ordinal
+    again = Worker(store, lease, NEW)
+    again.fill()
+    assert answers(again.stream, ["u1", "u2", "u3"]) == answers(afresh(store), ["u1", "u2", "u3"])
+
+
+def test_without_the_lease_nothing_is_filled(store, lease):
+    worker = grown(store, lease)
+    lease.epoch = 0
+    assert worker.stream.backfill is not None
+    worker.stream.backfill.step(NOON)
+    assert store.call("GET", keys.BACKFILL) is None
+
+
+def test_feature_added_beside_others_leaves_their_tiles_where_they_are(store, lease):
+    worker = grown(store, lease)
+    before = {family.id for family in worker.stream.fold.families}
+    worker.fill()
+    touches = next(family for family in worker.stream.fold.families if family.event_type == "ui_interaction")
+    assert touches.id in before
+
+
+def test_built_in_features_added_to_a_running_store_equal_those_from_the_start(store, lease):
+    post(store, "u1", "u2")
+    first = Worker(store, lease, FEATURES[:5])
+    first.feed()
+    first.checkpoint()
+    worker = Worker(store, lease, FEATURES)
+    worker.fill()
+    users = ["u1", "u2"]
+    assert worker.stream.values(users, NOON) == afresh(store, FEATURES).values(users, NOON)
+    assert worker.stream.served == FEATURES

@@ -1,0 +1,370 @@
+"""What the bridge keeps: circuit, outages, attempts, health, capabilities; over restarts and between instances."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pipeline import attempts, checkpoints, health, keys, outages
+from pipeline.runtime import Runtime
+from tests import misbehaving as partners
+from tests.conftest import Start, client_of
+from tests.helpers import event, until
+from tests.misbehaving import Misbehaving
+
+
+@pytest.fixture
+def server() -> Iterator[Misbehaving]:
+    made = Misbehaving()
+    yield made
+    made.close()
+
+
+def start(start_nexus: Start, server: Misbehaving, **more: Any) -> Runtime:
+    nexus = start_nexus(PYTHON_EVENT_API_URL=server.url, PYTHON_SERVICE_TIMEOUT=500, **more)
+    until(lambda: nexus.bridge.health is not None, "the first health check")
+    return nexus
+
+
+def post(nexus: Runtime, *events: dict[str, Any]) -> None:
+    status, answer = nexus.ingest.post(json.dumps(events).encode(), "application/json", "", {})
+    assert (status, answer["accepted"]) == (202, len(events))
+
+
+def settled(nexus: Runtime) -> None:
+    until(lambda: checkpoints.audit(nexus.store).accounts["bridge"].pending == 0, "an empty backlog")
+
+
+def break_off(nexus: Runtime, server: Misbehaving) -> None:
+    """The partner goes, and the bridge notices."""
+    server.leave()
+    post(nexus, *[event(user=f"u{i}") for i in range(30)])
+    until(lambda: nexus.bridge.circuit.state == "open", "the circuit open")
+
+
+def test_an_open_circuit_and_its_outage_outlive_a_restart(start_nexus, server):
+    first = start(start_nexus, server)
+    break_off(first, server)
+    opened_at = first.bridge.circuit.opened_at
+    first.stop()
+    second = start_nexus(PYTHON_EVENT_API_URL=server.url, PYTHON_SERVICE_TIMEOUT=500)
+    until(lambda: second.bridge.circuit.opened_at == opened_at, "the circuit as it was")
+    post(second, *[event(user=f"v{i}") for i in range(20)])
+    server.listen()
+    settled(second)
+    row = until(lambda: (r := outages.rows(second.store, 1)[0])["caught_up"] and r, "the outage over")
+    assert (row["queued"], row["delivered"], row["dead"], row["unexplained"]) == (50, 50, 0, 0)
+    assert row["users"] == 50
+    assert len(server.applied) == len(set(server.applied))
+
+
+def test_a_standby_shows_and_changes_the_same_circuit(start_nexus, server, tmp_path):
+    leader = start(start_nexus, server)
+    standby = start_nexus(wait_for="standby", folder=tmp_path / "second", PYTHON_EVENT_API_URL=server.url)
+    standby.bridge.control("open_circuit")
+    until(lambda: leader.bridge.circuit.forced, "the leader's circuit forced open")
+    until(lambda: standby.bridge_health()["circuit"]["state"] == "open", "the standby's view")
+    standby.bridge.control("reset_circuit")
+    until(lambda: leader.bridge.circuit.state == "closed", "the leader's circuit reset")
+    leader.bridge.control("pause")
+    until(lambda: standby.bridge_health()["circuit"]["paused"], "the standby's view")
+    standby.bridge.control("resume")
+    until(lambda: not leader.bridge.circuit.paused, "the leader resumed")
+
+
+def test_a_standby_knows_when_events_were_delivered(start_nexus, server, tmp_path):
+    start(start_nexus, server)
+    standby = start_nexus(wait_for="standby", folder=tmp_path / "second", PYTHON_EVENT_API_URL=server.url)
+    until(lambda: standby.bridge.state == "standby", "the bridge standing by")
+    status, answer = standby.actions.send_batch({"events": [event(), event()]})
+    assert (status, answer["sent"], answer["queued"]) == (200, 2, 0)
+
+
+def test_forced_open_stays_so_over_a_restart_until_it_is_reset(start_nexus, server):
+    first = start(start_nexus, server)
+    first.bridge.control("open_circuit")
+    assert first.bridge.circuit.state == "open"
+    first.stop()
+    second = start(start_nexus, server)
+    until(lambda: second.bridge.circuit.forced, "still forced open")
+    status, answer = second.actions.send_batch({"events": [event()]})
+    assert (status, answer["queued"]) == (202, 1)
+    second.bridge.control("reset_circuit")
+    settled(second)
+    assert len(server.applied) == 1
+
+
+def test_paused_keeps_the_backlog_and_resume_delivers_it(start_nexus, server):
+    nexus = start(start_nexus, server)
+    nexus.bridge.control("pause")
+    post(nexus, event(), event())
+    assert nexus.actions.send_batch({"events": [event()]})[0] == 202
+    assert not server.applied
+    nexus.bridge.control("resume")
+    settled(nexus)
+    assert len(server.applied) == 3
+
+
+def test_an_idle_circuit_closes_by_a_health_check(start_nexus, server):
+    nexus = start(start_nexus, server)
+    server.refuse = lambda _: True
+    server.on_post = partners.says(500)
+    post(nexus, event())
+    until(lambda: nexus.bridge.circuit.state == "open", "the circuit open")
+    server.on_post = partners.answer_well
+    settled(nexus)
+    until(lambda: nexus.bridge.circuit.state == "closed", "the circuit closed")
+
+
+def test_attempts_are_listed_newest_first_with_what_was_answered(start_nexus, server):
+    nexus = start(start_nexus, server)
+    post(nexus, event(), event())
+    settled(nexus)
+    server.on_post = partners.says(503, {"detail": "later"})
+    post(nexus, event())
+    until(lambda: nexus.bridge.errors_total >= 2, "failed attempts")
+    server.on_post = partners.answer_well
+    settled(nexus)
+    client = client_of(nexus)
+    rows = client.get("/api/ml/bridge/attempts").get_json()["attempts"]
+    assert [row["at"] for row in rows] == sorted((row["at"] for row in rows), reverse=True)
+    assert {"at", "events", "status", "latency_ms", "error"} <= rows[0].keys()
+    assert (rows[0]["status"], rows[0]["error"]) == (200, None)
+    failed = [row for row in rows if row["error"]]
+    assert (failed[0]["status"], failed[0]["error"], failed[0]["events"]) == (503, "status", 1)
+    assert "later" in failed[0]["detail"]
+    assert len(client.get("/api/ml/bridge/attempts?limit=1").get_json()["attempts"]) == 1
+
+
+def test_the_attempt_log_is_bounded(start_nexus, server, monkeypatch):
+    monkeypatch.setattr(attempts, "KEPT", 5)
+    nexus = start(start_nexus, server)
+    for _ in range(8):
+        assert nexus.actions.send_batch({"events": [event()]})[0] == 200
+    assert len(attempts.latest(nexus.store, 100)) == 5
+
+
+def test_a_receipt_tells_the_attempts_and_the_partners_answer(start_nexus, server):
+    nexus = start(start_nexus, server)
+    waits = event()
+    server.on_post = partners.says(503, {"detail": "later"})
+    post(nexus, waits)
+    until(lambda: nexus.bridge.errors_total >= 2, "failed attempts")
+    state = until(
+        lambda: (s := nexus.lookups.receipt(waits["event_id"])["streams"]["bridge"])["state"] == "retrying" and s,
+        "the event told to be retried",
+    )
+    assert (state["result"]["status"], state["result"]["error"]) == (503, "status")
+    server.on_post = partners.answer_well
+    settled(nexus)
+    state = nexus.lookups.receipt(waits["event_id"])["streams"]["bridge"]
+    assert state["state"] == "done"
+    assert state["attempts"] >= 3
+    assert (state["result"]["status"], state["result"]["events"]) == (200, 1)
+    assert json.loads(state["result"]["answer"])["accepted"] == 1
+
+
+def test_an_attempt_of_another_lane_is_not_the_events_own(store):
+    body = b'{"event_id":"a","event_type":"t","user_id":"u1"}'
+    mine = attempts.lane_of(body, 2)
+    rows = [attempts.Attempt(10 + lane, 3, 200, 1.0, None, 0, 9, lane, 2) for lane in (0, 1)]
+    store.many(attempts.keep(rows))
+    found, complete = attempts.of_event(store, 5, body, 0)
+    assert [a.lane for a in found] == [mine]
+    assert complete
+
+
+def test_health_history_outlives_a_restart(start_nexus, server):
+    first = start(start_nexus, server)
+    until(lambda: health.history(first.store), "a verdict kept")
+    since = until(lambda: first.bridge.status_since, "online since")
+    first.stop()
+    second = start(start_nexus, server)
+    until(lambda: second.bridge.health and second.bridge.health.status == "online", "online")
+    assert second.bridge.status_since == since
+    assert second.bridge_health()["history"][-1]["status"] == "online"
+
+
+@pytest.mark.parametrize(
+    ("behave", "status", "words"),
+    [
+        (partners.says(200, {"status": "healthy"}), "online", None),
+        (partners.says(200, {"status": "degraded"}), "degraded", "degraded"),
+        (partners.says(404), "degraded", "404"),
+        (partners.says(503), "offline", "503"),
+        (partners.slow(0.3), "degraded", "slow"),
+        (partners.hangs, "offline", "not answered"),
+        (partners.drips, "offline", "not answered"),
+    ],
+    ids=["online", "says degraded", "404", "503", "slow", "hangs", "drips"],
+)
+def test_health_is_judged_by_status_latency_and_body(behave, status, words, start_nexus, server):
+    if behave.__qualname__.startswith("slow"):
+
+        def slowly(s, asked, answer):
+            s.stopped.wait(0.3)
+            partners.healthy(s, asked, answer)
+
+        behave = slowly
+    server.on_health = behave
+    nexus = start(start_nexus, server)
+    until(lambda: nexus.partner_status()["status"] == status, f"it is {status}")
+    assert words is None or words in str(nexus.partner_status()["reason"])
+
+
+def test_capabilities_are_remembered_over_a_restart(start_nexus, server):
+    first = start(start_nexus, server)
+    until(lambda: first.store.call("GET", keys.CAPABILITIES), "capabilities kept")
+    first.stop()
+    server.on_health = partners.says(500)
+    second = start(start_nexus, server)
+    post(second, event(), event())
+    settled(second)
+    assert {asked.path for asked in server.posts()} == {"/events/batch"}
+
+
+def test_a_partner_address_set_at_run_time_is_used_at_once(start_nexus, server):
+    nexus = start(start_nexus, server)
+    other = Misbehaving(supports=None)
+    nexus.live.change({"PYTHON_EVENT_API_URL": other.url}, "a test", "test")
+    post(nexus, event())
+    settled(nexus)
+    other.close()
+    assert (len(server.applied), len(other.applied)) == (0, 1)
+
+
+def test_switched_off_nothing_is_sent_and_switched_on_all_is(start_nexus, server):
+    nexus = start(start_nexus, server)
+    nexus.live.change({"ENABLE_PYTHON_BRIDGE": False}, "a test", "test")
+    post(nexus, event())
+    assert nexus.partner_status()["status"] == "disabled"
+    assert nexus.actions.send_batch({"events": [event()]})[0] == 202
+    assert not server.applied
+    nexus.live.change({"ENABLE_PYTHON_BRIDGE": None}, "a test", "test")
+    settled(nexus)
+    assert len(server.applied) == 2
+
+
+def test_dead_letters_of_the_partner_are_sent_again(start_nexus, server):
+    nexus = start(start_nexus, server)
+    server.refuse = lambda e: e["data"].get("bad") == 1
+    bad = event(data={"bad": 1})
+    post(nexus, event(), bad, event())
+    settled(nexus)
+    assert nexus.lookups.receipt(bad["event_id"])["streams"]["bridge"]["state"] == "dead"
+    server.refuse = lambda _: False
+    client = client_of(nexus)
+    answer = client.post("/api/ml/dead-letters/redrive", json={"stream": "bridge", "reason": "have this one"})
+    assert answer.get_json()["redriven"] == 1
+    settled(nexus)
+    until(lambda: bad["event_id"] in server.applied, "the event delivered after all")
+    state = nexus.lookups.receipt(bad["event_id"])["streams"]["bridge"]
+    assert (state["state"], state["attempts"]) == ("done", 2)
+    assert checkpoints.audit(nexus.store).unexplained == 0
+
+
+def test_the_periodic_canary_takes_the_whole_path_and_counts_nowhere(start_nexus, server):
+    nexus = start(start_nexus, server)
+    latest = until(lambda: nexus.actions.canary.latest, "a canary")
+    assert latest["success"], latest
+    assert [s["name"] for s in latest["steps"]] == [
+        "ingest", "features", "storage", "aggregates", "inference", "bridge", "combined_features",
+    ]  # fmt: skip
+    until(lambda: server.canaries, "a canary at the partner")
+    audit = checkpoints.audit(nexus.store)
+    assert (audit.head.accepted, audit.accounts["bridge"].processed, audit.unexplained) == (0, 0, 0)
+    assert until(lambda: json.loads(nexus.serving.feed(False)).get("canary"), "the canary in the feed")["success"]
+
+
+def test_canaries_do_not_go_to_a_partner_that_does_not_say_it_takes_them(start_nexus, server):
+    server.supports = None
+    nexus = start(start_nexus, server)
+    latest = until(lambda: nexus.actions.canary.latest, "a canary")
+    assert latest["success"], latest
+    assert not server.posts()
+    assert nexus.actions.test_integration()[1]["success"]
+    assert len(server.posts()) == 1
+
+
+def test_a_canary_that_the_partner_refuses_fails_its_hop_and_is_no_dead_letter(start_nexus, server):
+    nexus = start(start_nexus, server)
+    server.refuse = lambda _: True
+    steps = {s["name"]: s for s in nexus.actions.test_integration()[1]["steps"]}
+    assert not steps["bridge"]["ok"]
+    assert "will not have" in steps["bridge"]["detail"]
+    assert checkpoints.audit(nexus.store).accounts["bridge"].dead == 0
+
+
+def test_send_batch_says_what_was_sent_queued_and_refused(start_nexus, server):
+    nexus = start(start_nexus, server)
+    server.refuse = lambda e: e["user_id"] == "bad"
+    status, answer = nexus.actions.send_batch({"events": [event(), {"user_id": "x"}, event(user="bad"), event()]})
+    assert (status, answer["sent"], answer["queued"]) == (200, 2, 0)
+    assert [(r["index"], r["code"]) for r in answer["rejected"]] == [(1, "missing"), (2, "refused_by_python")]
+    break_off(nexus, server)
+    status, answer = nexus.actions.send_batch({"events": [event(), event()]})
+    assert (status, answer["sent"], answer["queued"]) == (202, 0, 2)
+    server.listen()
+    settled(nexus)
+    assert set(answer["event_ids"]) <= set(server.applied)
+    audit = checkpoints.audit(nexus.store)
+    assert (audit.accounts["features"].accepted, audit.unexplained) == (30, 0)
+
+
+def test_hybrid_process_answers_degraded_while_the_partner_is_away(start_nexus, server):
+    nexus = start(start_nexus, server)
+    good = nexus.actions.hybrid_process({"events": [event(user="u1")]})[1]
+    assert (good["success"], good["degraded"], good["python"]["processed"]) == (True, False, 1)
+    assert good["python"]["error"] is None
+    break_off(nexus, server)
+    status, answer = nexus.actions.hybrid_process({"events": [event(user="u1"), event(user="u2")]})
+    assert status == 200
+    assert (answer["success"], answer["degraded"]) == (True, True)
+    assert answer["typescript"]["processed"] == 2
+    assert answer["typescript"]["features"].keys() == {"u1", "u2"}
+    assert (answer["python"]["processed"], answer["python"]["queued"]) == (0, 2)
+    assert answer["python"]["error"]
+
+
+def test_outages_are_listed_newest_first_by_their_route(start_nexus, server):
+    nexus = start(start_nexus, server)
+    client = client_of(nexus)
+    for _ in range(2):
+        break_off(nexus, server)
+        rows = until(
+            lambda: (
+                (found := client.get("/api/ml/bridge/outages").get_json()["outages"])
+                and found[0]["ended"] is None
+                and found
+            ),
+            "the outage listed",
+        )
+        assert rows[0]["caught_up"] is None
+        server.listen()
+        settled(nexus)
+        until(lambda: client.get("/api/ml/bridge/outages").get_json()["outages"][0]["caught_up"], "the outage over")
+    rows = client.get("/api/ml/bridge/outages").get_json()["outages"]
+    assert len(rows) == 2
+    assert rows[0]["began"] > rows[1]["began"]
+    assert {"began", "ended", "reason", "queued", "users", "delivered", "dead", "caught_up"} <= rows[0].keys()
+
+
+def test_a_partner_that_falls_again_while_it_catches_up_makes_one_outage(start_nexus, server):
+    nexus = start(start_nexus, server)
+    break_off(nexus, server)
+    server.on_post = lambda s, asked, answer: (
+        partners.answer_well(s, asked, answer) if len(s.applied) < 10 else answer.send(500)
+    )
+    server.supports = None
+    server.listen()
+    until(lambda: len(server.applied) >= 10, "some delivered")
+    calls = len(server.posts())
+    until(lambda: len(server.posts()) > calls + 6, "more tries that fail")
+    server.on_post = partners.answer_well
+    settled(nexus)
+    row = until(lambda: (r := outages.rows(nexus.store, 5)[0])["caught_up"] and r, "the outage over")
+    assert (row["unexplained"], row["delivered"]) == (0, row["queued"])
+    assert len(server.applied) == len(set(server.applied)) == 30

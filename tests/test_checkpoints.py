@@ -1,0 +1,138 @@
+"""Checkpoints: effects and position in one fenced step, and the conservation of events, counted from positions."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import checkpoints, keys
+from pipeline.checkpoints import DeadLetter, Progress, advance, audit, commit
+from pipeline.errors import Fenced
+from pipeline.lease import TTL_MS, Lease
+from pipeline.log import Position
+from tests.helpers import NOON, STREAMS, Clock, append, event, frames
+
+
+@pytest.fixture
+def epoch(store) -> int:
+    lease = Lease(store, "test", lambda: NOON, lambda: False)
+    assert lease.take()
+    return lease.epoch
+
+
+def letter(stream: str, place: int) -> DeadLetter:
+    return DeadLetter(f"{stream}-{place}", stream, place, "bad", 1, NOON, NOON, "test", NOON, b'{"event_id":"x"}')
+
+
+def account(store, stream: str):
+    return audit(store).accounts[stream]
+
+
+def test_position_comes_back_as_committed(store, epoch):
+    position = Position(3, 77, 5, 1234)
+    commit(store, epoch, advance(Progress("storage", position, 5), NOON))
+    found = checkpoints.read(store, ["storage", "features"])
+    assert found == {"storage": position, "features": Position()}
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_pending_is_counted_from_the_position_down_to_the_event_in_its_frame(store, log, epoch, index):
+    for size in (4, 5, 6):
+        append(log, [event() for _ in range(size)], NOON)
+    second = frames(log)[1]
+    position = Position(second.address >> 24, second.address & 0xFFFFFF, index, second.ordinal + index)
+    commit(store, epoch, advance(Progress("features", position, 4 + index), NOON))
+    found = account(store, "features")
+    assert (found.accepted, found.processed, found.pending, found.unexplained) == (15, 4 + index, 11 - index, 0)
+
+
+def test_event_that_a_stream_skips_is_unexplained(store, log, epoch):
+    append(log, [event() for _ in range(10)], NOON)
+    after = frames(log)[-1].after()
+    for stream in STREAMS:
+        commit(store, epoch, advance(Progress(stream, after, 9 if stream == "aggregates" else 10), NOON))
+    found = audit(store)
+    assert found.accounts["aggregates"].unexplained == 1
+    assert found.unexplained == 1
+
+
+def test_event_counted_twice_is_unexplained_and_does_not_hide_a_skipped_one(store, log, epoch):
+    append(log, [event() for _ in range(10)], NOON)
+    after = frames(log)[-1].after()
+    for stream, processed in zip(STREAMS, (9, 11, 10, 10, 10), strict=True):
+        commit(store, epoch, advance(Progress(stream, after, processed), NOON))
+    assert audit(store).unexplained == 2
+
+
+def test_dead_letter_explains_its_event_and_is_kept_with_it(store, log, epoch):
+    append(log, [event() for _ in range(10)], NOON)
+    after = frames(log)[-1].after()
+    commit(store, epoch, advance(Progress("storage", after, 9, [letter("storage", 1)]), NOON))
+    found = account(store, "storage")
+    assert (found.processed, found.dead, found.pending, found.unexplained) == (9, 1, 0, 0)
+    assert store.call("HLEN", keys.DEAD + "storage") == 1
+
+
+def test_commit_of_a_writer_that_lost_the_lease_writes_nothing(store, log, epoch):
+    append(log, [event()], NOON)
+    assert Lease(store, "other", lambda: NOON, lambda: True).take()
+    with pytest.raises(Fenced):
+        commit(store, epoch, advance(Progress("features", frames(log)[-1].after(), 1), NOON))
+    assert account(store, "features").processed == 0
+
+
+def test_commit_into_an_emptied_store_is_refused(store, epoch):
+    store.call("FLUSHALL")
+    with pytest.raises(Fenced):
+        commit(store, epoch, [("SET", "ml:{p}:x", 1)])
+    assert store.call("DBSIZE") == 0
+
+
+def test_lease_goes_to_one_holder_until_it_runs_out(store):
+    clock = Clock()
+    first, second = (Lease(store, name, clock, lambda: False) for name in ("first", "second"))
+    assert first.take()
+    assert not second.take()
+    clock.advance(TTL_MS - 1)
+    assert first.renew()
+    clock.advance(TTL_MS - 1)
+    assert not second.take()
+    clock.advance(1)
+    assert second.take()
+    assert second.epoch > 0
+    assert not first.renew()
+    assert first.epoch == 0
+
+
+def test_released_lease_is_free_at_once(store):
+    first, second = (Lease(store, name, lambda: NOON, lambda: False) for name in ("first", "second"))
+    first.take()
+    first.release()
+    assert second.take()
+
+
+def test_holder_of_the_folder_need_not_wait_for_a_lease_to_run_out(store):
+    Lease(store, "dead", lambda: NOON, lambda: False).take()
+    assert Lease(store, "new", lambda: NOON, lambda: True).take()
+
+
+def test_lease_taken_in_an_emptied_store_has_another_epoch_than_before(store):
+    """Otherwise a writer of before would go on from a position that no longer is one."""
+    clock = Clock()
+    lease = Lease(store, "one", clock, lambda: True)
+    lease.take()
+    before = lease.epoch
+    store.call("FLUSHALL")
+    assert not lease.renew()
+    clock.advance(1)
+    lease.take()
+    assert lease.epoch not in (0, before)
+
+
+def test_emptied_store_can_be_taken_at_once_whatever_its_former_holder_tried_before(store):
+    lease, other = (Lease(store, name, lambda: NOON, lambda: False) for name in ("one", "two"))
+    lease.take()
+    store.call("FLUSHALL")
+    assert not lease.raise_epoch()
+    assert not lease.renew()
+    assert not lease.renew()
+    assert other.take()

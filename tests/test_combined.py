@@ -1,0 +1,315 @@
+"""The combined vector: merge rules, verdicts, completeness, one round trip; public keys that change by themselves; sync and health."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import keys
+from pipeline.catalogue import FEATURES
+from pipeline.completeness import Backlog
+from pipeline.events import rfc3339
+from pipeline.feature_health import FeatureHealth
+from pipeline.feature_store import FeatureStore
+from pipeline.lease import Lease
+from pipeline.log import BRIDGE_ONLY, Log, Position
+from pipeline.publisher import Publisher
+from pipeline.store import Store
+from pipeline.streams.features import Features
+from pipeline.streams.storage import EventStore, Storage
+from pipeline.streams.stream import Batch
+from pipeline.sync import synchronise
+from tests.helpers import (
+    DAY_MS,
+    HOUR_MS,
+    MINUTE_MS,
+    NOON,
+    ROOT,
+    Clock,
+    append,
+    batch_of,
+    clean_environment,
+    event,
+    frames,
+    payment,
+    response,
+    write,
+)  # fmt: skip
+
+RATE = next(f for f in FEATURES if f.name == "acceptance_rate")
+
+
+class Setting(dict[str, Any]):
+    """Settings in force, to set."""
+
+
+class Both:
+    """A feature store over a stream that a test feeds; what the Python service wrote is written by the test."""
+
+    def __init__(self, store: Store, features: tuple[Any, ...] = FEATURES) -> None:
+        self.store, self.clock = store, Clock()
+        self.stream = Features(store, features)
+        self.settings = Setting(HYBRID_FEATURE_MODE=True, FEATURE_SYNC_INTERVAL=300)
+        self.lag_s = 0.0
+        storage = Storage(store)
+        self.reads = FeatureStore(
+            store, EventStore(store, Log(store), storage.unwritten), self.settings, lambda: self.stream, self.clock,  # type: ignore[arg-type]
+            lambda: self.lag_s, lambda user: 41,
+        )  # fmt: skip
+
+    def take(self, *events: dict[str, Any]) -> None:
+        self.stream.process(batch_of(self.store, events, self.clock.now), self.clock.now)
+
+    def python(self, user: str, features: dict[str, Any], age_s: float | None = 0.0) -> None:
+        at = None if age_s is None else rfc3339(self.clock.now - int(age_s * 1000))
+        self.store.call("SET", keys.PARTNER + user, json.dumps({"features": features, "computed_at": at}))
+
+    def value(self, name: str = "acceptance_rate", user: str = "u") -> tuple[Any, dict[str, Any]]:
+        found = self.reads.combine([user])[user]
+        return found.combined[name], found.meta[name]
+
+
+@pytest.mark.parametrize(
+    ("rule", "owner", "python_age_s", "nexus_lag_s", "taken"),
+    [
+        ("owner", "shared", 0, 0, "nexus"),
+        ("owner", "nexus", 0, 0, "nexus"),
+        ("owner", "python", 0, 0, "python"),
+        ("python", "nexus", 10, 0, "python"),
+        ("nexus", "python", 0, 10, "nexus"),
+        ("freshest", "shared", 0, 10, "python"),
+        ("freshest", "shared", 10, 0, "nexus"),
+    ],
+)
+def test_merge_rule_says_whose_value_is_taken_and_the_other_one_is_shown(
+    store, rule, owner, python_age_s, nexus_lag_s, taken
+):
+    both = Both(store, (replace(RATE, merge=rule, owner=owner),))
+    both.lag_s = nexus_lag_s
+    both.take(response("u", timestamp=NOON))
+    both.python("u", {"acceptance_rate": 0.25}, python_age_s)
+    value, meta = both.value()
+    assert (value, meta["owner"], meta["verdict"]) == (1.0 if taken == "nexus" else 0.25, taken, "fresh")
+    assert meta["python_value" if taken == "nexus" else "nexus_value"] == (0.25 if taken == "nexus" else 1.0)
+    assert meta["agrees"] is False
+
+
+def test_values_within_tolerance_agree(store):
+    both = Both(store)
+    both.take(response("u", timestamp=NOON))
+    both.python("u", {"acceptance_rate": 0.995})
+    assert both.value()[1]["agrees"] is True
+
+
+def test_owner_without_a_usable_value_gives_way_as_a_fallback(store):
+    both = Both(store, (replace(RATE, owner="python"),))
+    both.take(response("u", timestamp=NOON))
+    assert (both.value()[0], both.value()[1]["verdict"]) == (1.0, "fallback")
+    both.python("u", {"acceptance_rate": 0.25}, age_s=2 * 86_400)
+    value, meta = both.value()
+    assert (value, meta["verdict"], meta["python_value"]) == (1.0, "fallback", 0.25)
+
+
+def test_value_whose_window_has_passed_is_never_served_as_present(store):
+    both = Both(store)
+    both.python("u", {"recent_rejections": 5}, age_s=3601)
+    value, meta = both.value("recent_rejections")
+    assert (value, meta["verdict"], meta["expired_value"]) == (None, "expired", 5)
+
+
+def test_own_values_grow_stale_while_the_stream_is_behind(store):
+    both = Both(store)
+    both.take(response("u", timestamp=NOON))
+    both.lag_s = 61.0
+    _, meta = both.value()
+    assert (meta["verdict"], meta["age_s"], meta["computed_at"]) == ("stale", 61.0, rfc3339(NOON - 61_000))
+
+
+def test_name_that_neither_side_has_is_missing(store):
+    both = Both(store)
+    both.take(response("u", timestamp=NOON))
+    found = both.reads.combine(["u"], frozenset({"acceptance_rate", "nothing"}))["u"]
+    assert found.combined == {"acceptance_rate": 1.0, "nothing": None}
+    assert found.meta["nothing"]["verdict"] == "missing"
+
+
+def test_hybrid_mode_off_serves_own_values_alone_and_asks_for_no_others(store):
+    both = Both(store)
+    both.take(response("u", timestamp=NOON))
+    both.python("u", {"acceptance_rate": 0.25, "theirs": 1})
+    both.settings["HYBRID_FEATURE_MODE"] = False
+    found = both.reads.combine(["u"])["u"]
+    assert found.python == {}
+    assert found.combined == found.nexus
+
+
+@pytest.mark.parametrize("raw", ["no json", "7", '{"features": 3}'])
+def test_malformed_foreign_value_is_reported_with_its_key(store, raw):
+    both = Both(store)
+    store.call("SET", "features:u", raw)
+    assert "features:u" in (both.reads.combine(["u"])["u"].malformed or "")
+
+
+def test_hash_without_a_time_is_stale_not_gone(store):
+    both = Both(store)
+    store.call("HSET", "features:u", "theirs", "7")
+    assert both.value("theirs")[0] == 7
+    assert both.value("theirs")[1]["verdict"] == "stale"
+
+
+def counted(call: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    """The same call, noted down."""
+
+    def noted(*args: Any, **more: Any) -> Any:
+        calls.append(args)
+        return call(*args, **more)
+
+    return noted
+
+
+@pytest.mark.parametrize("users", [1, 100])
+def test_vectors_take_one_round_trip_whether_users_are_in_memory_or_not(store, users, monkeypatch):
+    both = Both(store)
+    names = [f"u{i}" for i in range(users)]
+    both.take(*[response(name, timestamp=NOON) for name in names])
+    write(store, both.stream.cut(NOON))
+    both.stream = Features(store)  # nobody in memory
+    for i, name in enumerate(names):
+        if i % 2:
+            both.python(name, {"theirs": i})
+        else:
+            store.call("HSET", keys.PARTNER + name, "theirs", i)
+    trips: list[Any] = []
+    for method in ("call", "many", "run"):
+        monkeypatch.setattr(store, method, counted(getattr(store, method), trips))
+    found = both.reads.combine(names)
+    assert len(trips) == 1
+    assert [found[name].combined["theirs"] for name in names] == list(range(users))
+    assert all(found[name].combined["acceptance_rate"] == 1.0 for name in names)
+
+
+def test_completeness_counts_the_users_events_behind_the_bridges_position(store):
+    log = Log(store)
+    delivered = 0
+    backlog = Backlog(lambda: delivered)
+    append(log, [event(user="a"), event(user="b"), event(user="a")], NOON)
+    append(log, [event(user="a")], NOON)
+    for frame in frames(log):
+        backlog.note(Batch([frame]))
+    assert (backlog.behind("a"), backlog.behind("b"), backlog.behind("c")) == (3, 1, 0)
+    delivered = 2
+    assert (backlog.behind("a"), backlog.behind("b")) == (2, 0)
+    delivered = 4
+    assert backlog.behind("a") == 0
+
+
+def test_completeness_of_an_earlier_process_is_read_from_the_log(store):
+    log = Log(store)
+    append(log, [event(user="a"), event(user="ü"), event(user="a")], NOON)
+    append(log, [event(user="a")], NOON, to=BRIDGE_ONLY)
+    backlog = Backlog(lambda: 1)
+    backlog.load(log, Position(index=1, ordinal=1), 4)
+    assert (backlog.behind("a"), backlog.behind("ü")) == (2, 1)
+
+
+def published(store: Store, user: str) -> dict[str, Any]:
+    raw = store.call("GET", keys.SERVING + user)
+    return json.loads(raw)["features"] if raw else {}
+
+
+@pytest.fixture
+def publisher(store: Store) -> tuple[Publisher, Both]:
+    both = Both(store)
+    lease = Lease(store, "test", both.clock, lambda: True)
+    assert lease.take()
+    health = FeatureHealth(lambda: both.stream, both.clock)
+    return Publisher(store, lease, lambda: both.stream, both.clock, health), both
+
+
+def test_public_key_changes_when_a_window_empties_without_new_events(store, publisher):
+    publish, both = publisher
+    both.take(response("u", "rejected", timestamp=NOON))
+    write(store, both.stream.cut(NOON))
+    publish.publish()
+    assert published(store, "u")["recent_rejections"] == 1
+    for at, expected in ((NOON + 5 * MINUTE_MS, (0, 1, 1)), (NOON + HOUR_MS, (0, 0, 1)), (NOON + DAY_MS, (0, 0, 0))):
+        both.clock.now = at - 1
+        publish.publish()
+        assert published(store, "u") != {}
+        both.clock.now = at
+        assert publish.publish() == 1
+        found = published(store, "u")
+        assert (found["event_count_5m"], found["recent_rejections"], found["event_count_24h"]) == expected
+        assert publish.publish() == 0
+    both.clock.now = NOON + 100 * DAY_MS
+    for _ in range(3):
+        publish.publish()
+    assert store.call("ZCARD", keys.DUE) == 0
+
+
+def test_user_that_is_due_is_published_by_the_next_process_too(store, publisher):
+    publish, both = publisher
+    both.take(response("u", "rejected", timestamp=NOON))
+    write(store, both.stream.cut(NOON))
+    publish.publish()
+    both.stream = Features(store)
+    both.clock.now = NOON + 2 * HOUR_MS
+    publish.publish()
+    assert published(store, "u")["recent_rejections"] == 0
+
+
+def test_health_of_features_tells_nulls_values_out_of_range_and_age(store, publisher):
+    publish, both = publisher
+    health = publish._health
+    both.take(*[payment(f"t{i}", 2e6, f"u{i}", timestamp=NOON - 5_000) for i in range(10)])
+    write(store, both.stream.cut(NOON))
+    publish.publish()
+    rows = health.snapshot()["features"]
+    assert rows["acceptance_rate"]["null_rate"] == 1.0
+    assert rows["payment_mean_30d"]["null_rate"] == 0.0
+    assert rows["payment_mean_30d"]["out_of_range_rate"] == 1.0
+    assert rows["payment_mean_30d"]["age_s"] == 5.0
+    assert rows["acceptance_rate"]["age_s"] is None
+
+
+def test_sync_refreshes_those_that_drifted_and_leaves_the_others(store):
+    both = Both(store)
+    both.take(response("old"), response("new"), response("none"))
+    write(store, both.stream.cut(NOON))
+    both.stream.changed.clear()
+    both.python("old", {}, age_s=900)
+    both.python("new", {}, age_s=10)
+    asked: list[Any] = []
+    report = synchronise(both.stream, both.reads, counted(lambda user: {}, asked), NOON, 300.0)
+    assert sorted(user for (user,) in asked) == sorted(both.stream.changed) == ["none", "old"]
+    assert (report["checked"], report["drifted"], report["refreshed"], report["waiting"]) == (3, 2, 2, 0)
+    assert synchronise(both.stream, both.reads, None, NOON, 300.0)["checked"] == 0
+
+
+def test_training_set_is_written_with_the_labels_columns_and_features_of_their_time(store, store_server, tmp_path):
+    now = time.time_ns() // 1_000_000
+    log = Log(store)
+    append(log, [payment(f"t{i}", 10.0 * i, "u", timestamp=now - i * HOUR_MS) for i in range(1, 6)], now)
+    labels = tmp_path / "labels.csv"
+    rows = [f"u,{now},1", f"u,{rfc3339(now - 3 * HOUR_MS)},0", f"nobody,{now},0"]
+    labels.write_text("user_id,timestamp,label\n" + "\n".join(rows) + "\n")
+    out = tmp_path / "set.parquet"
+    command = [sys.executable, "-m", "pipeline.training_set", "--labels", str(labels), "--out", str(out)]
+    environment = clean_environment(REDIS_URL=store_server.url, NEXUS_DATA_DIR=str(tmp_path))
+    names = "payments_24h,payment_last_30d,completion_ratio_7d"
+    subprocess.run([*command, "--features", names], cwd=ROOT, env=environment, check=True, capture_output=True)
+    table = pq.read_table(out).to_pydict()
+    assert list(table) == ["user_id", "timestamp", "label", *names.split(",")]
+    assert table["label"] == ["1", "0", "0"]
+    assert table["payments_24h"] == [5.0, 3.0, None]
+    assert table["payment_last_30d"] == [10.0, 30.0, None]
+    wrong = subprocess.run([*command, "--features", "nope"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (wrong.returncode, "no feature nope" in wrong.stderr) == (1, True)

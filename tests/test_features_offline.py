@@ -1,0 +1,226 @@
+"""What was online equals what is folded from the stored events: any aggregation, any order, every position in the log."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.catalogue import FEATURES
+from pipeline.definitions import Entity
+from pipeline.demo import City
+from pipeline.ingest import judge
+from pipeline.log import Log, Request
+from pipeline.offline import past
+from pipeline.store import Store
+from pipeline.streams.features import Features
+from pipeline.streams.storage import EventStore, Storage
+from pipeline.streams.stream import Batch
+from pipeline.training_set import Label, TrainingSet
+from pipeline.windows import Windows
+from tests.helpers import DAY_MS, HOUR_MS, NOON, append, event, frames, payment, report, response, write
+
+on_a_store = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+USERS = ("u1", "u2")
+ages = st.one_of(
+    st.integers(-HOUR_MS, 0),
+    st.integers(0, 2 * HOUR_MS),
+    st.integers(0, 40 * DAY_MS),
+    st.sampled_from([0, HOUR_MS, DAY_MS]),
+)
+amounts = st.one_of(st.floats(-1e6, 1e6), st.integers(0, 1000), st.sampled_from([1e6, 1e6 + 0.01, 0.0, -0.0]))
+places = st.fixed_dictionaries({"lat": st.floats(14.5, 14.6), "lng": st.floats(121.0, 121.1)})
+kinds = st.one_of(
+    st.tuples(st.just("ride_request_response"), st.fixed_dictionaries(
+        {"response": st.sampled_from(["accepted", "rejected", "odd", 7, None, ["x"]])}, optional={"response_time": amounts})),
+    st.tuples(st.just("payment"), st.fixed_dictionaries(
+        {"transaction_id": st.sampled_from(["t1", "t2", "t3"]), "amount": amounts},
+        optional={"merchant_id": st.sampled_from(["m1", "m2", 3])})),
+    st.tuples(st.just("fraud_report"), st.fixed_dictionaries(
+        {"transaction_id": st.sampled_from(["t1", "t2", "t3"]), "is_fraud": st.sampled_from([0, 1, True])})),
+    st.tuples(st.just("payment"), st.just({"transaction_id": "t9", "amount": "twelve"})),
+    st.tuples(st.just("ride_request"), st.fixed_dictionaries({}, optional={"pickup": places})),
+    st.tuples(st.just("ride_completed"), st.fixed_dictionaries({}, optional={"fare": amounts, "distance_km": amounts})),
+    st.tuples(st.just("ride_cancelled"), st.fixed_dictionaries({"cancelled_by": st.sampled_from(["rider", "driver"])})),
+    st.tuples(st.just("ui_interaction"), st.fixed_dictionaries({}, optional={"screen": st.sampled_from(["a", "b", 5])})),
+    st.tuples(st.just("anything.else"), st.just({})),
+)  # fmt: skip
+posted = st.tuples(ages, st.sampled_from(USERS), kinds, st.sampled_from([None, "s1", "s2"]))
+steps = st.lists(
+    st.tuples(st.lists(posted, min_size=1, max_size=8), st.integers(0, 3 * DAY_MS), st.booleans()),
+    min_size=1,
+    max_size=5,
+)
+
+
+NOTHING = Windows(FEATURES)
+EMPTY = NOTHING.values(NOTHING.new(), NOON)
+
+
+def assert_same(online: dict[str, Any], offline: dict[str, Any]) -> None:
+    if not offline:  # no event counts yet: online the user may be known already, with nothing in any window
+        offline = EMPTY if online else {}
+    assert online.keys() == offline.keys()
+    for name, value in online.items():
+        other = offline[name]
+        same = value == other or (value is not None and other is not None and math.isclose(value, other, rel_tol=1e-9))
+        assert same, f"{name}: online {value}, offline {other}"
+
+
+def as_event(item: Any, now: int) -> dict[str, Any]:
+    age, user, (kind, data), session = item
+    more = {} if session is None else {"session_id": session}
+    return event(kind, user, data=data, timestamp=now - age, **more)
+
+
+def with_streams(store: Store) -> tuple[Features, Storage, EventStore]:
+    features, storage = Features(store), Storage(store)
+    storage.load(NOON)
+    return features, storage, EventStore(store, Log(store), storage.unwritten)
+
+
+@on_a_store
+@given(steps)
+def test_offline_value_at_an_events_log_position_equals_the_one_committed_online_there(store, steps):
+    store.call("FLUSHALL")
+    log, now = Log(store), NOON
+    features, storage, events = with_streams(store)
+    features.load(now)
+    for items, pause, restart in steps:
+        for item in items:
+            append(log, [as_event(item, now)], now)
+            batch = Batch([frames(log)[-1]])
+            features.process(batch, now)
+            storage.process(batch, now)
+            online = features.values([item[1]], now).get(item[1], {})
+            assert_same(online, past(events, features.windows, item[1], now, before=batch.places[0] + 1))
+        write(store, features.cut(now))
+        write(store, storage.cut(now))
+        if restart:
+            features, storage, events = with_streams(store)
+            features.load(now)
+        for user in USERS:
+            assert_same(features.values([user], now).get(user, {}), past(events, features.windows, user, now))
+        now += pause
+
+
+@on_a_store
+@given(steps)
+def test_training_set_of_any_entity_equals_what_is_online(store, steps):
+    store.call("FLUSHALL")
+    log, now = Log(store), NOON
+    features = Features(store)
+    features.load(now)
+    for items, pause, _ in steps:
+        append(log, [as_event(item, now) for item in items], now)
+        features.process(Batch([frames(log)[-1]]), now)
+        write(store, features.cut(now))
+        now += pause
+    zones = list(features.fold.tables["zone"].entities) or ["nowhere"]
+    maker = TrainingSet(log, FEATURES)
+    for user, merchant, zone in zip(("u1", "u2", "u1"), ("m1", "m2", "3"), (zones * 3)[:3], strict=True):
+        row = {"user_id": user, "merchant_id": merchant, "zone": zone}
+        [offline] = maker.join([Label(row, now)])
+        owners: dict[Entity, str] = {"user": user, "merchant": merchant, "zone": zone}
+        for kind, owner in owners.items():
+            online = features.values([owner], now, kind).get(owner)
+            if online is not None:
+                found = {name: offline[name] for name in online}
+                nothing = features.fold.tables[kind].windows
+                # An entity that has no event up to then is known online by others of its events, offline it is not.
+                assert_same(online, found if set(found.values()) != {None} else nothing.values(nothing.new(), now))
+
+
+def test_reported_fraud_counts_for_the_payee_of_the_payment_also_after_a_restart(store):
+    log = Log(store)
+    stream = Features(store)
+    stream.load(NOON)
+    append(log, [payment("t1", data={"merchant_id": "m"}), payment("t2", data={"merchant_id": "m"})], NOON)
+    stream.process(Batch(frames(log)), NOON)
+    write(store, stream.cut(NOON))
+    again = Features(store)
+    again.load(NOON)
+    append(log, [report("t1"), report("t9")], NOON)
+    again.process(Batch([frames(log)[-1]]), NOON)
+    assert again.values(["m"], NOON, "merchant")["m"]["payee_fraud_rate_30d"] == 0.5
+
+
+def test_known_at_leaves_out_what_arrived_later(store):
+    log = Log(store)
+    features, storage, events = with_streams(store)
+    for arrival in (NOON, NOON + HOUR_MS):
+        append(log, [response("d", timestamp=NOON - HOUR_MS)], arrival)
+        batch = Batch([frames(log)[-1]])
+        storage.process(batch, arrival)
+    windows = features.windows
+    assert past(events, windows, "d", NOON)["event_count_24h"] == 2
+    assert past(events, windows, "d", NOON, known_at=NOON)["event_count_24h"] == 1
+    assert past(events, windows, "d", NOON, known_at=NOON - 1) == {}
+
+
+def test_replayed_week_of_the_city_equals_a_recount_by_other_code(store):
+    """A week of traffic, counted again by plain loops over the posted events."""
+    city = City(seed=3, start=NOON / 1000 - 7 * 86_400, rate=0.05, riders=40, drivers=12)
+    week = list(city.events(NOON / 1000))
+    log, stream = Log(store), Features(store)
+    stream.load(NOON)
+    for at in range(0, len(week), 500):
+        append_valid(log, week[at : at + 500])
+    for frame in frames(log):
+        stream.process(Batch([frame]), NOON)
+    write(store, stream.cut(NOON))
+    stored = {
+        e.event_id: (e, b.ts[i], b.data(i))
+        for b in [Batch([f]) for f in frames(log)]
+        for i, e in enumerate(b.events)
+        if e is not None
+    }
+    checked = 0
+    for user in sorted({e.user_id for e, _, _ in stored.values()}):
+        mine = [(e, ts, data) for e, ts, data in stored.values() if e.user_id == user]
+        online = stream.values([user], NOON)[user]
+        for name, expected in recount(mine, NOON).items():
+            got: Any = online[name]
+            assert got == expected or math.isclose(got, expected, rel_tol=1e-9), (user, name)
+            checked += 1
+    assert checked > 300
+
+
+def append_valid(log: Log, events: list[dict[str, Any]]) -> None:
+    """The events that ingest accepts, at the arrival NOON."""
+    log.accept([Request(judge(events, NOON).kept, "city")], NOON)
+
+
+def recount(mine: list[tuple[Any, int, dict[str, Any]]], at: int) -> dict[str, Any]:
+    """Features by brute force: their window's older edge lies on the next whole sixtieth, as the definitions say."""
+
+    def inside(
+        window_s: int, kind: str | None = None, tile_s: int | None = None
+    ) -> list[tuple[Any, int, dict[str, Any]]]:
+        tile = (tile_s or window_s // 60) * 1000
+        edge = (at - window_s * 1000) // tile
+        return [(e, ts, d) for e, ts, d in mine if ts // tile > edge and ts <= at and kind in (None, e.event_type)]
+
+    answers = [d for _, _, d in inside(86_400, "ride_request_response")]
+    known = [d["response"] for d in answers if d["response"] in ("accepted", "rejected")]
+    times = [d["response_time"] for d in answers]
+    paid = [(ts, d["amount"]) for _, ts, d in inside(30 * 86_400, "payment")]
+    amounts = [amount for _, amount in paid]
+    mean = sum(amounts) / len(amounts) if amounts else None
+    return {
+        "acceptance_rate": known.count("accepted") / len(known) if known else None,
+        "response_time": sum(times) / len(times) if times else None,
+        "recent_rejections": sum(d["response"] == "rejected" for _, _, d in inside(3600, "ride_request_response")),
+        "event_count_24h": len(inside(86_400)),
+        "ride_requests_7d": len(inside(7 * 86_400, "ride_request")),
+        "payments_24h": len(inside(86_400, "payment")),
+        "payment_mean_30d": mean,
+        "payment_std_30d": math.sqrt(sum((a - mean) ** 2 for a in amounts) / len(amounts))
+        if mean is not None
+        else None,
+        "payment_max_30d": max(amounts, default=None),
+        "payment_min_30d": min(amounts, default=None),
+        "payment_last_30d": max(paid)[1] if paid else None,
+    }

@@ -1,0 +1,227 @@
+"""Ingest: a posted body in any of its forms, verdicts per event, and requests that go to the log together."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+from typing import Any
+
+import pytest
+
+from pipeline.errors import BadRequest, NexusError, StoreFull, StoreUnavailable, TooLarge
+from pipeline.ingest import MAX_BODY_BYTES, MAX_EVENTS, Ingest
+from pipeline.log import Log
+from pipeline.store import Store
+from tests.helpers import NOON, event, frames
+
+
+@pytest.fixture
+def ingest(log: Log) -> Ingest:
+    return Ingest(log, lambda: NOON, lambda: None, lambda end, timeout_s: True)
+
+
+def post(ingest: Ingest, posted: Any, kind: str = "application/json", encoding: str = "", **query: str) -> Any:
+    body = posted if isinstance(posted, bytes) else json.dumps(posted).encode()
+    return ingest.post(body, kind, encoding, query)
+
+
+def bodies(log: Log) -> list[dict[str, Any]]:
+    return [json.loads(record[8:]) for frame in frames(log) for record in frame.records]
+
+
+def test_batch_with_source_is_taken_and_answered_by_position(ingest, log):
+    status, answer = post(ingest, {"events": [event(event_id="a"), event(event_id="b")], "source": "driver_app"})
+    assert status == 202
+    assert answer == {"accepted": 2, "duplicates": 0, "rejected": [], "event_ids": ["a", "b"]}
+    assert [frame.source for frame in frames(log)] == ["driver_app"]
+
+
+@pytest.mark.parametrize(
+    ("posted", "kind"),
+    [
+        ([event(event_id="a")], "application/json"),
+        (event(event_id="a"), "application/json"),
+        (event(event_id="a"), ""),
+        ({"events": [event(event_id="a")]}, "application/json; charset=utf-8"),
+        (b'\n{"event_id":"a","event_type":"t","user_id":"u"}\r\n\n', "application/x-ndjson"),
+        (b'{"event_id":"a","event_type":"t","user_id":"u"}', "Application/X-NDJSON; charset=utf-8"),
+    ],
+)
+def test_every_form_of_a_body_brings_its_event(ingest, log, posted, kind):
+    assert post(ingest, posted, kind)[1]["event_ids"] == ["a"]
+    assert [body["event_id"] for body in bodies(log)] == ["a"]
+
+
+def test_gzip_is_unpacked(ingest):
+    status, answer = post(ingest, gzip.compress(json.dumps([event(event_id="a")]).encode()), encoding="gzip")
+    assert (status, answer["accepted"]) == (202, 1)
+
+
+def test_one_bad_event_never_spoils_its_batch(ingest, log):
+    posted = [event(event_id="a"), {"event_id": "bad", "event_type": "UPPER", "user_id": "u"}, 7, event(event_id="d")]
+    status, answer = post(ingest, posted)
+    assert status == 202
+    assert (answer["accepted"], answer["event_ids"]) == (2, ["a", None, None, "d"])
+    first, second = answer["rejected"]
+    assert first.keys() == {"index", "event_id", "field", "code", "message"}
+    assert (first["index"], first["event_id"], first["field"]) == (1, "bad", "event_type")
+    assert (second["index"], second["event_id"]) == (2, None)
+    assert [body["event_id"] for body in bodies(log)] == ["a", "d"]
+
+
+def test_bad_line_of_ndjson_never_spoils_the_others(ingest):
+    good = [b'{"event_id":"a","event_type":"t","user_id":"u"}', b'{"event_id":"d","event_type":"t","user_id":"u"}']
+    lines = b"\n".join([good[0], b'{"event_id": ', b"\xff\xfe", good[1]])
+    status, answer = post(ingest, lines, "application/x-ndjson")
+    assert (status, answer["event_ids"]) == (202, ["a", None, None, "d"])
+    assert [r["code"] for r in answer["rejected"]] == ["not_json", "not_json"]
+
+
+def test_duplicates_alone_are_202_and_rejections_alone_are_422(ingest, log):
+    post(ingest, [event(event_id="a")])
+    assert post(ingest, [event(event_id="a")]) == (
+        202,
+        {"accepted": 0, "duplicates": 1, "rejected": [], "event_ids": ["a"]},
+    )
+    status, answer = post(ingest, [{"user_id": "u"}])
+    assert (status, answer["accepted"], answer["duplicates"]) == (422, 0, 0)
+    assert answer["error"].keys() == {"code", "message", "details"}
+    assert log.head().rejected == 1
+
+
+@pytest.mark.parametrize("posted", [[], {"events": []}, b""])
+def test_no_event_at_all_is_refused(ingest, posted):
+    if posted == b"":
+        with pytest.raises(BadRequest):
+            post(ingest, posted)
+    else:
+        assert post(ingest, posted)[0] == 422
+
+
+@pytest.mark.parametrize(
+    "posted",
+    [b"{", b"not json", b"\xff\xfe", b"[" * 10_000, "text", 7, None, {"events": {}}, {"events": None}, {"source": "x"}],
+)
+def test_what_is_no_events_is_a_bad_request(ingest, log, posted):
+    with pytest.raises(BadRequest):
+        post(ingest, posted)
+    assert frames(log) == []
+
+
+@pytest.mark.parametrize("source", ["", 5, [], "s" * 65, "\U0001f600" * 33])
+def test_source_of_another_form_is_a_bad_request(ingest, source):
+    with pytest.raises(BadRequest):
+        post(ingest, {"events": [event()], "source": source})
+
+
+def test_5000_events_are_taken_and_one_more_is_too_large(ingest):
+    assert post(ingest, [event() for _ in range(MAX_EVENTS)])[1]["accepted"] == MAX_EVENTS
+    with pytest.raises(TooLarge):
+        post(ingest, [event() for _ in range(MAX_EVENTS + 1)])
+
+
+def test_body_beyond_5_mib_is_too_large_packed_or_not(ingest):
+    large = json.dumps([event(text="x" * MAX_BODY_BYTES)]).encode()
+    with pytest.raises(TooLarge):
+        post(ingest, large)
+    with pytest.raises(TooLarge):
+        post(ingest, gzip.compress(large), encoding="gzip")
+
+
+@pytest.mark.parametrize("packed", [b"plain", gzip.compress(b"[]")[:-4], gzip.compress(b"[]") + b"more"])
+def test_broken_gzip_is_a_bad_request(ingest, packed):
+    with pytest.raises(BadRequest):
+        post(ingest, packed, encoding="gzip")
+
+
+def test_encoding_of_another_kind_is_refused(ingest):
+    with pytest.raises(NexusError) as caught:
+        post(ingest, b"[]", encoding="br")
+    assert caught.value.status == 415
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"wait": "storage"},
+        {"wait": ""},
+        {"wait": "features", "timeout_ms": "-1"},
+        {"wait": "features", "timeout_ms": "soon"},
+        {"wait": "features", "timeout_ms": "²"},
+        {"wait": "features", "timeout_ms": "9" * 30},
+    ],
+)
+def test_wait_of_another_form_is_a_bad_request_and_takes_nothing(ingest, log, query):
+    with pytest.raises(BadRequest):
+        post(ingest, [event()], **query)
+    assert frames(log) == []
+
+
+def test_wait_answers_whether_it_was_applied(log):
+    asked: list[tuple[int, float]] = []
+
+    def applied(end: int, timeout_s: float) -> bool:
+        asked.append((end, timeout_s))
+        return False
+
+    ingest = Ingest(log, lambda: NOON, lambda: None, applied)
+    assert post(ingest, [event(), event()], wait="features", timeout_ms="250")[1]["applied"] is False
+    assert asked == [(2, 0.25)]
+
+
+def test_closed_ingest_refuses_with_its_reason_and_takes_nothing(ingest, log):
+    ingest.closed = "86 % of the memory limit is used"
+    with pytest.raises(StoreFull, match="86 %"):
+        post(ingest, [event()])
+    assert frames(log) == []
+
+
+def test_full_store_refuses_and_nothing_of_the_batch_is_taken(own_server):
+    connection = Store(own_server.url)
+    log = Log(connection)
+    ingest = Ingest(log, lambda: NOON, lambda: None, lambda end, s: True)
+    post(ingest, [event(event_id="a")])
+    before = connection.call("GET", "ml:{p}:head")
+    connection.call("CONFIG", "SET", "maxmemory", 1)
+    with pytest.raises(StoreFull):
+        post(ingest, [event(event_id="b"), event(event_id="c")])
+    connection.call("CONFIG", "SET", "maxmemory", 0)
+    assert connection.call("GET", "ml:{p}:head") == before
+    assert post(ingest, [event(event_id="b")])[1]["accepted"] == 1
+    connection.close()
+
+
+def test_every_waiting_request_is_told_when_the_store_is_away(tmp_path):
+    ingest = Ingest(Log(Store(f"unix://{tmp_path}/nobody.sock")), lambda: NOON, lambda: None, lambda end, s: True)
+    told: list[type] = []
+
+    def send() -> None:
+        try:
+            post(ingest, [event()])
+        except NexusError as error:
+            told.append(type(error))
+
+    threads = [threading.Thread(target=send) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told == [StoreUnavailable] * 8
+
+
+def test_requests_that_come_together_are_each_answered_with_their_own_verdicts(ingest, log):
+    answers: dict[int, Any] = {}
+
+    def send(n: int) -> None:
+        answers[n] = post(ingest, [event(event_id=f"own-{n}"), event(event_id="shared")])[1]
+
+    threads = [threading.Thread(target=send, args=(n,)) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(a["accepted"] for a in answers.values()) == 17
+    assert sum(a["duplicates"] for a in answers.values()) == 15
+    assert all(a["event_ids"] == [f"own-{n}", "shared"] for n, a in answers.items())
+    assert len(bodies(log)) == 17

@@ -1,0 +1,248 @@
+"""The log: one atomic accept, idempotency by id, reading from any position, single events by place and id, trimming."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline import checkpoints, keys
+from pipeline import log as log_module
+from pipeline.checkpoints import Progress
+from pipeline.errors import Fenced, StoreUnavailable
+from pipeline.events import decode
+from pipeline.lease import Lease
+from pipeline.log import ALL_STREAMS, BRIDGE_ONLY, CANARY, Log, Position, Request
+from pipeline.store import Store
+from tests.helpers import HOUR_MS, NOON, STREAMS, append, event, frames, parsed, until
+
+
+def ids_in(log: Log) -> list[str]:
+    return [decode(record[8:])["event_id"] for frame in frames(log) for record in frame.records]
+
+
+@pytest.fixture
+def small_segments(monkeypatch):
+    monkeypatch.setattr(log_module, "SEGMENT_BYTES", 600)
+
+
+def test_events_are_read_back_in_the_order_in_which_they_were_taken(log):
+    posted = [[event() for _ in range(n)] for n in (3, 1, 5)]
+    for events in posted:
+        append(log, events, NOON)
+    assert ids_in(log) == [e["event_id"] for events in posted for e in events]
+
+
+def test_frame_keeps_source_arrival_ordinal_and_addressees(log):
+    append(log, [event(), event()], NOON, "driver_app")
+    append(log, [event()], NOON + 1, "büro", BRIDGE_ONLY)
+    first, second = frames(log)
+    assert (first.source, first.received_at, first.ordinal, first.to) == ("driver_app", NOON, 0, ALL_STREAMS)
+    assert (second.source, second.received_at, second.ordinal, second.to) == ("büro", NOON + 1, 2, BRIDGE_ONLY)
+    assert first.after().ordinal == 2
+
+
+def test_known_ids_are_duplicates_and_the_first_payload_wins(log):
+    append(log, [event(event_id="a", x=1), event(event_id="b")], NOON)
+    taken = append(log, [event(event_id="c"), event(event_id="a", x=2)], NOON)
+    assert (taken.taken, taken.duplicates) == (1, [1])
+    assert ids_in(log) == ["a", "b", "c"]
+    place = log.locate(["a"])[0]
+    assert b'"x":1' in log.fetch([place])[0].body
+
+
+def test_same_id_twice_in_one_batch_is_taken_once(log):
+    taken = append(log, [event(event_id="a", x=1), event(event_id="a", x=2)], NOON)
+    assert (taken.taken, taken.duplicates) == (1, [1])
+
+
+def test_batch_of_known_ids_alone_appends_nothing(log):
+    append(log, [event(event_id="a")], NOON)
+    before = log.head()
+    taken = append(log, [event(event_id="a")], NOON)
+    after = log.head()
+    assert (taken.taken, taken.end) == (0, 1)
+    assert (after.segment, after.offset, after.ordinal) == (before.segment, before.offset, before.ordinal)
+    assert (after.accepted, after.duplicates) == (1, 1)
+
+
+def test_several_requests_go_in_as_one_step_each_with_its_own_verdict(log):
+    requests = [
+        Request(parsed([event(event_id="a"), event(event_id="b")], NOON), "one", rejected=2),
+        Request([], "two", rejected=1),
+        Request(parsed([event(event_id="b"), event(event_id="c")], NOON), "three"),
+    ]
+    first, second, third = log.accept(requests, NOON)
+    assert (first.taken, second.taken, third.taken, third.duplicates) == (2, 0, 1, [0])
+    assert (first.end, third.end) == (2, 3)
+    head = log.head()
+    assert (head.accepted, head.duplicates, head.rejected, head.ordinal) == (3, 1, 3, 3)
+
+
+def test_each_stream_is_charged_with_what_is_addressed_to_it_and_canaries_with_nobody(log, store):
+    append(log, [event(), event()], NOON)
+    append(log, [event()], NOON, to=BRIDGE_ONLY)
+    append(log, [event()], NOON, to=ALL_STREAMS | CANARY)
+    audit = checkpoints.audit(store)
+    assert {name: account.accepted for name, account in audit.accounts.items()} == {
+        **dict.fromkeys(STREAMS, 2),
+        "bridge": 3,
+    }
+    assert {name: account.pending for name, account in audit.accounts.items()} == {
+        **dict.fromkeys(STREAMS, 2),
+        "bridge": 3,
+    }
+    assert audit.unexplained == 0
+
+
+def test_arrival_never_runs_backwards_even_when_the_clock_does(log):
+    append(log, [event()], NOON)
+    append(log, [event()], NOON - HOUR_MS)
+    assert [frame.received_at for frame in frames(log)] == [NOON, NOON]
+
+
+def test_read_goes_on_over_segments_and_from_every_frame(log, small_segments):
+    for number in range(40):
+        append(log, [event(event_id=f"e{number}-{i}") for i in range(1 + number % 3)], NOON + number)
+    everything = frames(log)
+    assert log.head().segment > 5
+    for at, frame in enumerate(everything):
+        assert [f.address for f in frames(log, frame.after())] == [f.address for f in everything[at + 1 :]]
+
+
+def test_frame_larger_than_what_is_read_at_once_is_read_whole(log):
+    append(log, [event(text="x" * 5000) for _ in range(20)], NOON)
+    [frame] = log.read(Position(), 1000)
+    assert len(frame.records) == 20
+
+
+def test_old_segment_is_sealed_by_time_even_where_it_is_small(log, monkeypatch):
+    monkeypatch.setattr(log_module, "SEGMENT_MS", 1000)
+    append(log, [event()], NOON)
+    append(log, [event()], NOON + 1000)
+    assert log.head().segment == 2
+    assert len(frames(log)) == 2
+
+
+def test_every_event_is_found_by_its_id_however_many_there_are(log):
+    for start in range(0, 6000, 500):
+        append(log, [event(event_id=f"e{n}") for n in range(start, start + 500)], NOON)
+    places = log.locate([f"e{n}" for n in range(6000)])
+    assert None not in places
+    assert len(set(places)) == 6000
+    some = [places[n] for n in range(0, 6000, 97)]
+    found = [b'"event_id":"e%d"' % n in f.body for n, f in zip(range(0, 6000, 97), log.fetch(some), strict=True)]
+    assert all(found)
+    assert append(log, [event(event_id=f"e{n}") for n in range(0, 6000, 7)], NOON).taken == 0
+    assert log.locate(["never"]) == [None]
+
+
+def test_fetch_gives_one_event_with_arrival_source_and_event_time(log):
+    append(log, [event(event_id="a"), event(event_id="b", timestamp=NOON - 5)], NOON, "app")
+    [found] = log.fetch(log.locate(["b"]))
+    assert (found.received_at, found.source, found.ts, found.ordinal, found.to) == (
+        NOON,
+        "app",
+        NOON - 5,
+        1,
+        ALL_STREAMS,
+    )
+    assert found.body.startswith(b'{"event_id":"b"')
+    assert log.fetch([found.ordinal + (1 << 40)]) == [None]
+
+
+def test_concurrent_accepts_lose_and_double_nothing(store_server, log):
+    def post(worker: int) -> None:
+        connection = Store(store_server.url)
+        for n in range(20):
+            shared, own = event(event_id=f"shared-{n}"), event(event_id=f"own-{worker}-{n}")
+            append(Log(connection), [shared, own], NOON)
+        connection.close()
+
+    threads = [threading.Thread(target=post, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = ids_in(log)
+    assert len(found) == len(set(found)) == 20 + 4 * 20
+    assert log.head().accepted == 100
+
+
+def test_accepted_events_survive_kill_9_of_the_store_and_ids_stay_known(own_server):
+    connection = Store(own_server.url)
+    log = Log(connection)
+    for n in range(30):
+        append(log, [event(event_id=f"e{n}")], NOON)
+    own_server.kill()
+    with pytest.raises(StoreUnavailable):
+        append(log, [event()], NOON)
+    own_server.start()
+    assert until(lambda: ids_in(log)) == [f"e{n}" for n in range(30)]
+    assert append(log, [event(event_id="e29"), event(event_id="e30")], NOON).duplicates == [0]
+    connection.close()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.lists(st.integers(0, 30), max_size=6), max_size=12), st.integers(200, 2000))
+def test_whatever_is_posted_each_id_is_in_the_log_once_and_every_account_adds_up(store, posted, segment_bytes):
+    store.call("FLUSHALL")
+    log = Log(store)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_module, "SEGMENT_BYTES", segment_bytes)
+        verdicts = [append(log, [event(event_id=f"e{n}") for n in numbers], NOON) for numbers in posted]
+    wanted = list(dict.fromkeys(f"e{n}" for numbers in posted for n in numbers))
+    assert ids_in(log) == wanted
+    assert sum(v.taken for v in verdicts) == len(wanted)
+    assert sum(v.taken + len(v.duplicates) for v in verdicts) == sum(map(len, posted))
+    assert checkpoints.audit(store).unexplained == 0
+
+
+def lease_of(store: Store) -> Lease:
+    lease = Lease(store, "test", lambda: NOON, lambda: True)
+    assert lease.take()
+    return lease
+
+
+def pass_all(store: Store, log: Log, lease: Lease, names: tuple[str, ...] = STREAMS) -> None:
+    """Every stream has processed the whole log."""
+    head = log.head()
+    position = Position(head.segment, head.offset, 0, head.ordinal)
+    for name in names:
+        processed = head.accepted - checkpoints.audit(store).accounts[name].processed
+        checkpoints.commit(store, lease.epoch, checkpoints.advance(Progress(name, position, processed), NOON))
+
+
+def test_trimmed_segment_takes_its_ids_along_and_they_can_be_used_again(store, log, small_segments):
+    for n in range(12):
+        append(log, [event(event_id=f"e{n}")], NOON + n)
+    lease = lease_of(store)
+    pass_all(store, log, lease)
+    first = [e for e in ids_in(log) if log.locate([e])[0] >> 37 == 1]
+    assert log.trim(1, lease.epoch)
+    assert log.locate(first) == [None] * len(first)
+    assert ids_in(log) == [f"e{n}" for n in range(len(first), 12)]
+    assert append(log, [event(event_id=first[0])], NOON + 99).taken == 1
+    assert checkpoints.audit(store).unexplained == 0
+
+
+def test_segment_that_one_stream_has_yet_to_read_is_not_trimmed(store, log, small_segments):
+    for n in range(12):
+        append(log, [event()], NOON + n)
+    lease = lease_of(store)
+    pass_all(store, log, lease, STREAMS[:-1])
+    assert not log.trim(1, lease.epoch)
+    assert len(frames(log)) == 12
+
+
+def test_trim_by_a_former_owner_is_fenced(store, log, small_segments):
+    for n in range(12):
+        append(log, [event()], NOON + n)
+    former = lease_of(store)
+    pass_all(store, log, former)
+    lease_of(store)
+    with pytest.raises(Fenced):
+        log.trim(1, former.epoch)
+    assert store.call("EXISTS", f"{keys.LOG}1") == 1

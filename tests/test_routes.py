@@ -1,0 +1,646 @@
+"""The contract of the HTTP routes: shapes, statuses, error bodies; the hot route answers as Flask does."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import time
+from io import BytesIO
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from flask.testing import FlaskClient
+from werkzeug.test import EnvironBuilder, run_wsgi_app
+
+from pipeline import checkpoints
+from pipeline.ingest import MAX_BODY_BYTES
+from pipeline.runtime import Runtime
+from tests.conftest import Start, client_of
+from tests.helpers import LOCAL, STREAMS, FakePartner, Valkey, event, events_of, payment, report, response, until
+
+INGEST = "/api/ml/events/ingest"
+BRIDGE = "/api/ml/bridge/python"
+RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z\Z")
+
+
+def post(client: FlaskClient, *events: dict[str, Any], source: str = "driver_app") -> list[str]:
+    """Events posted, and applied to the features."""
+    answer = client.post(INGEST + "?wait=features&timeout_ms=20000", json={"events": events, "source": source})
+    assert (answer.status_code, answer.json["applied"]) == (202, True), answer.json
+    return [e["event_id"] for e in events]
+
+
+def settled(nexus: Runtime, streams: tuple[str, ...] = LOCAL) -> None:
+    until(
+        lambda: all(checkpoints.audit(nexus.store).accounts[name].pending == 0 for name in streams), "the streams' work"
+    )
+
+
+def assert_error(answer: Any, status: int, code: str | None = None) -> None:
+    assert answer.status_code == status, answer.get_data(as_text=True)
+    assert answer.content_type == "application/json"
+    assert answer.json.keys() == {"error"}
+    assert answer.json["error"].keys() == {"code", "message", "details"}
+    assert answer.json["error"]["message"]
+    assert code in (None, answer.json["error"]["code"])
+
+
+# ingest
+
+
+def test_ingest_answers_202_with_verdicts_by_position(client):
+    posted = [event(event_id="a"), event(event_id="a"), {"event_type": "t"}, event(event_id="d")]
+    answer = client.post(INGEST, json={"events": posted, "source": "driver_app"})
+    assert answer.status_code == 202
+    found = answer.json
+    [rejected] = found.pop("rejected")
+    assert found == {"accepted": 2, "duplicates": 1, "event_ids": ["a", "a", None, "d"]}
+    assert rejected.keys() == {"index", "event_id", "field", "code", "message"}
+    assert (rejected["index"], rejected["event_id"], rejected["field"]) == (2, None, "user_id")
+
+
+def test_ingest_reads_what_it_has_written_when_asked_to_wait(client):
+    for n in range(1, 4):
+        post(client, response("driver_1"))
+        features = client.get("/api/ml/features/driver_1").json["features"]
+        assert features["event_count_5m"] == n
+
+
+def test_none_valid_is_422_and_says_why(client):
+    answer = client.post(INGEST, json=[{"user_id": "u"}, 5])
+    assert answer.status_code == 422
+    assert (answer.json["accepted"], answer.json["event_ids"]) == (0, [None, None])
+    assert [r["index"] for r in answer.json["rejected"]] == [0, 1]
+    assert answer.json["error"].keys() == {"code", "message", "details"}
+
+
+def test_ingest_without_a_store_is_503_with_retry_after_and_takes_nothing(own_server: Valkey, start_nexus: Start):
+    nexus = start_nexus(REDIS_URL=own_server.url)
+    client = client_of(nexus)
+    own_server.kill()
+    for answer in (client.post(INGEST, json=event()), flask_answer(nexus, INGEST, json.dumps(event()).encode())):
+        assert answer[0] == 503 if isinstance(answer, tuple) else answer.status_code == 503
+        headers = answer[1] if isinstance(answer, tuple) else answer.headers
+        assert int(headers["Retry-After"]) >= 1
+    paths = (
+        "/api/ml/events",
+        "/api/ml/features/u",
+        f"{INGEST}?check=health",
+        "/api/ml/aggregates",
+        "/api/ml/dead-letters",
+    )
+    for path in paths:
+        found = client.get(path)
+        assert_error(found, 503)
+        assert int(found.headers["Retry-After"]) >= 1
+    assert client.get("/healthz").status_code == 200
+    assert client.get(f"{BRIDGE}?action=health").status_code == 200
+    assert client.get("/nexus/feed.json").status_code == 200
+    assert client.get("/readyz").status_code == 503
+    own_server.start()
+    until(lambda: client.post(INGEST, json=event()).status_code == 202, "ingest again")
+
+
+def flask_answer(nexus: Runtime, path: str, body: bytes, **more: Any) -> tuple[int, dict[str, str], bytes]:
+    """The answer of the route as registered in Flask, without the dispatch ahead of it."""
+    application = client_of(nexus).application
+    return _wsgi(application.wsgi_app._app, path, body, **more)  # type: ignore[attr-defined]
+
+
+def _wsgi(application: Any, path: str, body: bytes, **more: Any) -> tuple[int, dict[str, str], bytes]:
+    headers = {"Content-Type": "application/json", **more.pop("headers", {})}
+    builder = EnvironBuilder(path, method="POST", input_stream=BytesIO(body), headers=headers, **more)
+    environ = builder.get_environ()
+    environ["CONTENT_LENGTH"] = headers.get("Content-Length", str(len(body)))
+    parts, status, found = run_wsgi_app(application, environ, buffered=True)
+    return int(status.split()[0]), dict(found), b"".join(parts)
+
+
+GZIPPED = gzip.compress(json.dumps([event(event_id="g")]).encode())
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "query", "status"),
+    [
+        (b'[{"event_id":"a","event_type":"t","user_id":"u"}]', {}, "", 202),
+        (b'[{"event_id":"a","event_type":"t","user_id":"u"}]', {}, "?wait=features&timeout_ms=10000", 202),
+        (b'{"event_id":"b","event_type":"t","user_id":"u"}', {"Content-Type": "application/x-ndjson"}, "", 202),
+        (GZIPPED, {"Content-Encoding": "gzip"}, "", 202),
+        (b'[{"event_type":"t"}]', {}, "", 422),
+        (b"[]", {}, "", 422),
+        (b"{", {}, "", 400),
+        (b"", {}, "", 400),
+        (b"null", {}, "", 400),
+        (b"plain", {"Content-Encoding": "gzip"}, "", 400),
+        (b"[]", {"Content-Encoding": "br"}, "", 415),
+        (b"[]", {}, "?wait=storage", 400),
+        (b"[]", {}, "?wait=features&timeout_ms=%C2%B2", 400),
+        (b"[1,", {"Content-Length": "900"}, "", 400),
+        (b"[" + b" " * MAX_BODY_BYTES + b"]", {}, "", 413),
+        (json.dumps([1] * 5001).encode(), {}, "", 413),
+        (gzip.compress(b"[" + b" " * MAX_BODY_BYTES + b"]"), {"Content-Encoding": "gzip"}, "", 413),
+    ],
+)
+def test_hot_route_answers_as_the_flask_route_does(nexus, client, body, headers, query, status):
+    hot = _wsgi(client.application.wsgi_app, INGEST + query, body, headers=headers)
+    cold = flask_answer(nexus, INGEST + query, body, headers=headers)
+    assert hot[0] == cold[0] == status
+    assert hot[1]["Content-Type"] == cold[1]["Content-Type"] == "application/json"
+    first, second = json.loads(hot[2]), json.loads(cold[2])
+    if status == 202:  # the second time they are duplicates
+        assert (first.pop("accepted"), first.pop("duplicates")) == (1, 0)
+        assert (second.pop("accepted"), second.pop("duplicates")) == (0, 1)
+    assert first == second
+    if status not in (202, 422):
+        assert first["error"].keys() == {"code", "message", "details"}
+
+
+def test_check_health_shows_every_stream_and_the_totals(nexus, client):
+    post(client, event(), event())
+    client.post(INGEST, json=[{"bad": 1}])
+    settled(nexus, STREAMS)
+    answer = client.get(f"{INGEST}?check=health")
+    assert answer.status_code == 200
+    assert answer.json["streams"].keys() == set(STREAMS)
+    for stream in answer.json["streams"].values():
+        assert {"state", "lag", "processed", "failed", "rate"} <= stream.keys()
+        assert (stream["lag"], stream["processed"], stream["failed"]) == (0, 2, 0)
+    totals = answer.json["totals"]
+    assert (totals["accepted"], totals["duplicates"], totals["rejected"]) == (2, 0, 1)
+    assert answer.json["unexplained"] == 0
+
+
+def test_check_health_is_healthy_once_all_is_well(client):
+    until(lambda: client.get(f"{INGEST}?check=health").json["status"] == "healthy", "healthy")
+
+
+def test_check_health_sees_one_skipped_event(nexus, client):
+    post(client, event(), event())
+    settled(nexus)
+    nexus.store.call("HINCRBY", "ml:{p}:checkpoint:storage", "processed", -1)
+    assert client.get(f"{INGEST}?check=health").json["unexplained"] == 1
+
+
+# the bridge
+
+
+def test_bridge_health_reports_what_was_measured(client):
+    until(lambda: client.get(f"{BRIDGE}?action=health").json["status"] == "online", "online")
+    found = client.get(f"{BRIDGE}?action=health").json
+    assert found["python_service"].keys() >= {"url", "status_code", "response_time_ms", "checked_at", "body"}
+    assert found["python_service"]["status_code"] == 200
+    assert found["python_service"]["response_time_ms"] > 0
+    assert RFC3339.match(found["python_service"]["checked_at"])
+    assert found["circuit"].keys() >= {"state", "opened_at", "failures"}
+    assert (found["circuit"]["state"], found["circuit"]["failures"]) == ("closed", 0)
+    assert found["backlog"].keys() >= {"pending", "dead", "oldest_age_s"}
+
+
+def test_bridge_features_are_always_objects(nexus, client):
+    post(client, response("driver_1"))
+    found = client.get(f"{BRIDGE}?action=features&user_id=driver_1").json
+    assert found["python_features"] == {"user_id": "driver_1", "features": {}}
+    assert found["combined_features"].keys() == {"python_features", "typescript_features", "combined"}
+    assert found["combined_features"]["python_features"] == {}
+    assert found["combined_features"]["typescript_features"]["acceptance_rate"] == 1.0
+    assert found["combined_features"]["combined"]["acceptance_rate"] == 1.0
+    assert found["meta"].keys() == found["combined_features"]["combined"].keys()
+    for meta in found["meta"].values():
+        assert {"owner", "computed_at", "age_s", "verdict"} <= meta.keys()
+        assert meta["verdict"] in ("fresh", "stale", "expired", "fallback")
+
+
+def test_user_that_neither_side_knows_is_404(client):
+    assert_error(client.get(f"{BRIDGE}?action=features&user_id=nobody"), 404, "unknown_user")
+    assert_error(client.get("/api/ml/features/nobody"), 404, "unknown_user")
+
+
+@pytest.mark.parametrize("query", ["", "?action=", "?action=other", "?action=features", "?action=features&user_id="])
+def test_bridge_get_of_another_form_is_400(client, query):
+    assert_error(client.get(BRIDGE + query), 400)
+
+
+def test_unknown_action_is_400_and_lists_the_actions(client):
+    answer = client.post(BRIDGE, json={"action": "explode"})
+    assert_error(answer, 400, "unknown_action")
+    wanted = {"test_integration", "send_batch", "hybrid_process", "pause", "resume", "reset_circuit", "open_circuit"}
+    assert wanted <= set(answer.json["error"]["details"]["actions"])
+
+
+def test_send_batch_reaches_the_partner_alone(nexus, client, partner):
+    answer = client.post(BRIDGE, json={"action": "send_batch", "events": [event(event_id="a"), {"bad": 1}]})
+    assert answer.status_code == 200
+    assert (answer.json["sent"], answer.json["queued"]) == (1, 0)
+    assert [r["index"] for r in answer.json["rejected"]] == [1]
+    assert answer.json["response_time_ms"] > 0
+    assert partner.ids == ["a"]
+    health = client.get(f"{INGEST}?check=health").json
+    assert health["streams"]["bridge"]["processed"] == 1
+    assert {health["streams"][name]["processed"] for name in LOCAL} == {0}
+    assert health["totals"]["accepted"] == 0
+    assert health["unexplained"] == 0
+
+
+def test_send_batch_while_the_partner_is_away_is_202_and_queued_durably(start_nexus, partner):
+    nexus = start_nexus()
+    client = client_of(nexus)
+    answer = client.post(BRIDGE, json={"action": "send_batch", "events": [event(event_id="a")]})
+    assert answer.status_code == 202
+    assert (answer.json["sent"], answer.json["queued"]) == (0, 1)
+    client.patch("/api/ml/settings", json={"settings": {"PYTHON_EVENT_API_URL": partner.url}})
+    until(lambda: partner.ids == ["a"], "delivery")
+
+
+@pytest.mark.parametrize("source", ["\U0001f600" * 64, "s" * 65, "", 5])
+def test_source_that_the_log_cannot_hold_is_refused_by_every_action(nexus, client, source):
+    for action in ("send_batch", "hybrid_process"):
+        answer = client.post(BRIDGE, json={"action": action, "events": [event()], "source": source})
+        assert_error(answer, 400)
+    post(client, event(event_id="after"))
+    settled(nexus)
+    assert [e["event_id"] for e in client.get("/api/ml/events").json["events"]] == ["after"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"action":"send_batch"}', b'{"action":"send_batch","events":{}}'])
+def test_bridge_post_of_another_form_is_400(client, body):
+    assert_error(client.post(BRIDGE, data=body, content_type="application/json"), 400)
+
+
+def test_hybrid_process_answers_with_both_systems_results(client, partner):
+    posted = [response("driver_1"), payment("t1", 40, "rider_1")]
+    answer = client.post(BRIDGE, json={"action": "hybrid_process", "events": posted})
+    assert answer.status_code == 200
+    found = answer.json
+    assert (found["success"], found["degraded"]) == (True, False)
+    assert found["typescript"]["processed"] == 2
+    assert found["typescript"]["features"]["driver_1"]["acceptance_rate"] == 1.0
+    assert 0 <= found["typescript"]["predictions"]["t1"]["score"] <= 1
+    assert (found["python"]["processed"], found["python"]["queued"], found["python"]["error"]) == (2, 0, None)
+    assert found["combined_features"].keys() == {"driver_1", "rider_1"}
+    assert found["processing_time_ms"] > 0
+    assert partner.ids == [e["event_id"] for e in posted]
+
+
+def test_hybrid_process_without_the_partner_is_degraded_and_queued(start_nexus):
+    answer = client_of(start_nexus()).post(BRIDGE, json={"action": "hybrid_process", "events": [response("driver_1")]})
+    assert answer.status_code == 200
+    assert (answer.json["success"], answer.json["degraded"]) == (True, True)
+    assert answer.json["python"]["queued"] == 1
+    assert answer.json["python"]["error"]
+    assert answer.json["typescript"]["features"]["driver_1"]["event_count_5m"] == 1
+
+
+@pytest.mark.parametrize("supports", [["batch"], ["batch", "canary"]])
+def test_test_integration_goes_the_whole_way_and_counts_nowhere(start_nexus, partner, supports):
+    partner.supports = supports
+    nexus = start_nexus(PYTHON_EVENT_API_URL=partner.url)
+    client = client_of(nexus)
+    until(lambda: client.get(f"{BRIDGE}?action=health").json["status"] == "online", "online")
+    answer = client.post(BRIDGE, json={"action": "test_integration"})
+    assert answer.status_code == 200
+    assert answer.json["success"] is True, answer.json
+    assert answer.json["duration_ms"] > 0
+    assert all(step.keys() >= {"name", "ok", "ms", "detail"} for step in answer.json["steps"])
+    assert {e["event_type"] for e in partner.received} == {"nexus.canary"}
+    settled(nexus)
+    health = client.get(f"{INGEST}?check=health").json
+    assert health["totals"]["accepted"] == 0
+    assert {stream["processed"] for stream in health["streams"].values()} == {0}
+    assert client.get("/api/ml/events").json["events"] == []
+    assert client.get("/api/ml/features/nexus-canary").status_code == 404
+
+
+def test_test_integration_without_the_partner_names_the_hop_that_fails(start_nexus):
+    found = client_of(start_nexus()).post(BRIDGE, json={"action": "test_integration"}).json
+    assert found["success"] is False
+    failed = {step["name"] for step in found["steps"] if not step["ok"]}
+    assert "bridge" in failed
+    assert not failed & {"ingest", *LOCAL}
+    assert all(step["detail"] for step in found["steps"])
+
+
+@pytest.mark.parametrize(("action", "part", "value"), [("pause", "paused", True), ("open_circuit", "state", "open")])
+def test_circuit_actions_answer_with_the_new_state_and_are_undone(client, action, part, value):
+    assert client.post(BRIDGE, json={"action": action}).status_code == 200
+    assert client.get(f"{BRIDGE}?action=health").json["circuit"][part] == value
+    for undo in ("resume", "reset_circuit"):
+        assert client.post(BRIDGE, json={"action": undo}).status_code == 200
+    found = client.get(f"{BRIDGE}?action=health").json["circuit"]
+    assert (found["state"], found["paused"]) == ("closed", False)
+
+
+# events and receipts
+
+
+def test_events_answer_envelope_data_source_and_arrival(client):
+    post(
+        client, event("payment", "u1", event_id="a", session_id="s", data={"amount": 5}, location={"lat": 1, "lng": 2})
+    )
+    [found] = client.get("/api/ml/events?user_id=u1").json["events"]
+    assert (found["event_id"], found["source"], found["data"]) == ("a", "driver_app", {"amount": 5})
+    assert (found["session_id"], found["location"]) == ("s", {"lat": 1, "lng": 2})
+    assert RFC3339.match(found["received_at"])
+
+
+def test_events_come_oldest_first_in_pages_by_cursor_and_turned_by_order(nexus, client):
+    at = time.time_ns() // 1_000_000
+    names = post(client, *[event(timestamp=at - n) for n in range(25)])
+    settled(nexus)
+    get = lambda path: client.get(path).json  # noqa: E731
+    assert [e["event_id"] for e in events_of(get)] == names[::-1]
+    first = get("/api/ml/events?limit=10&order=desc")
+    assert [e["event_id"] for e in first["events"]] == names[:10]
+    second = get(f"/api/ml/events?limit=10&order=desc&cursor={first['cursor']}")
+    assert [e["event_id"] for e in second["events"]] == names[10:20]
+    assert get("/api/ml/events?limit=25")["cursor"] is None or get(
+        f"/api/ml/events?limit=25&cursor={get('/api/ml/events?limit=25')['cursor']}"
+    ) == {"events": [], "cursor": None}
+
+
+def test_events_are_filtered_by_source_type_session_and_time_also_as_rfc_3339(client):
+    at = time.time_ns() // 1_000_000 // 1000 * 1000
+    post(client, event(event_id="a", timestamp=at - 60_000, session_id="s"), source="one")
+    post(client, event("payment", event_id="b", timestamp=at), source="two")
+    ids = lambda query: [e["event_id"] for e in client.get("/api/ml/events?" + query).json["events"]]  # noqa: E731
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at / 1000))
+    local = quote(time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(at / 1000)))
+    assert ids("source=one") == ids("session_id=s") == ids(f"until={at - 60_000}") == ["a"]
+    assert ids("event_type=payment") == ids(f"since={at}") == ids(f"since={moment}") == ids(f"since={local}") == ["b"]
+    assert ids(f"since={at - 60_000}&until={at}") == ["a", "b"]
+    assert ids("source=three") == []
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=0", "limit=1001", "limit=ten", "limit=%C2%B2", "limit=" + "9" * 5000, "order=up", "cursor=x",
+        "cursor=%FF", "since=yesterday", "until=2026-13-01T00:00:00Z", "since=--5", "since=%C2%B2",
+    ],
+)  # fmt: skip
+def test_events_query_of_another_form_is_400(client, query):
+    assert_error(client.get(f"/api/ml/events?{query}"), 400)
+
+
+def test_receipt_shows_what_each_stream_did(nexus, client):
+    [name] = post(client, response())
+    settled(nexus, STREAMS)
+    found = client.get(f"/api/ml/events/{name}").json
+    assert found["event"]["event_id"] == name
+    assert found["streams"].keys() == set(STREAMS)
+    for stream in found["streams"].values():
+        assert stream.keys() == {"state", "at", "attempts", "result"}
+        assert (stream["state"], stream["attempts"]) == ("done", 1)
+        assert RFC3339.match(stream["at"])
+
+
+def test_receipt_of_an_event_that_waits_for_the_partner_is_pending_there(start_nexus):
+    nexus = start_nexus()
+    client = client_of(nexus)
+    [name] = post(client, event())
+    settled(nexus)
+    streams = client.get(f"/api/ml/events/{name}").json["streams"]
+    assert streams["bridge"]["state"] in ("pending", "retrying")
+    assert {streams[stream]["state"] for stream in LOCAL} == {"done"}
+
+
+def test_receipt_of_an_unknown_event_is_404(client):
+    assert_error(client.get("/api/ml/events/never"), 404, "unknown_event")
+
+
+@pytest.mark.parametrize("name", ["ünï", 'a"b', "a\\b", "a'b", "%41", "a+b", "a?b", "a#b", "😀"])
+def test_event_ids_and_user_ids_of_any_taken_form_are_found(client, name):
+    post(client, event(user=name, event_id=name))
+    assert client.get(f"/api/ml/events/{quote(name, safe='')}").json["event"]["event_id"] == name
+    assert client.get(f"/api/ml/features/{quote(name, safe='')}").json["user_id"] == name
+    assert len(client.get(f"/api/ml/events?user_id={quote(name, safe='')}").json["events"]) == 1
+
+
+# features
+
+
+def test_features_answer_values_with_their_provenance(client):
+    post(client, response("driver_1", "rejected", response_time=4.5))
+    found = client.get("/api/ml/features/driver_1").json
+    assert found.keys() >= {"user_id", "as_of", "features", "meta"}
+    assert RFC3339.match(found["as_of"])
+    assert {"acceptance_rate": 0.0, "response_time": 4.5, "recent_rejections": 1}.items() <= found["features"].items()
+    assert found["meta"]["acceptance_rate"]["owner"] == "nexus"
+
+
+def test_features_by_name_are_those_alone(client):
+    post(client, response("driver_1"))
+    found = client.get("/api/ml/features/driver_1?names=response_time,event_count_1h").json
+    assert found["features"] == {"response_time": 3.0, "event_count_1h": 1}
+    assert found["meta"].keys() == found["features"].keys()
+
+
+def test_features_as_of_a_past_moment_are_those_of_then(nexus, client):
+    at = time.time_ns() // 1_000_000
+    post(
+        client,
+        response("driver_1", "accepted", timestamp=at - 120_000),
+        response("driver_1", "rejected", timestamp=at - 60_000),
+    )
+    found = client.get(f"/api/ml/features/driver_1?as_of={at - 90_000}").json
+    assert (found["features"]["acceptance_rate"], found["features"]["recent_rejections"]) == (1.0, 0)
+    assert_error(client.get(f"/api/ml/features/driver_1?as_of={at - 7_200_000}"), 404)
+    assert_error(client.get(f"/api/ml/features/driver_1?as_of={at + 3_600_000}"), 400)
+    assert_error(client.get("/api/ml/features/driver_1?as_of=never"), 400)
+
+
+def test_features_of_many_users_in_one_call(client):
+    post(client, response("driver_1"), response("driver_2"))
+    body = {"user_ids": ["driver_1", "driver_2", "nobody"], "names": ["event_count_5m"]}
+    found = client.post("/api/ml/features", json=body).json["users"]
+    assert found.keys() == set(body["user_ids"])
+    assert found["driver_1"]["features"] == found["driver_2"]["features"] == {"event_count_5m": 1}
+    assert found["nobody"]["features"] == {}
+    assert_error(client.post("/api/ml/features", json={"user_ids": [str(n) for n in range(501)]}), 413)
+    assert_error(client.post("/api/ml/features", json={"user_ids": "driver_1"}), 400)
+    assert_error(client.post("/api/ml/features", json={"user_ids": [1]}), 400)
+
+
+def test_feature_definitions_name_every_served_feature(client):
+    post(client, response("driver_1"))
+    rows = client.get("/api/ml/feature-definitions").json["definitions"]
+    wanted = {"name", "entity", "event_type", "aggregation", "field", "window_s", "owner", "description", "state"}
+    assert all(row.keys() >= wanted for row in rows)
+    assert client.get("/api/ml/features/driver_1").json["features"].keys() <= {row["name"] for row in rows}
+
+
+# aggregates and predictions
+
+
+@pytest.mark.parametrize("by", ["type", "source", "device", "zone"])
+@pytest.mark.parametrize("step", ["1s", "1m", "1h"])
+def test_aggregates_count_recent_events_by_default(client, by, step):
+    post(
+        client,
+        event(device_type="ios", location={"lat": 14.5, "lng": 121}),
+        event(user="u2", device_type="ios", location={"lat": 14.5, "lng": 121}),
+    )
+
+    def counted() -> Any:
+        found = client.get(f"/api/ml/aggregates?by={by}&step={step}").json
+        return [sum(n for _, n in row["points"]) for row in found["series"]], found["distinct_users"]
+
+    until(lambda: counted() == ([2], 2), "two events of two users")
+
+
+def test_aggregates_count_by_event_time_between_two_moments(client):
+    at = time.time_ns() // 1_000_000 // 3_600_000 * 3_600_000
+    post(client, *[event(timestamp=at - n * 3_600_000) for n in range(5)])
+    found = client.get(f"/api/ml/aggregates?step=1h&since={at - 3 * 3_600_000}&until={at - 3_600_000}").json
+    [row] = found["series"]
+    assert row["key"] == "ui_interaction"
+    assert [n for _, n in row["points"]] == [1, 1, 1]
+    assert all(RFC3339.match(moment) for moment, _ in row["points"])
+
+
+@pytest.mark.parametrize("query", ["by=colour", "step=2s", "since=x", "until=x", "step=1s&since=0"])
+def test_aggregates_of_another_form_are_400(client, query):
+    assert_error(client.get(f"/api/ml/aggregates?{query}"), 400)
+
+
+def test_fraud_score_of_a_payment_is_served_with_its_later_label(nexus, client):
+    post(client, payment("t1", 40), payment("t2", 50))
+    until(lambda: client.get("/api/ml/predictions/fraud/t1").status_code == 200, "the score")
+    found = client.get("/api/ml/predictions/fraud/t1").json
+    assert found.keys() >= {"transaction_id", "score", "model", "version", "scored_at", "reasons", "label"}
+    assert (found["transaction_id"], found["label"]) == ("t1", None)
+    assert 0 <= found["score"] <= 1
+    post(client, report("t1"))
+    settled(nexus)
+    assert client.get("/api/ml/predictions/fraud/t1").json == {**found, "label": 1}
+    many = client.post("/api/ml/predictions/fraud", json={"transaction_ids": ["t1", "t2", "t3"]}).json["predictions"]
+    assert many.keys() == {"t1", "t2"}
+    assert many["t1"]["label"] == 1
+
+
+def test_fraud_predictions_of_another_form_are_errors(client):
+    assert_error(client.get("/api/ml/predictions/fraud/never"), 404)
+    assert_error(client.post("/api/ml/predictions/fraud", json={"transaction_ids": ["t"] * 1001}), 413)
+    assert_error(client.post("/api/ml/predictions/fraud", json={}), 400)
+
+
+def test_demand_without_history_says_warming_up(client):
+    post(client, event("ride_request"))
+    found = client.get("/api/ml/predictions/demand").json
+    assert found.keys() >= {"zone", "step_s", "forecasts", "made_at", "model"}
+    assert (found["forecasts"], found["state"]) == ([], "warming_up")
+
+
+def test_demand_with_a_day_of_history_is_forecast_within_its_interval(nexus, client):
+    at = time.time_ns() // 1_000_000
+    post(client, *[event("ride_request", timestamp=at - n * 1_800_000, quantity=10) for n in range(100)])
+    settled(nexus)
+    found = client.get("/api/ml/predictions/demand?horizon=3").json
+    assert len(found["forecasts"]) == 3
+    assert all(row["low"] <= row["value"] <= row["high"] for row in found["forecasts"])
+    assert all(RFC3339.match(row["at"]) for row in found["forecasts"])
+
+
+@pytest.mark.parametrize("horizon", ["0", "-1", "x", "%C2%B2", "99999"])
+def test_demand_horizon_of_another_form_is_400(client, horizon):
+    assert_error(client.get(f"/api/ml/predictions/demand?horizon={horizon}"), 400)
+
+
+# dead letters
+
+
+def dead_letters(nexus: Runtime, client: FlaskClient) -> list[str]:
+    """Three events that the inference stream cannot read."""
+    names = post(client, *[event("payment", data={"amount": 5}) for _ in range(3)])
+    settled(nexus)
+    return names
+
+
+def test_dead_letters_are_listed_by_stream_and_reason_in_pages(nexus, client):
+    names = dead_letters(nexus, client)
+    found = client.get("/api/ml/dead-letters?stream=inference").json
+    assert {letter["event"]["event_id"] for letter in found["dead_letters"]} == set(names)
+    for letter in found["dead_letters"]:
+        assert letter.keys() >= {"id", "stream", "event", "reason", "attempts", "first_at", "last_at"}
+    assert client.get("/api/ml/dead-letters?stream=storage").json["dead_letters"] == []
+    assert len(client.get("/api/ml/dead-letters?reason=transaction_id").json["dead_letters"]) == 3
+    assert client.get("/api/ml/dead-letters?reason=nothing").json["dead_letters"] == []
+    first = client.get("/api/ml/dead-letters?limit=2").json
+    second = client.get(f"/api/ml/dead-letters?limit=2&cursor={first['cursor']}").json
+    assert len({letter["id"] for page in (first, second) for letter in page["dead_letters"]}) == 3
+    assert second["cursor"] is None
+
+
+def test_redrive_sends_again_by_id_or_by_stream_and_reason_and_names_what_it_could_not(nexus, client):
+    dead_letters(nexus, client)
+    ids = [letter["id"] for letter in client.get("/api/ml/dead-letters").json["dead_letters"]]
+    answer = client.post("/api/ml/dead-letters/redrive", json={"ids": [ids[0], "inference-0"]})
+    assert answer.status_code == 200
+    assert answer.json["redriven"] == 1
+    assert len(answer.json["failed"]) == 1
+    settled(nexus)
+    assert client.post("/api/ml/dead-letters/redrive", json={"stream": "inference"}).json["redriven"] == 3
+    settled(nexus)
+    assert client.get(f"{INGEST}?check=health").json["unexplained"] == 0
+
+
+@pytest.mark.parametrize("query", ["stream=other", "limit=0", "cursor=x"])
+def test_dead_letters_query_of_another_form_is_400(client, query):
+    assert_error(client.get(f"/api/ml/dead-letters?{query}"), 400)
+
+
+@pytest.mark.parametrize("body", [{}, {"ids": "x"}, {"stream": 5}, {"stream": "other"}])
+def test_redrive_of_another_form_is_400(client, body):
+    assert_error(client.post("/api/ml/dead-letters/redrive", json=body), 400)
+
+
+# the rest
+
+
+def test_probes_answer(client):
+    assert client.get("/healthz").status_code == 200
+    assert client.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/api/nope", 404),
+        ("GET", "/nope", 404),
+        ("POST", "/healthz", 405),
+        ("DELETE", INGEST, 405),
+        ("PUT", "/api/ml/events", 405),
+        ("POST", INGEST + "/", 404),
+    ],
+)
+def test_unknown_path_or_method_is_an_error_in_json(client, method, path, status):
+    assert_error(client.open(path, method=method), status)
+
+
+def test_unexpected_error_is_500_in_json_without_a_trace(nexus, client, monkeypatch):
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(nexus.events, "find", broken)
+    answer = client.get("/api/ml/events")
+    assert_error(answer, 500)
+    assert "secret" not in answer.get_data(as_text=True)
+
+
+def test_dashboard_and_its_feed_are_served(client):
+    assert client.get("/").location == "/nexus/"
+    assert client.get("/nexus/").status_code == 200
+    feed = client.get("/nexus/feed.json")
+    assert feed.headers["Cache-Control"] == "no-store"
+    assert feed.json["streams"].keys() == set(STREAMS)
+    assert "history" not in feed.json
+    assert "history" in client.get("/nexus/feed.json?history").json
+
+
+def test_public_feature_keys_are_published_after_the_fact(nexus, client, partner: FakePartner):
+    post(client, response("driver_1"))
+    raw = until(lambda: nexus.store.call("GET", "ml:serving:features:driver_1"), "the public key")
+    found = json.loads(raw)
+    assert found.keys() >= {"user_id", "features", "computed_at"}
+    assert (found["user_id"], found["features"]["acceptance_rate"]) == ("driver_1", 1.0)

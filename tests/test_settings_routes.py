@@ -1,0 +1,150 @@
+"""Settings at run time: bounds, all or none, audit, what acts at once, and who may change them."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from pipeline.live_settings import LiveSettings
+from pipeline.settings import RUNTIME, load
+from pipeline.store import Store
+from tests.conftest import client_of
+from tests.helpers import Clock, event, until
+
+SETTINGS = "/api/ml/settings"
+
+
+def change(client: Any, reason: str | None = None, **settings: Any) -> Any:
+    return client.patch(SETTINGS, json={"settings": settings, "reason": reason})
+
+
+def value(client: Any, name: str) -> Any:
+    return client.get(SETTINGS).json["settings"][name]["value"]
+
+
+def test_every_runtime_setting_is_described(client):
+    found = client.get(SETTINGS).json["settings"]
+    assert found.keys() == set(RUNTIME)
+    for setting in found.values():
+        assert setting.keys() >= {"value", "default", "source", "min", "max", "unit", "meaning"}
+        assert setting["source"] == "environment"
+        assert setting["meaning"]
+    assert (found["PYTHON_SERVICE_TIMEOUT"]["default"], found["PYTHON_SERVICE_TIMEOUT"]["unit"]) == (5000, "ms")
+    assert found["FEATURE_SYNC_INTERVAL"]["min"] == 1
+
+
+def test_change_acts_at_once_is_stored_and_null_goes_back_to_the_environment(nexus, client):
+    answer = change(client, FEATURE_SYNC_INTERVAL=60)
+    assert answer.status_code == 200
+    assert answer.json["settings"]["FEATURE_SYNC_INTERVAL"]["value"] == 60
+    assert answer.json["settings"]["FEATURE_SYNC_INTERVAL"]["source"] == "store"
+    assert nexus.live["FEATURE_SYNC_INTERVAL"] == 60
+    change(client, FEATURE_SYNC_INTERVAL=None)
+    setting = client.get(SETTINGS).json["settings"]["FEATURE_SYNC_INTERVAL"]
+    assert (setting["value"], setting["source"]) == (300, "environment")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("PYTHON_EVENT_API_URL", "localhost:8000"),
+        ("PYTHON_EVENT_API_URL", "ftp://host"),
+        ("PYTHON_EVENT_API_URL", "file:///etc/passwd"),
+        ("PYTHON_EVENT_API_URL", 5),
+        ("PYTHON_SERVICE_TIMEOUT", 0),
+        ("PYTHON_SERVICE_TIMEOUT", "soon"),
+        ("PYTHON_SERVICE_TIMEOUT", 1.5),
+        ("PYTHON_SERVICE_TIMEOUT", True),
+        ("ENABLE_PYTHON_BRIDGE", "perhaps"),
+        ("HYBRID_FEATURE_MODE", []),
+        ("FEATURE_SYNC_INTERVAL", 0),
+        ("FEATURE_SYNC_INTERVAL", 10**9),
+        ("HEALTH_CHECK_INTERVAL", -1),
+        ("NEXUS_PORT", 5000),
+        ("NO_SUCH", 1),
+    ],
+)
+def test_wrong_value_is_422_that_names_the_setting_and_changes_nothing(client, name, wrong):
+    before = client.get(SETTINGS).json
+    answer = change(client, **{"HEALTH_CHECK_INTERVAL": 20, name: wrong})
+    assert answer.status_code == 422
+    assert name in answer.json["error"]["message"]
+    assert client.get(SETTINGS).json == before
+    assert client.get(f"{SETTINGS}/audit").json["changes"] == []
+
+
+def test_changes_are_audited_newest_first_with_reason_and_author(client):
+    change(client, "slower", FEATURE_SYNC_INTERVAL=60)
+    change(client, FEATURE_SYNC_INTERVAL=90)
+    latest, first = client.get(f"{SETTINGS}/audit").json["changes"]
+    assert latest.keys() >= {"at", "name", "from", "to", "reason", "by"}
+    assert (first["name"], first["from"], first["to"], first["reason"]) == ("FEATURE_SYNC_INTERVAL", 300, 60, "slower")
+    assert (latest["from"], latest["to"], latest["reason"]) == (60, 90, None)
+    assert first["by"]
+    assert len(client.get(f"{SETTINGS}/audit?limit=1").json["changes"]) == 1
+
+
+@pytest.mark.parametrize("body", [{}, {"settings": []}, {"settings": {}, "reason": 5}])
+def test_patch_of_another_form_is_400(client, body):
+    answer = client.patch(SETTINGS, json=body)
+    assert answer.status_code == 400
+    assert answer.json["error"]["message"]
+
+
+def test_patch_demands_a_json_content_type_and_the_servers_own_host_and_origin(client):
+    body = '{"settings": {"FEATURE_SYNC_INTERVAL": 60}}'
+    for refused in (
+        client.patch(SETTINGS, data=body, content_type="text/plain"),
+        client.patch(SETTINGS, data=body, content_type="application/x-www-form-urlencoded"),
+        client.patch(SETTINGS, data=body, content_type="application/json", headers={"Host": "evil.example"}),
+        client.patch(SETTINGS, data=body, content_type="application/json", headers={"Origin": "http://evil.example"}),
+    ):
+        assert refused.status_code in (403, 415)
+        assert refused.json["error"]["code"]
+    assert value(client, "FEATURE_SYNC_INTERVAL") == 300
+    for host in ("localhost:4000", "127.0.0.1:4000", "[::1]:4000", "localhost"):
+        taken = client.patch(SETTINGS, data=body, content_type="application/json", headers={"Host": host})
+        assert taken.status_code == 200, host
+
+
+def test_hybrid_mode_off_serves_nexus_values_alone_at_once(nexus, client):
+    nexus.store.call("SET", "features:u1", '{"user_id":"u1","features":{"theirs":1},"computed_at":null}')
+    client.post("/api/ml/events/ingest?wait=features", json=event(user="u1"))
+    assert client.get("/api/ml/features/u1").json["features"]["theirs"] == 1
+    change(client, HYBRID_FEATURE_MODE=False)
+    assert "theirs" not in client.get("/api/ml/features/u1").json["features"]
+
+
+def test_another_instance_takes_a_change_over(start_nexus):
+    first = start_nexus(ENABLE_PYTHON_BRIDGE="false")
+    second = start_nexus("standby", ENABLE_PYTHON_BRIDGE="false")
+    change(client_of(first), FEATURE_SYNC_INTERVAL=60)
+    until(lambda: second.live["FEATURE_SYNC_INTERVAL"] == 60, "the other instance's change")
+
+
+def test_override_that_this_version_does_not_take_leaves_the_environments_value(nexus, client):
+    nexus.store.call("HSET", "ml:{p}:settings", "FEATURE_SYNC_INTERVAL", '"gibberish"', "GONE", "1")
+    nexus.live.refresh()
+    assert value(client, "FEATURE_SYNC_INTERVAL") == 300
+
+
+def test_refresh_that_read_before_a_change_does_not_undo_it(store, store_server):
+    """The change comes between the refresh's answer from the store and its use."""
+    changing: list[threading.Thread] = []
+
+    class Interrupted(Store):
+        def call(self, *words: Any) -> Any:
+            answer = super().call(*words)
+            if words[0] == "HGETALL" and not changing:
+                thread = threading.Thread(target=lambda: live.change({"FEATURE_SYNC_INTERVAL": 60}, None, "test"))
+                changing.append(thread)
+                thread.start()
+                thread.join(0.3)
+            return answer
+
+    live = LiveSettings(Interrupted(store_server.url), load({}), Clock())
+    live.refresh()
+    changing[0].join()
+    assert live["FEATURE_SYNC_INTERVAL"] == 60

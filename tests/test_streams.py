@@ -1,0 +1,321 @@
+"""The four local streams, each by itself: what it makes of a batch, what it writes, and what a restart finds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline import keys
+from pipeline.events import canary
+from pipeline.log import ALL_STREAMS, CANARY, Log, Request
+from pipeline.models import fraud
+from pipeline.streams.aggregates import OTHER, Aggregates
+from pipeline.streams.features import Features
+from pipeline.streams.inference import CITY, Inference, find_labels, find_scores
+from pipeline.streams.storage import EventStore, Query, Storage
+from pipeline.streams.stream import Batch
+from tests.helpers import HOUR_MS, MINUTE_MS, NOON, append, batch_of, event, frames, payment, report, response, write
+
+ALL = (Features, Storage, Aggregates, Inference)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_event_is_done_or_dead_whatever_its_data_holds(store, kind):
+    odd: list[Any] = [None, [], {}, "", "x" * 200, -1, 1e308, -1e308, True, [1], {"a": 1}, 2**63, 10**300]
+    fields = ("response", "response_time", "transaction_id", "amount", "merchant_id", "is_fraud", "pickup", "quantity")
+    types = ("ride_request_response", "ride_request", "payment", "fraud_report", "anything")
+    events = [event(kind_of, data={field: value}) for kind_of in types for field in fields for value in odd]
+    stream = kind(store)
+    stream.load(NOON)
+    outcome = stream.process(batch_of(store, events, NOON), NOON)
+    assert outcome.done + len(outcome.dead) == len(events)
+    assert len({index for index, _ in outcome.dead}) == len(outcome.dead)
+    assert all(reason for _, reason in outcome.dead)
+    write(store, stream.cut(NOON))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_event_of_an_unknown_form_is_dead_and_its_neighbours_are_done(store, kind):
+    batch = batch_of(store, [event(), event(), event()], NOON)
+    batch.events[1] = None
+    outcome = kind(store).process(batch, NOON)
+    assert (outcome.done, [index for index, _ in outcome.dead]) == (2, [1])
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_canary_leaves_no_trace(store, kind):
+    log = Log(store)
+    log.accept([Request([canary("c", NOON)], "nexus", ALL_STREAMS | CANARY)], NOON)
+    before = set(store.call("KEYS", "*"))
+    stream = kind(store)
+    stream.load(NOON)
+    stream.process(Batch(frames(log)), NOON)
+    write(store, stream.cut(NOON))
+    assert set(store.call("KEYS", "*")) == before
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_cut_without_anything_new_writes_nothing(store, kind):
+    stream = kind(store)
+    stream.load(NOON)
+    stream.process(batch_of(store, [response(), payment("t")], NOON), NOON)
+    write(store, stream.cut(NOON))
+    again = stream.cut(NOON)
+    assert [command for chunk in again.chunks for command in chunk] + again.final == []
+
+
+# features
+
+
+def test_features_reads_a_user_from_the_store_where_it_is_not_in_memory(store):
+    first = Features(store)
+    first.process(batch_of(store, [response("driver_1")], NOON), NOON)
+    write(store, first.cut(NOON))
+    assert Features(store).values(["driver_1", "nobody"], NOON).keys() == {"driver_1"}
+
+
+def test_features_lets_idle_users_go_and_counts_on_when_they_return(store):
+    stream = Features(store, cached_users=10)
+    for _ in range(3):
+        users = [f"driver_{n}" for n in range(30)]
+        stream.process(batch_of(store, [response(user, timestamp=NOON) for user in users], NOON), NOON)
+        write(store, stream.cut(NOON))
+        assert stream.users <= 10
+    assert {v["event_count_5m"] for v in stream.values(users, NOON).values()} == {3}
+
+
+def test_response_time_that_is_no_number_is_dead_and_changes_nothing(store):
+    stream = Features(store)
+    outcome = stream.process(batch_of(store, [response(response_time="fast", timestamp=NOON)], NOON), NOON)
+    assert [index for index, _ in outcome.dead] == [0]
+    assert "response_time" in outcome.dead[0][1]
+    assert stream.values(["driver_1"], NOON) == {}
+
+
+# storage
+
+
+def stored(store, events: list[dict[str, Any]], source: str = "test", stream: Storage | None = None) -> Storage:
+    stream = stream or Storage(store)
+    stream.load(NOON)
+    stream.process(batch_of(store, events, NOON, source), NOON)
+    return stream
+
+
+def ids(store, stream: Storage, limit: int = 100, **query: Any) -> list[str]:
+    events = EventStore(store, Log(store), stream.unwritten)
+    found, cursor = [], None
+    while True:
+        page, cursor = events.find(Query(**query), limit, cursor)
+        found += [f.event.event_id for f in page]
+        if cursor is None:
+            return found
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_events_are_found_by_each_field_before_and_after_the_checkpoint(store, written):
+    stream = stored(store, [event(event_id="a", user="u1", session_id="s1"), event("payment", "u2", event_id="b")], "x")
+    stored(store, [event(event_id="c", user="u1")], "y", stream)
+    if written:
+        write(store, stream.cut(NOON))
+    assert ids(store, stream, user_id="u1") == ["a", "c"]
+    assert ids(store, stream, event_type="payment") == ["b"]
+    assert ids(store, stream, session_id="s1") == ["a"]
+    assert ids(store, stream, source="y") == ["c"]
+    assert ids(store, stream, user_id="u1", source="x") == ["a"]
+    assert ids(store, stream, user_id="u2", source="y") == []
+    assert ids(store, stream, newest_first=True) == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("limit", [1, 3, 7, 50])
+def test_pages_are_in_order_of_event_time_over_segments_and_checkpoints(store, monkeypatch, newest_first, limit):
+    monkeypatch.setattr("pipeline.log.SEGMENT_BYTES", 1500)
+    stream = Storage(store)
+    for start in range(0, 45, 5):
+        times = [NOON - (n * 7919 % 45) * MINUTE_MS for n in range(start, start + 5)]
+        stored(store, [event(event_id=f"e{t:014d}", timestamp=t) for t in times], stream=stream)
+        if start % 10 == 0:
+            write(store, stream.cut(NOON))
+    found = ids(store, stream, limit, newest_first=newest_first)
+    assert len(found) == len(set(found)) == 45
+    assert found == sorted(found, reverse=newest_first)
+
+
+def test_events_of_one_instant_are_each_on_one_page(store):
+    stream = stored(store, [event(event_id=f"e{n}", timestamp=NOON) for n in range(25)])
+    found = ids(store, stream, 4)
+    assert sorted(found) == sorted(f"e{n}" for n in range(25))
+
+
+def test_since_and_until_include_their_instants_and_count_by_event_time(store):
+    stream = stored(store, [event(event_id=f"e{n}", timestamp=NOON - n * MINUTE_MS) for n in range(10)])
+    assert ids(store, stream, since=NOON - 5 * MINUTE_MS, until=NOON - 3 * MINUTE_MS) == ["e5", "e4", "e3"]
+
+
+# aggregates
+
+
+def counts(store, step: int, start: int) -> dict[str, int]:
+    found = store.client.hgetall(f"{keys.AGGREGATE}{step}:{start // 1000}")
+    return {name.decode(): int(count) for name, count in found.items()}
+
+
+def test_aggregates_count_by_second_minute_and_hour_of_event_time(store):
+    stream = Aggregates(store)
+    times = [NOON, NOON + 500, NOON - MINUTE_MS, NOON - HOUR_MS]
+    events = [event("payment", device_type="ios", timestamp=t) for t in times]
+    stream.process(batch_of(store, events, NOON, "app"), NOON)
+    write(store, stream.cut(NOON))
+    assert counts(store, 1, NOON) == {"all": 2, "type:payment": 2, "source:app": 2, "device:ios": 2}
+    assert counts(store, 60, NOON)["all"] == 2
+    assert counts(store, 60, NOON - MINUTE_MS)["all"] == 1
+    assert counts(store, 3600, NOON)["all"] == 2
+    assert counts(store, 3600, NOON - HOUR_MS)["all"] == 2
+
+
+def test_aggregates_add_up_over_checkpoints_and_restarts(store):
+    for _ in range(3):
+        stream = Aggregates(store)
+        stream.process(batch_of(store, [event(timestamp=NOON), event(timestamp=NOON)], NOON), NOON)
+        write(store, stream.cut(NOON))
+    assert counts(store, 3600, NOON)["all"] == 6
+
+
+def test_aggregates_show_what_is_not_written_yet_once(store):
+    stream = Aggregates(store)
+    stream.process(batch_of(store, [event(timestamp=NOON)], NOON), NOON)
+    cut = stream.cut(NOON)
+    stream.process(batch_of(store, [event(timestamp=NOON)], NOON), NOON)
+    assert sum(count for _, field, count in stream.unwritten(3600) if field == "all") == 2
+    write(store, cut)
+    assert sum(count for _, field, count in stream.unwritten(3600) if field == "all") == 1
+
+
+def test_aggregates_count_values_beyond_the_limit_together(store, monkeypatch):
+    monkeypatch.setattr("pipeline.streams.aggregates.MAX_VALUES", {"type": 3, "source": 9, "device": 9, "zone": 9})
+    stream = Aggregates(store)
+    stream.process(batch_of(store, [event(f"t{n % 10}", timestamp=NOON) for n in range(40)], NOON), NOON)
+    write(store, stream.cut(NOON))
+    found = {name: n for name, n in counts(store, 3600, NOON).items() if name.startswith("type:")}
+    assert sum(found.values()) == 40
+    assert len(found) <= 4
+    assert f"type:{OTHER}" in found
+
+
+def test_zone_of_a_ride_request_is_that_of_its_pickup_and_of_others_that_of_their_location(store):
+    here, there = {"lat": 14.55, "lng": 121.02}, {"lat": 14.65, "lng": 121.1}
+    events = [
+        event("ride_request", data={"pickup": here}, location=there),
+        event("ride_request", location=here),
+        event("ride_completed", location=here),
+        event("ride_request"),
+        event("ride_request", data={"pickup": {"lat": 99, "lng": 0}}),
+    ]
+    zones = batch_of(store, events, NOON).zones
+    assert zones[0] == zones[1] == zones[2]
+    assert zones[0] is not None
+    assert zones[3:] == [None, None]
+
+
+# inference
+
+
+def inferred(store, events: list[dict[str, Any]], stream: Inference | None = None) -> Inference:
+    if stream is None:
+        stream = Inference(store)
+        stream.load(NOON)
+    outcome = stream.process(batch_of(store, events, NOON), NOON)
+    assert outcome.dead == []
+    return stream
+
+
+def test_each_payment_gets_a_score_once_and_the_first_one_stands(store):
+    stream = inferred(store, [payment("t1", 10), payment("t1", 9999), payment("t2", 50)])
+    write(store, stream.cut(NOON))
+    first = find_scores(store, ["t1", "t2", "t3"], NOON)
+    assert first[2] is None
+    assert all(score and 0 <= score.score <= 1 for score in first[:2])
+    write(store, inferred(store, [payment("t1", 5)], stream).cut(NOON))
+    assert find_scores(store, ["t1"], NOON) == first[:1]
+
+
+def test_payment_far_from_a_payers_habit_scores_higher(store):
+    stream = inferred(store, [payment(f"t{n}", 100 + n % 3) for n in range(30)] + [payment("odd", 50_000)])
+    scores = stream.unwritten_scores()
+    assert scores["odd"].score > 0.5 > scores["t29"].score
+    assert scores["odd"].reasons
+
+
+def test_label_reaches_the_score_it_belongs_to_in_the_same_batch_later_and_after_a_restart(store):
+    stream = inferred(store, [payment("a"), report("a"), payment("b"), payment("c")])
+    write(store, stream.cut(NOON))
+    inferred(store, [report("b")], stream)
+    write(store, stream.cut(NOON))
+    again = inferred(store, [report("c", 0)])
+    write(store, again.cut(NOON))
+    assert find_labels(store, ["a", "b", "c", "d"], NOON) == [1, 1, 0, None]
+    assert (again.model.frauds, again.model.legitimate, again.model.scored) == (2, 1, 3)
+
+
+def test_fraud_model_says_warming_up_until_it_has_labels_and_is_ready_from_then_on(store):
+    stream = inferred(store, [payment(f"t{n}", 100) for n in range(fraud.LABELS_NEEDED)])
+    assert not stream.model.ready
+    assert stream.unwritten_scores()["t0"].version == fraud.HABIT_VERSION
+    inferred(store, [report(f"t{n}") for n in range(fraud.LABELS_NEEDED)], stream)
+    inferred(store, [payment("after")], stream)
+    assert stream.model.ready
+    assert stream.unwritten_scores()["after"].version == fraud.VERSION
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        event("payment", data={"amount": 5}),
+        event("payment", data={"transaction_id": "t"}),
+        event("payment", data={"transaction_id": "t", "amount": "5"}),
+        event("payment", data={"transaction_id": "t" * 129, "amount": 5}),
+        event("fraud_report", data={"transaction_id": "t", "is_fraud": 2}),
+        event("fraud_report", data={"is_fraud": 1}),
+        event("ride_request", data={"quantity": "many"}),
+        event("ride_request", data={"quantity": -1}),
+        event("ride_request", data={"quantity": 1e308}),
+    ],
+)
+def test_what_a_model_cannot_read_is_dead_with_a_reason(store, bad):
+    stream = Inference(store)
+    outcome = stream.process(batch_of(store, [payment("before"), bad, payment("after")], NOON), NOON)
+    assert (outcome.done, [index for index, _ in outcome.dead]) == (2, [1])
+    write(store, stream.cut(NOON))
+    assert None not in find_scores(store, ["before", "after"], NOON)
+
+
+def demand(store, zone: str | None) -> float:
+    names = store.call("KEYS", f"{keys.DEMAND}{zone}:*")
+    return sum(float(count) for name in names for count in store.call("HVALS", name))
+
+
+def test_ride_requests_count_for_their_zone_and_for_the_city_with_their_quantity(store):
+    here = {"lat": 14.55, "lng": 121.02}
+    events = [event("ride_request", location=here), event("ride_request", quantity=4), event("ride_request")]
+    log_batch = batch_of(store, events, NOON)
+    stream = Inference(store)
+    stream.process(log_batch, NOON)
+    write(store, stream.cut(NOON))
+    assert demand(store, CITY) == 6
+    assert demand(store, log_batch.zones[0]) == 1
+
+
+def test_habit_of_a_payer_survives_a_restart(store):
+    write(store, inferred(store, [payment(f"t{n}", 100) for n in range(10)]).cut(NOON))
+    again = inferred(store, [payment("odd", 50_000)])
+    assert again.unwritten_scores()["odd"].score > 0.5
+
+
+def test_append_helper_and_batch_agree_on_order(store, log):
+    append(log, [event(event_id="a"), event(event_id="b")], NOON)
+    append(log, [event(event_id="c")], NOON)
+    batch = Batch(frames(log))
+    assert [e.event_id for e in batch.events if e] == ["a", "b", "c"]
+    assert (batch.first_ordinal, batch.after.ordinal) == (0, 3)

@@ -1,0 +1,355 @@
+"""The supervisor: parts that die, parts that will not stop, the supervisor's own end, and what refuses a start."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+from pipeline.embedded import EmbeddedStore, alive, is_serving
+from pipeline.settings import load
+from pipeline.supervisor import banner, parts_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A part with a child of its own; it notes both ids at its start, and its name when it is told to stop.
+PART = """
+import pathlib, signal, subprocess, sys
+folder, name, way = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+child = subprocess.Popen(["sleep", "1000"])
+def note(file, text):
+    with open(folder / file, "a") as out: out.write(text + "\\n")
+def stop(*_):
+    note("order", name)
+    if way != "stubborn": sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+note(name, f"{__import__('os').getpid()} {child.pid}")
+while way != "short": signal.pause()
+"""
+
+# A supervisor of such parts: name -> (way, grace s).
+DRIVER = """
+import json, pathlib, signal, sys
+from pipeline.embedded import spawn
+from pipeline.supervisor import Part, Supervisor, say
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[3] == "nohup" else signal.SIG_DFL)
+folder, ways = sys.argv[1], json.loads(sys.argv[2])
+def part(name, way, grace):
+    argv = [sys.executable, folder + "/part.py", folder, name, way]
+    return Part(name, lambda: spawn(argv), ready=(pathlib.Path(folder) / name).exists, grace=grace)
+Supervisor([part(name, *rest) for name, rest in ways.items()], say).run()
+"""
+
+
+# Stands for .venv/bin/python: pip has nothing to do, and all else ends some time after SIGTERM.
+SLOW_END = """#!/bin/sh
+[ "$2" = pip ] && exit 0
+trap "sleep 0.3; touch ended; exit 0" TERM
+touch began
+for _ in $(seq 400); do sleep 0.05; done
+"""
+
+
+def until(condition, timeout=20.0):
+    """Wait for a condition, at most `timeout` s; its last value."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()) and time.monotonic() < deadline:
+        threading.Event().wait(0.02)
+    return value
+
+
+class Supervised:
+    """A supervisor in a process of its own, what it said, and what its parts noted."""
+
+    def __init__(self, folder: Path, argv: list[str], environ: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        with (folder / "said").open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, *argv], cwd=ROOT, env={**os.environ, **(environ or {})}, stdout=out, stderr=out
+            )
+
+    def said(self) -> str:
+        return (self.folder / "said").read_text()
+
+    def says(self, text: str) -> bool:
+        return until(lambda: text in self.said())
+
+    def starts(self, name: str) -> list[tuple[int, int]]:
+        """(id, child's id) of each start of a part."""
+        file = self.folder / name
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [(int(line.split()[0]), int(line.split()[1])) for line in lines]
+
+    def all_ids(self) -> list[int]:
+        return [pid for file in ("one", "two", "three") for pair in self.starts(file) for pid in pair]
+
+
+@pytest.fixture
+def supervise(tmp_path):
+    """Start a supervisor of fake parts; whatever is left of it ends with the test."""
+    (tmp_path / "part.py").write_text(PART)
+    started = []
+
+    def start(ready=True, hangup="default", **ways) -> Supervised:
+        supervised = Supervised(tmp_path, ["-c", DRIVER, str(tmp_path), json.dumps(ways), hangup])
+        started.append(supervised)
+        if ready:
+            assert supervised.says("all ready"), supervised.said()
+        return supervised
+
+    yield start
+    for supervised in started:
+        supervised.process.kill()
+        supervised.process.wait()
+        for pid in filter(alive, supervised.all_ids()):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_killed_part_is_started_again_and_the_others_go_on(supervise):
+    supervised = supervise(one=("willing", 5), two=("willing", 5))
+    [(other, _)] = supervised.starts("two")
+    os.kill(supervised.starts("one")[0][0], signal.SIGKILL)
+    assert until(lambda: len(supervised.starts("one")) == 2)
+    assert re.search(r"one ended by SIGKILL after \d+\.\d s; starting it again in 0\.2 s", supervised.said())
+    assert supervised.starts("two")[0][0] == other
+    assert alive(other)
+
+
+def test_what_a_killed_part_leaves_behind_is_ended_before_it_starts_again(supervise):
+    supervised = supervise(one=("willing", 5))
+    [(pid, child)] = supervised.starts("one")
+    os.kill(pid, signal.SIGKILL)
+    assert until(lambda: len(supervised.starts("one")) == 2)
+    assert not alive(child)
+
+
+def test_part_that_keeps_ending_is_started_again_at_doubling_intervals(supervise):
+    supervised = supervise(ready=False, one=("short", 5))
+    assert supervised.says("starting it again in 1.6 s")
+    waits = re.findall(r"one ended with code 0 after .* starting it again in (\S+) s", supervised.said())
+    assert waits == ["0.2", "0.4", "0.8", "1.6"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_stop_signal_ends_the_parts_in_reverse_order_with_exit_code_0(supervise, sign):
+    supervised = supervise(one=("willing", 5), two=("willing", 5), three=("willing", 5))
+    supervised.process.send_signal(sign)
+    assert supervised.process.wait(20) == 0
+    assert (supervised.folder / "order").read_text().split() == ["three", "two", "one"]
+    assert not any(map(alive, supervised.all_ids()))
+
+
+def test_part_that_ignores_sigterm_is_killed_when_its_grace_is_over(supervise):
+    supervised = supervise(one=("willing", 5), two=("stubborn", 0.2))
+    supervised.process.send_signal(signal.SIGTERM)
+    assert supervised.process.wait(20) == 0
+    assert "two has not ended within 0.2 s: killed" in supervised.said()
+    assert not any(map(alive, supervised.all_ids()))
+
+
+def test_second_stop_signal_cuts_the_graces_short(supervise):
+    supervised = supervise(one=("stubborn", 600), two=("stubborn", 600))
+    supervised.process.send_signal(signal.SIGINT)
+    assert until((supervised.folder / "order").exists)
+    supervised.process.send_signal(signal.SIGINT)
+    assert supervised.process.wait(20) == 0
+    assert not any(map(alive, supervised.all_ids()))
+
+
+def test_every_part_ends_when_the_supervisor_is_killed(supervise):
+    supervised = supervise(one=("willing", 5), two=("willing", 5))
+    parts = [supervised.starts(name)[0][0] for name in ("one", "two")]
+    supervised.process.kill()
+    assert until(lambda: not any(map(alive, parts)))
+
+
+def test_stop_signal_while_a_part_waits_to_be_started_again_ends_the_rest(supervise):
+    supervised = supervise(ready=False, one=("willing", 5), two=("short", 5))
+    assert supervised.says("starting it again in 0.8 s")
+    supervised.process.send_signal(signal.SIGTERM)
+    assert supervised.process.wait(20) == 0
+    assert not any(map(alive, supervised.all_ids()))
+
+
+def test_hangup_under_nohup_stops_nothing(supervise):
+    supervised = supervise(hangup="nohup", one=("willing", 5))
+    supervised.process.send_signal(signal.SIGHUP)
+    os.kill(supervised.starts("one")[0][0], signal.SIGKILL)
+    assert until(lambda: len(supervised.starts("one")) == 2)
+    assert "stopping" not in supervised.said()
+
+
+def test_part_starts_only_after_its_condition_holds(tmp_path):
+    code = (
+        "import sys, pathlib; from pipeline.embedded import spawn\n"
+        "from pipeline.supervisor import Part, Supervisor, say\n"
+        "gate = pathlib.Path(sys.argv[1])\n"
+        "late = Part('late', lambda: spawn(['sleep', '1000']), after=gate.exists)\n"
+        "Supervisor([Part('early', lambda: spawn(['sleep', '1000'])), late], say).run()"
+    )
+    supervised = Supervised(tmp_path, ["-c", code, str(tmp_path / "gate")])
+    try:
+        assert supervised.says("early is ready")
+        assert "late" not in supervised.said()
+        (tmp_path / "gate").touch()
+        assert supervised.says("late is ready")
+    finally:
+        supervised.process.terminate()
+        assert supervised.process.wait(20) == 0
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    return {"NEXUS_DATA_DIR": str(folder / "data"), "NEXUS_LOG_DIR": str(folder / "logs"), **more}
+
+
+def test_killed_store_comes_back_with_every_acknowledged_write(tmp_path):
+    code = (
+        "from pipeline.embedded import EmbeddedStore; from pipeline.settings import load\n"
+        "from pipeline.supervisor import Supervisor, parts_of, say\n"
+        "settings = load(); Supervisor(parts_of(settings, EmbeddedStore(settings), False)[:1], say).run()"
+    )
+    settings = load(environment(tmp_path))
+    supervised = Supervised(tmp_path, ["-c", code], environment(tmp_path))
+    try:
+        assert supervised.says("store is ready")
+        with redis.Redis.from_url(settings.store_url, protocol=2) as client:
+            for number in range(100):
+                client.rpush("numbers", number)
+            os.kill(client.info("server")["process_id"], signal.SIGKILL)
+        assert supervised.says("store ended by SIGKILL")
+        assert until(lambda: is_serving(settings))
+        with redis.Redis.from_url(settings.store_url, protocol=2) as client:
+            assert client.llen("numbers") == 100
+    finally:
+        supervised.process.terminate()
+        assert supervised.process.wait(30) == 0
+    assert not is_serving(settings)
+
+
+def run(folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """`python -m pipeline.supervisor`, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.supervisor"],
+        cwd=ROOT,
+        env={**os.environ, **environment(folder), **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_start_beside_another_on_the_same_data_is_refused_in_one_line_with_exit_code_1(tmp_path):
+    store = EmbeddedStore(load(environment(tmp_path)))
+    store.lock()
+    try:
+        refused = run(tmp_path)
+    finally:
+        store.release()
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert len(refused.stderr.splitlines()) == 1
+    assert str(tmp_path / "data") in refused.stderr
+
+
+@pytest.mark.parametrize(("taken", "other"), [("NEXUS_PORT", "API_PORT"), ("API_PORT", "NEXUS_PORT")])
+def test_taken_port_is_refused_in_one_line_that_names_port_and_setting(tmp_path, taken, other):
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as holder:
+        port = str(holder.getsockname()[1])
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            spare = str(free.getsockname()[1])
+        refused = run(tmp_path, **{taken: port, other: spare})
+    assert refused.returncode == 1
+    assert len(refused.stderr.splitlines()) == 1
+    assert f"port {port} " in refused.stderr
+    assert taken in refused.stderr
+
+
+def test_two_settings_with_one_port_are_refused(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    refused = run(tmp_path, NEXUS_PORT=port, API_PORT=port)
+    assert refused.returncode == 1
+    assert "API_PORT" in refused.stderr
+
+
+def test_unknown_setting_stops_the_start_in_one_line_with_exit_code_2(tmp_path):
+    refused = run(tmp_path, PYTHON_SERVICE_TIMEOUT="soon")
+    assert refused.returncode == 2
+    assert refused.stderr == "nexus: PYTHON_SERVICE_TIMEOUT holds 'soon'; it takes a whole number from 1 to 600000 ms\n"
+    assert not (tmp_path / "data").exists()
+
+
+def test_system_starts_with_the_store_and_the_demo_comes_on_request():
+    settings = load({})
+    store = EmbeddedStore(settings)
+    assert [part.name for part in parts_of(settings, store, False)] == ["store", "Python service", "Nexus"]
+    assert [part.name for part in parts_of(settings, store, True)][-1] == "demo"
+
+
+def test_external_store_is_not_among_the_parts():
+    settings = load({"REDIS_URL": "redis://elsewhere"})
+    assert [part.name for part in parts_of(settings, None, False)] == ["Python service", "Nexus"]
+
+
+def test_banner_shows_the_addresses_the_store_and_the_log():
+    text = banner(load({"NEXUS_DATA_DIR": "/srv/nexus", "NEXUS_LOG_DIR": "/srv/log"}), colour=False)
+    assert "http://localhost:4000/nexus\n" in text
+    assert "http://localhost:8000/docs\n" in text
+    assert "http://localhost:4000/api/ml/events/ingest\n" in text
+    assert "redis-cli -s /srv/nexus/valkey.sock\n" in text
+    assert text.endswith("/srv/log/nexus-ai.log")
+    assert "\033" not in text
+
+
+def make_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
+
+def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The project's Makefile in a folder of its own."""
+    shutil.copy(ROOT / "Makefile", folder)
+    return subprocess.run(
+        ["make", *words], cwd=folder, env=make_environment(), capture_output=True, text=True, timeout=60
+    )
+
+
+def test_make_names_every_missing_prerequisite_with_its_remedy(tmp_path):
+    refused = make(tmp_path, "run", "PYTHON=")
+    assert refused.returncode == 2
+    assert "missing: Python 3.11 or later (Debian 12: apt-get install python3 python3-venv)\n" in refused.stderr
+    assert "missing: requirements.txt" in refused.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_make_names_venv_where_python_has_none(tmp_path):
+    (tmp_path / "requirements.txt").write_text("msgspec\n")
+    bare = tmp_path / "python"
+    bare.write_text("#!/bin/sh\nexit 1\n")
+    bare.chmod(0o755)
+    refused = make(tmp_path, "run", f"PYTHON={bare}")
+    assert refused.returncode == 2
+    assert "missing: Python's venv and ensurepip (Debian: apt-get install python3-venv)\n" in refused.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_terminated_make_waits_for_the_clean_end_of_what_it_runs(tmp_path):
+    (tmp_path / "requirements.txt").write_text("msgspec\n")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(SLOW_END)
+    python.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    running = subprocess.Popen(["make", "run"], cwd=tmp_path, env=make_environment(), stdout=subprocess.DEVNULL)
+    assert until((tmp_path / "began").exists)
+    running.terminate()
+    running.wait(20)
+    assert (tmp_path / "ended").exists()

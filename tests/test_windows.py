@@ -1,0 +1,175 @@
+"""Sliding windows against brute force: the newer edge exact, the older one within a tile, no event counted twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from pipeline.log import Log
+from pipeline.store import Store
+from pipeline.streams.features import Features
+from pipeline.streams.stream import Batch
+from tests.helpers import DAY_MS, HOUR_MS, MINUTE_MS, NOON, append, batch_of, event, frames, response, write
+
+WINDOWS = {"event_count_5m": 5 * MINUTE_MS, "event_count_1h": HOUR_MS, "event_count_24h": DAY_MS}
+Posted = tuple[int, str, float]  # event time, answer, response time
+
+on_a_store = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ages = st.one_of(
+    st.integers(-HOUR_MS, 0),
+    st.integers(0, 10 * MINUTE_MS),
+    st.integers(0, 2 * HOUR_MS),
+    st.integers(DAY_MS - HOUR_MS, DAY_MS + HOUR_MS),
+    st.sampled_from([0, 1, 5 * MINUTE_MS, HOUR_MS, HOUR_MS - 1, HOUR_MS + 1, DAY_MS, DAY_MS - 1]),
+)
+answers = st.tuples(ages, st.sampled_from(["accepted", "rejected"]), st.integers(0, 50).map(float))
+
+
+def brute(posted: Iterable[Posted], name: str, edge: int, at: int) -> float | int | None:
+    """A shared feature over the events with edge < time <= at."""
+    inside = [p for p in posted if edge < p[0] <= at]
+    if name == "acceptance_rate":
+        return sum(p[1] == "accepted" for p in inside) / len(inside) if inside else None
+    if name == "response_time":
+        return sum(p[2] for p in inside) / len(inside) if inside else None
+    if name == "recent_rejections":
+        return sum(p[1] == "rejected" for p in inside)
+    return len(inside)
+
+
+def assert_true_as_of(values: dict[str, Any], posted: Sequence[Posted], at: int) -> None:
+    """Each value is the brute force one for an older edge moved by no more than a tile, a sixtieth of the window."""
+    shared = {"acceptance_rate": DAY_MS, "response_time": DAY_MS, "recent_rejections": HOUR_MS}
+    for name, window in {**shared, **WINDOWS}.items():
+        tile = window // 60
+        low, high = at - window - tile, at - window + tile
+        edges = [low, high, *(ts for ts, _, _ in posted if low <= ts <= high)]
+        possible = [brute(posted, name, edge, at) for edge in edges]
+        near = [p for p in possible if p == values[name] or (p and values[name] and abs(p - values[name]) < 1e-9)]
+        assert near, f"{name} is {values[name]}, possible are {possible}"
+
+
+def take(stream: Features, store: Store, posted: Sequence[Posted], now: int, user: str = "driver_1") -> None:
+    events = [response(user, answer, response_time=taken, timestamp=ts) for ts, answer, taken in posted]
+    if events:
+        stream.process(batch_of(store, events, now), now)
+
+
+def values(stream: Features, at: int, user: str = "driver_1") -> dict[str, Any]:
+    return stream.values([user], at)[user]
+
+
+@on_a_store
+@given(st.lists(answers, min_size=1, max_size=25), st.integers(0, 3 * HOUR_MS))
+@example([(-1, "rejected", 1.0)], 0)
+@example([(-1, "rejected", 1.0)], 1)
+@example([(HOUR_MS, "rejected", 1.0)], 0)
+def test_tiles_equal_brute_force_within_one_tile_at_the_older_edge(store, found, later):
+    store.call("FLUSHALL")
+    posted = [(NOON - age, answer, taken) for age, answer, taken in found]
+    stream = Features(store)
+    take(stream, store, posted, NOON)
+    assert_true_as_of(values(stream, NOON), posted, NOON)
+    assert_true_as_of(values(stream, NOON + later), posted, NOON + later)
+
+
+@on_a_store
+@given(
+    st.lists(
+        st.tuples(st.lists(answers, max_size=6), st.integers(0, 2 * HOUR_MS), st.booleans()), min_size=1, max_size=6
+    )
+)
+def test_values_stay_true_over_time_through_checkpoints_and_restarts(store, steps):
+    store.call("FLUSHALL")
+    stream, now, posted = Features(store), NOON, []
+    stream.load(now)
+    for found, pause, restart in steps:
+        fresh = [(now - age, answer, taken) for age, answer, taken in found]
+        take(stream, store, fresh, now)
+        posted += fresh
+        write(store, stream.cut(now))
+        if restart:
+            stream = Features(store)
+            stream.load(now)
+        now += pause
+        if posted:
+            assert_true_as_of(values(stream, now), posted, now)
+
+
+def test_newer_edge_is_exact_to_the_millisecond(store):
+    stream = Features(store)
+    take(stream, store, [(NOON, "rejected", 1.0), (NOON + 1, "rejected", 1.0)], NOON)
+    assert values(stream, NOON)["recent_rejections"] == 1
+    assert values(stream, NOON + 1)["recent_rejections"] == 2
+
+
+def test_event_stamped_ahead_counts_once_its_time_has_come_also_after_a_restart(store):
+    stream = Features(store)
+    take(stream, store, [(NOON + MINUTE_MS, "rejected", 1.0), (NOON, "accepted", 2.0)], NOON)
+    write(store, stream.cut(NOON))
+    for reader in (stream, again := Features(store)):
+        assert values(reader, NOON)["event_count_5m"] == 1
+        assert values(reader, NOON + MINUTE_MS)["event_count_5m"] == 2
+    take(again, store, [(NOON + 2 * MINUTE_MS, "accepted", 2.0)], NOON + 2 * MINUTE_MS)
+    write(store, again.cut(NOON + 2 * MINUTE_MS))
+    assert values(Features(store), NOON + 2 * MINUTE_MS)["event_count_5m"] == 3
+
+
+def test_expired_count_is_never_shown_as_present(store):
+    stream = Features(store)
+    take(stream, store, [(NOON, "rejected", 1.0)], NOON)
+    later = values(stream, NOON + 25 * HOUR_MS)
+    assert later == {
+        **later,
+        "acceptance_rate": None,
+        "response_time": None,
+        "recent_rejections": 0,
+        "event_count_24h": 0,
+    }
+
+
+def test_late_event_counts_in_its_own_window(store):
+    stream = Features(store)
+    take(stream, store, [(NOON - 2 * HOUR_MS, "rejected", 1.0)], NOON)
+    found = values(stream, NOON)
+    assert (found["recent_rejections"], found["event_count_1h"], found["event_count_24h"]) == (0, 0, 1)
+
+
+def test_answer_that_is_neither_accepted_nor_rejected_leaves_the_rate_alone(store):
+    stream = Features(store)
+    take(stream, store, [(NOON, "accepted", 1.0), (NOON, "timeout", 1.0)], NOON)
+    assert values(stream, NOON)["acceptance_rate"] == 1.0
+
+
+def test_response_without_a_time_leaves_the_mean_alone(store):
+    stream = Features(store)
+    plain = event("ride_request_response", "driver_1", data={"response": "accepted"}, timestamp=NOON)
+    stream.process(batch_of(store, [plain, response(response_time=4.0, timestamp=NOON)], NOON), NOON)
+    assert values(stream, NOON)["response_time"] == 4.0
+
+
+def test_crash_after_any_chunk_of_a_checkpoint_counts_nothing_twice(store):
+    """The chunks written so far are in the store, the checkpoint is not: the whole log is read again."""
+    log = Log(store)
+    users = [f"driver_{n}" for n in range(250)]
+    for _ in range(2):
+        append(log, [response(user, timestamp=NOON) for user in users], NOON)
+    everything = frames(log)
+    crashed, written = False, 0
+    while not crashed or written:
+        stream = Features(store)
+        stream.load(NOON)
+        for frame in everything:
+            stream.process(Batch([frame]), NOON)
+        assert {v["event_count_5m"] for v in stream.values(users, NOON).values()} == {2}
+        chunks = list(stream.cut(NOON).chunks)
+        if not crashed:
+            assert len(chunks) > 1
+            written, crashed = len(chunks), True
+        written -= 1
+        for chunk in chunks[: len(chunks) - written]:
+            store.many(chunk)
+    assert {v["event_count_5m"] for v in Features(store).values(users, NOON).values()} == {2}

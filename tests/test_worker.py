@@ -1,0 +1,190 @@
+"""A stream's trouble stays its own: one that throws or hangs finds its bad event, and the others never notice."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pipeline import checkpoints
+from pipeline.events import Event, Stored
+from pipeline.runtime import Runtime
+from pipeline.streams.storage import Query, Storage
+from pipeline.streams.stream import Batch, Outcome
+from tests.conftest import Start, client_of
+from tests.helpers import LOCAL, event, until
+
+Break = Callable[[Event], None]
+OTHERS = ("features", "aggregates", "inference")
+
+
+class Trouble:
+    """What the storage stream of these tests does at an event: throws, or waits, or nothing."""
+
+    def __init__(self) -> None:
+        self.at: Callable[[Event | Stored], bool] = lambda _: False
+        self.hangs = False
+        self.times = 10**9  # how often, then it works
+        self.gate = threading.Event()
+
+    def meet(self, found: Event | Stored) -> None:
+        if self.times > 0 and self.at(found):
+            self.times -= 1
+            if self.hangs:
+                self.gate.wait()
+            raise RuntimeError(f"cannot take {found.event_id}")
+
+
+@pytest.fixture
+def trouble(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
+    made = Trouble()
+
+    class Troubled(Storage):
+        def process(self, batch: Batch, now: int) -> Outcome:
+            for found in batch.events:
+                if found is not None:
+                    made.meet(found)
+            return super().process(batch, now)
+
+    monkeypatch.setattr("pipeline.runtime.Storage", Troubled)
+    yield made
+    made.gate.set()
+
+
+@pytest.fixture
+def nexus(trouble: Trouble, start_nexus: Start) -> Runtime:
+    return start_nexus(ENABLE_PYTHON_BRIDGE="false")
+
+
+def post(nexus: Runtime, *names: str) -> None:
+    events = [event(event_id=name) for name in names]
+    nexus.ingest.post(json.dumps(events).encode(), "", "", {})
+
+
+def audit(nexus: Runtime) -> Any:
+    found = checkpoints.audit(nexus.store)
+    assert found.unexplained == 0
+    return found.accounts
+
+
+def done(nexus: Runtime, *streams: str) -> bool:
+    accounts = audit(nexus)
+    return all(accounts[name].pending == 0 for name in streams)
+
+
+def stored_ids(nexus: Runtime) -> list[str]:
+    return [f.event.event_id for f in nexus.events.find(Query(), 1000)[0]]
+
+
+def letters(nexus: Runtime) -> list[dict[str, Any]]:
+    return client_of(nexus).get("/api/ml/dead-letters").json["dead_letters"]
+
+
+@pytest.mark.parametrize("bad", [{"e0"}, {"e5"}, {"e9"}, {"e0", "e1", "e9"}])
+def test_event_at_which_a_stream_throws_dies_there_alone_after_several_attempts(nexus, trouble, bad):
+    trouble.at = lambda found: found.event_id in bad
+    post(nexus, *[f"e{n}" for n in range(10)])
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    found = letters(nexus)
+    assert {letter["event"]["event_id"] for letter in found} == bad
+    assert all((x["stream"], x["attempts"]) == ("storage", 3) and "cannot take" in x["reason"] for x in found)
+    assert sorted(stored_ids(nexus)) == sorted({f"e{n}" for n in range(10)} - bad)
+    accounts = audit(nexus)
+    assert (accounts["storage"].processed, accounts["storage"].dead) == (10 - len(bad), len(bad))
+    assert all((accounts[name].processed, accounts[name].dead) == (10, 0) for name in OTHERS)
+
+
+def test_stream_that_throws_and_then_works_loses_and_doubles_nothing(nexus, trouble):
+    trouble.at, trouble.times = lambda found: found.event_id == "e5", 2
+    post(nexus, *[f"e{n}" for n in range(10)])
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    assert sorted(stored_ids(nexus)) == sorted(f"e{n}" for n in range(10))
+    assert letters(nexus) == []
+
+
+def test_stream_that_threw_works_with_the_others_again(nexus, trouble):
+    trouble.at = lambda found: found.event_id == "e3"
+    post(nexus, *[f"e{n}" for n in range(6)])
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    until(lambda: all(nexus.stream_states()[name][0] == "running" for name in LOCAL), "all streams running")
+    post(nexus, "after")
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    assert "after" in stored_ids(nexus)
+
+
+def test_stream_that_throws_at_everything_holds_its_events_and_shows_it_while_the_others_go_on(nexus, trouble):
+    trouble.at = lambda _: True
+    names = [f"e{n}" for n in range(40)]
+    for name in names:
+        post(nexus, name)
+    until(lambda: done(nexus, *OTHERS), "the others' work")
+    until(lambda: nexus.stream_states()["storage"][0] == "failed", "the failure shown")
+    assert "cannot take" in str(nexus.stream_states()["storage"][1])
+    assert audit(nexus)["storage"].dead < 10
+    assert nexus.runner.state == "running"
+    trouble.times = 0
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    accounts = audit(nexus)
+    assert accounts["storage"].processed + accounts["storage"].dead == 40
+    assert len(stored_ids(nexus)) == accounts["storage"].processed
+
+
+def test_stream_that_hangs_holds_up_nobody_else_and_its_event_dies(nexus, trouble, monkeypatch):
+    monkeypatch.setattr("pipeline.streams.runner.HANG_S", 0.3)
+    trouble.at, trouble.hangs = lambda found: found.event_id == "e2", True
+    post(nexus, *[f"e{n}" for n in range(5)])
+    until(lambda: done(nexus, *OTHERS), "the others' work")
+    until(lambda: done(nexus, "storage"), "the end of the hanging stream's work")
+    assert sorted(stored_ids(nexus)) == ["e0", "e1", "e3", "e4"]
+    [letter] = letters(nexus)
+    assert (letter["event"]["event_id"], letter["stream"]) == ("e2", "storage")
+    assert audit(nexus)["features"].processed == 5
+
+
+def test_worker_that_wakes_after_it_was_given_up_writes_nothing(nexus, trouble, monkeypatch):
+    monkeypatch.setattr("pipeline.streams.runner.HANG_S", 0.3)
+    trouble.at, trouble.hangs, trouble.times = lambda found: found.event_id == "e2", True, 1
+    post(nexus, *[f"e{n}" for n in range(5)])
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    trouble.gate.set()
+    post(nexus, "after")
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    assert sorted(stored_ids(nexus)) == ["after", "e0", "e1", "e2", "e3", "e4"]
+    assert all(account.processed == 6 for name, account in audit(nexus).items() if name in LOCAL)
+
+
+def test_receipt_shows_the_dead_stream_and_the_done_ones(nexus, trouble):
+    trouble.at = lambda found: found.event_id == "bad"
+    post(nexus, "bad", "good")
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    streams = client_of(nexus).get("/api/ml/events/bad").json["streams"]
+    assert streams["storage"]["state"] == "dead"
+    assert "cannot take bad" in streams["storage"]["result"]["reason"]
+    assert {streams[name]["state"] for name in OTHERS} == {"done"}
+
+
+def test_dead_letter_sent_again_after_the_repair_is_processed_once(nexus, trouble):
+    trouble.at = lambda found: found.event_id == "bad"
+    post(nexus, "bad", "good")
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    trouble.times = 0
+    client = client_of(nexus)
+    [letter] = letters(nexus)
+    answer = client.post("/api/ml/dead-letters/redrive", json={"ids": [letter["id"]]})
+    assert (answer.status_code, answer.json["redriven"]) == (200, 1)
+    until(lambda: done(nexus, *LOCAL) and audit(nexus)["storage"].dead == 0, "the end of the work")
+    assert letters(nexus) == []
+    assert sorted(stored_ids(nexus)) == ["bad", "good"]
+    assert all(account.processed == 2 for name, account in audit(nexus).items() if name in LOCAL)
+    assert client.get("/api/ml/events/bad").json["streams"]["storage"]["state"] == "done"
+
+
+def test_event_posted_beside_a_troubled_stream_is_applied_at_once_for_the_others(nexus, trouble):
+    trouble.at = lambda _: True
+    post(nexus, "e0")
+    posted = client_of(nexus).post("/api/ml/events/ingest?wait=features&timeout_ms=10000", json=event(user="u9"))
+    assert posted.json["applied"] is True
+    assert nexus.features.combine(["u9"])["u9"].combined["event_count_5m"] == 1
