@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipeline.definitions import Feature
+from pipeline.reading import Values
 from pipeline.streams.features import Features
-from pipeline.windows import Values
 
 HALF_LIFE = 5_000  # vectors: the rates tell of about so many of the latest
 SAMPLED = 10  # one of so many published vectors is looked at: the figures are rates, and publishing is frequent

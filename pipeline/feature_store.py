@@ -13,10 +13,10 @@ from pipeline.errors import BadRequest
 from pipeline.events import rfc3339
 from pipeline.foreign import Partner, read_moment
 from pipeline.live_settings import LiveSettings
+from pipeline.reading import Values
 from pipeline.store import Store
 from pipeline.streams.features import Features
 from pipeline.streams.storage import EventStore
-from pipeline.windows import Values
 
 EXPIRED_S = 86_400.0  # a value of a feature that Nexus does not know is expired at this age
 _ADOPT_S = 10.0

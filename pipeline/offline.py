@@ -12,8 +12,10 @@ import msgspec
 
 from pipeline.definitions import Malformed
 from pipeline.events import CANARY_TYPE, Event
+from pipeline.reading import Values
 from pipeline.streams.storage import EventStore, Query
-from pipeline.windows import Entity, Values, Windows
+from pipeline.tiles import Entity
+from pipeline.windows import Windows
 
 _PAGE = 1_000
 _decode = msgspec.json.Decoder().decode

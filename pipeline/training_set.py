@@ -31,10 +31,12 @@ from pipeline.events import CANARY_TYPE
 from pipeline.families import plan
 from pipeline.foreign import read_moment
 from pipeline.log import Log, Position
+from pipeline.reading import Values
 from pipeline.store import Store
 from pipeline.streams.fold import PAYMENT, REPORT, merchant_of
 from pipeline.streams.stream import Batch
-from pipeline.windows import Entity, Values, Windows
+from pipeline.tiles import Entity
+from pipeline.windows import Windows
 
 LABELS_PER_PASS = 20_000  # each has its tiles in memory while the log is read
 COLUMN: Mapping[Kind, str] = {"user": "user_id", "merchant": "merchant_id", "zone": "zone"}

@@ -17,10 +17,12 @@ from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature
 from pipeline.families import Family, needs_of, pack_definitions, plan, provides, unpack_definitions
 from pipeline.log import Log, Position
+from pipeline.reading import Values
 from pipeline.store import Command, Store
 from pipeline.streams.fold import Fold, as_hash
 from pipeline.streams.stream import Batch, Cut, Outcome, Stream, is_canary
-from pipeline.windows import Entity, Values, Windows
+from pipeline.tiles import Entity
+from pipeline.windows import Windows
 
 CACHED_USERS = 400_000
 RETENTION_MS = 168 * 3_600_000

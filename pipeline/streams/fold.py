@@ -17,7 +17,8 @@ from pipeline.extraction import Deltas
 from pipeline.families import Family
 from pipeline.store import Command, Store
 from pipeline.streams.stream import UNDECODABLE, Batch, Outcome
-from pipeline.windows import Entity, Windows
+from pipeline.tiles import Entity
+from pipeline.windows import Windows
 
 PAYMENT, REPORT = "payment", "fraud_report"
 PREFIXES: Mapping[Kind, str] = {"user": keys.USER, "merchant": keys.MERCHANT, "zone": keys.ZONE}
