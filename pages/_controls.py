@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dash
 import dash_mantine_components as dmc
-from dash import ClientsideFunction, Input, html
+from dash import ClientsideFunction, Dash, Input, html
 
 from pages._components import aria, state, tile
 
@@ -117,21 +116,22 @@ def _confirm() -> dmc.Modal:
     )
 
 
-def _clientside(name: str, *inputs: Input) -> None:
-    dash.clientside_callback(ClientsideFunction("nexus", name), *inputs, prevent_initial_call=True)
+def register(dashboard: Dash) -> None:
+    """The callbacks of the controls, all of them in the browser. Registered with the application rather than at import: a
+    second application in the same process has them too."""
 
+    def in_browser(name: str, *inputs: Input) -> None:
+        dashboard.clientside_callback(ClientsideFunction("nexus", name), *inputs, prevent_initial_call=True)
 
-for _name in SWITCHES:
-    _clientside("toggleSetting", Input(_name, "checked"))
-for _name in [*NUMBERS, URL]:
-    _clientside("editSetting", Input(_name, "value"))
-    _clientside("applySetting", Input(f"{_name}-apply", "n_clicks"), Input(_name, "n_submit"))
-for _name in [*SWITCHES, *NUMBERS, URL]:
-    _clientside("resetSetting", Input(f"{_name}-reset", "n_clicks"))
-_clientside(
-    "bridgeAction",
-    *[Input(name, "n_clicks") for name in ("bridge-pause", "bridge-resume", "bridge-reset", "open-circuit-yes")],
-)
-_clientside("confirmOpen", Input("bridge-open", "n_clicks"), Input("open-circuit-no", "n_clicks"))
-_clientside("testWholeWay", Input("bridge-test", "n_clicks"))
-_clientside("sendSample", Input("sample-send", "n_clicks"))
+    for name in SWITCHES:
+        in_browser("toggleSetting", Input(name, "checked"))
+    for name in [*NUMBERS, URL]:
+        in_browser("editSetting", Input(name, "value"))
+        in_browser("applySetting", Input(f"{name}-apply", "n_clicks"), Input(name, "n_submit"))
+    for name in [*SWITCHES, *NUMBERS, URL]:
+        in_browser("resetSetting", Input(f"{name}-reset", "n_clicks"))
+    clicked = ("bridge-pause", "bridge-resume", "bridge-reset", "open-circuit-yes")
+    in_browser("bridgeAction", *[Input(name, "n_clicks") for name in clicked])
+    in_browser("confirmOpen", Input("bridge-open", "n_clicks"), Input("open-circuit-no", "n_clicks"))
+    in_browser("testWholeWay", Input("bridge-test", "n_clicks"))
+    in_browser("sendSample", Input("sample-send", "n_clicks"))

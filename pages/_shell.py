@@ -8,6 +8,7 @@ import dash
 import dash_mantine_components as dmc
 from dash import ClientsideFunction, Dash, Input, dcc, html
 
+from pages import _controls
 from pages._components import aria, data, glyph
 
 TICK_MS = 1000
@@ -40,8 +41,9 @@ def layout(**_: object) -> dmc.MantineProvider:
 
 
 def register(dashboard: Dash) -> None:
-    """The shell's callbacks, all of them in the browser."""
+    """The callbacks of the shell and of the controls, all of them in the browser."""
     dashboard.clientside_callback(ClientsideFunction("nexus", "tick"), Input("tick", "n_intervals"))
+    _controls.register(dashboard)
 
 
 def _header() -> html.Header:

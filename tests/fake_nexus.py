@@ -227,6 +227,10 @@ class FakeNexus:
         self.requests: list[tuple[str, str]] = []
         self.received: list[Feed] = []
 
+    def dependencies(self) -> list[Feed]:
+        """The callbacks that a browser is told of."""
+        return list(self.app.test_client().get("/nexus/_dash-dependencies").json or [])
+
     def feed(self) -> Response | tuple[Response, int]:
         self.hold.wait(DEADLINE_S)
         if self.failing:

@@ -97,6 +97,12 @@ def _with(nexus: FakeNexus, page: Page, scenario: str) -> Page:
     return page.open()
 
 
+def test_a_second_dashboard_in_one_process_has_every_callback_of_the_first() -> None:
+    first, second = ([c["output"] for c in FakeNexus().dependencies()] for _ in range(2))
+    assert len(first) > 10
+    assert second == first
+
+
 @pytest.mark.parametrize(
     ("scenario", "level", "words"),
     [
