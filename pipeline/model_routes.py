@@ -9,11 +9,11 @@ import msgspec
 from flask import Blueprint, Response, request
 
 from pipeline.answers import answer, json_object, number
+from pipeline.demand_history import demand_counts
 from pipeline.errors import BadRequest, Fenced, NexusError, PartnerError, Unprocessable
 from pipeline.events import Rejected, decode, parse, parse_rfc3339, rfc3339
 from pipeline.models import demand
 from pipeline.registry import NAMES
-from pipeline.serving import demand_counts
 from pipeline.streams.inference import CITY, Inference, Malformed, Score
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pipeline import checkpoints, keys
+from pipeline.demand_history import demand_counts
 from pipeline.errors import Fenced, NexusError, NotFound
 from pipeline.events import rfc3339
 from pipeline.labelled import examples
 from pipeline.models import backtest, demand, fraud, training
-from pipeline.serving import demand_counts
 from pipeline.streams.inference import (
     CITY,
     VERSIONS_KEPT,

@@ -21,6 +21,7 @@ from pipeline.catalogue import FEATURES
 from pipeline.completeness import Backlog
 from pipeline.dead_letters import DeadLetters
 from pipeline.definitions import check
+from pipeline.demand_history import city_warming
 from pipeline.embedded import sync_to_disk
 from pipeline.errors import PartnerTimeout, StoreError
 from pipeline.events import rfc3339, uuid7
@@ -38,7 +39,7 @@ from pipeline.partner import Partner
 from pipeline.publisher import Publisher
 from pipeline.registry import Models
 from pipeline.retention import Retention
-from pipeline.serving import Serving, city_warming
+from pipeline.serving import Serving
 from pipeline.settings import Settings
 from pipeline.store import Store
 from pipeline.streams.aggregates import Aggregates
@@ -121,7 +122,11 @@ class Runtime:
             Job("feature sync", lambda: float(live["FEATURE_SYNC_INTERVAL"]), self.sync_features),
             Job("demand", lambda: 30.0, self._look_at_demand),
             Job("models", lambda: 60.0, self.models.look),
-            Job("retention", lambda: 10.0, lambda: self.retention.run(self.clock(), self.serving.memory_used())),
+            Job(
+                "retention",
+                lambda: 10.0,
+                lambda: self.retention.run(self.clock(), self.serving.store_watch.memory_used),
+            ),
             Job("memory", lambda: _FREEZE_S, tidy_memory),
         ]
         if self.settings.embedded and self.settings.store_fsync == "everysec":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -15,18 +14,16 @@ from pipeline import checkpoints, keys
 from pipeline.checkpoints import Audit
 from pipeline.errors import StoreError
 from pipeline.log import Head
-from pipeline.models import demand
+from pipeline.store_watch import StoreWatch
 from pipeline.streams.aggregates import RECENT_S, Aggregates
 from pipeline.streams.features import Features
-from pipeline.streams.inference import CITY, Inference, demand_key
+from pipeline.streams.inference import Inference
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
 HISTORY_S = 300
 RATE_S = 5.0  # rates are means over this long
-MIN_FREE_DISK = 64 << 20  # bytes
-REFUSE_AT = 0.85  # of the store's memory limit
 _TOP = 6
 _encode = msgspec.json.Encoder().encode
 _BEHIND_S = 10.0
@@ -56,12 +53,7 @@ class Serving:
         self._history: deque[tuple[Any, ...]] = deque(maxlen=HISTORY_S)
         self._body: dict[str, Any] = {}
         self._plain = b"{}"
-        self.store_status: dict[str, Any] = {
-            "status": "offline",
-            "detail": "not asked yet",
-            "used_bytes": None,
-            "max_bytes": None,
-        }
+        self.store_watch = StoreWatch(nexus.store, nexus.settings, nexus.ingest)
         self.audit: Audit | None = None
         self._errors_seen: deque[tuple[int, int]] = deque(maxlen=60)
 
@@ -80,11 +72,6 @@ class Serving:
         """The age of the oldest event that waits for the Python service, as of the last snapshot."""
         age: float | None = self._body.get("backlog", {}).get("oldest_age_s")
         return age
-
-    def memory_used(self) -> float:
-        """The share of the store's memory limit that was used at the last look, 0 without a limit."""
-        status = self.store_status
-        return status["used_bytes"] / status["max_bytes"] if status["max_bytes"] and status["used_bytes"] else 0.0
 
     def backlog_eta_s(self) -> float | None:
         """When the backlog will have drained, in seconds, as of the last snapshot; None where it does not shrink."""
@@ -106,7 +93,7 @@ class Serving:
         running = nexus.runner.state == "running" or owned
         partner = nexus.partner_status()["status"]
         healthy = local_ok and partner in ("online", "disabled") and lags.get("bridge", 0.0) < _BEHIND_S
-        healthy = healthy and self.store_status["status"] == "online"
+        healthy = healthy and self.store_watch.status["status"] == "online"
         status = "unhealthy" if not running else "healthy" if healthy else "degraded"
         streams = {
             name: {
@@ -130,7 +117,7 @@ class Serving:
                 "bridge_only": audit.head.bridge_only,
             },
             "unexplained": audit.unexplained,
-            "store": self.store_status,
+            "store": self.store_watch.status,
             "log": {
                 "ids": audit.head.ids,
                 "first_segment": audit.head.first_segment,
@@ -138,64 +125,11 @@ class Serving:
             },
         }
 
-    def watch_store(self) -> None:
-        """Ask the store how it is; close ingest near its memory limit and open it again. Raises StoreError when it is
-        away."""
-        nexus = self._nexus
-        try:
-            memory, persistence, replication = self._info()
-        except StoreError as error:
-            text = str(error)
-            status = (
-                "loading" if "LOADING" in text or "loading" in text else "readonly" if "READONLY" in text else "offline"
-            )
-            self.store_status.update(status=status, detail=error.message)
-            raise
-        used, limit = int(memory.get("used_memory", 0)), int(memory.get("maxmemory", 0))
-        detail, status = None, "online"
-        if persistence.get("loading") == "1":
-            status, detail = "loading", "the store is reading its data from disk; it takes requests once it has done so"
-        elif replication.get("role") == "slave" and replication.get("slave_read_only") == "1":
-            status, detail = "readonly", "the store is a replica and takes no writes; point REDIS_URL at its primary"
-        elif persistence.get("aof_enabled") == "0":
-            status, detail = (
-                "degraded",
-                "append-only file is off: a crash of the store loses acknowledged events; set appendonly yes",
-            )
-        elif persistence.get("aof_last_write_status") == "err":
-            status, detail = "full", "the store cannot write its append-only file: is its disk full?"
-        full = limit > 0 and used > limit * REFUSE_AT
-        free = shutil.disk_usage(nexus.settings.data_dir).free if nexus.settings.embedded else None
-        if free is not None and free < MIN_FREE_DISK:
-            # The write that first meets a full disk is still answered by the store: refuse before it comes to that.
-            full, status = True, "full"
-            detail = (
-                f"{free >> 20} MiB are free in {nexus.settings.data_dir}; ingest refuses below {MIN_FREE_DISK >> 20}"
-            )
-        elif full:
-            status, detail = (
-                "full",
-                f"{used / limit:.0%} of the memory limit is used; ingest refuses from {REFUSE_AT:.0%} on",
-            )
-        nexus.ingest.closed = detail if full else None
-        self.store_status = {
-            "status": status,
-            "detail": detail,
-            "used_bytes": used,
-            "max_bytes": limit or None,
-            "embedded": nexus.settings.embedded,
-        }
-
-    def _info(self) -> tuple[dict[str, str], ...]:
-        """The sections memory, persistence and replication; a store that is loading answers this too."""
-        sections = ("memory", "persistence", "replication")
-        return tuple(map(_section, self._nexus.store.many([("INFO", section) for section in sections])))
-
     def refresh(self) -> None:
         """The job: look at everything once. A store that is away shows as such."""
         nexus, now = self._nexus, time.monotonic()
         try:
-            self.watch_store()
+            self.store_watch.look()
             self.audit = checkpoints.audit(nexus.store)
             lags = self._lag_seconds(self.audit)
         except StoreError:
@@ -232,7 +166,7 @@ class Serving:
             "at": at,
             "boot": nexus.boot,
             "version": nexus.version,
-            "store": self.store_status,
+            "store": self.store_watch.status,
             "pipeline": {
                 "state": nexus.runner.state,
                 "detail": nexus.runner.detail,
@@ -369,26 +303,6 @@ class Serving:
         return {**dict(zip(names, columns, strict=False)), "lag": dict(zip(keys.STREAMS, columns[8:], strict=True))}
 
 
-def demand_counts(nexus: Runtime, zone: str, now_s: int) -> dict[int, float]:
-    """A zone's ride requests per step (start in epoch s -> count) over the history that forecasts use."""
-    starts = sorted({now_s - demand.HISTORY_S, now_s - demand.HISTORY_S // 2, now_s})
-    names = sorted({demand_key(zone, start) for start in starts})
-    counts: Counter[int] = Counter()
-    for flat in nexus.store.many([("HGETALL", name) for name in names]):
-        pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
-        for step, count in pairs:
-            counts[int(step)] += float(count)  # type: ignore[assignment]  # a feed may count in fractions
-    stream = nexus.stream("inference")
-    if isinstance(stream, Inference):
-        counts.update(stream.unwritten_requests(zone))
-    return {step: count for step, count in counts.items() if now_s - demand.HISTORY_S <= step <= now_s}
-
-
-def city_warming(nexus: Runtime, now_s: int) -> str | None:
-    """Why the city's demand has no forecast yet, or None."""
-    return demand.warming_up(demand_counts(nexus, CITY, now_s), now_s)
-
-
 def drain_s(pending: int | None, out: float, into: float) -> float | None:
     """How long a backlog lasts at these rates (events/s), None while it does not shrink; what goes through at once is
     none."""
@@ -402,13 +316,6 @@ def drain_s(pending: int | None, out: float, into: float) -> float | None:
 def _offered(head: Head | None) -> int:
     """Events accepted for the bridge so far."""
     return head.accepted + head.bridge_only if head is not None else 0
-
-
-def _section(raw: Any) -> dict[str, str]:
-    if isinstance(raw, dict):  # parsed by the client library
-        return {str(key): str(value) for key, value in raw.items()}
-    text = raw.decode() if isinstance(raw, bytes) else str(raw)
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
 
 
 def _top(counts: Counter[str], prefix: str) -> list[tuple[str, int]]:

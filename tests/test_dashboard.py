@@ -17,7 +17,7 @@ from werkzeug.serving import make_server
 from tests.fake_nexus import DEADLINE_S, STREAMS, FakeNexus
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def nexus_server() -> Iterator[tuple[FakeNexus, str]]:
     fake = FakeNexus()
     server = make_server("127.0.0.1", 0, fake.app, threaded=True)
@@ -28,7 +28,7 @@ def nexus_server() -> Iterator[tuple[FakeNexus, str]]:
     thread.join(DEADLINE_S)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     downloads = str(tmp_path_factory.mktemp("downloads"))
     with Browser("Chrome", headless=True, percy_run=False, download_path=downloads) as browser:

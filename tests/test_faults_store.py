@@ -88,7 +88,7 @@ def test_store_that_is_killed_and_comes_back_is_survived(
     with Load(send) as load:
         server.kill()
         until(lambda: load.statuses[503] > 3, "events to be refused")
-        until(lambda: running.serving.store_status["status"] == "offline", "the store to show as offline")
+        until(lambda: running.serving.store_watch.status["status"] == "offline", "the store to show as offline")
         assert send("GET", "/healthz", None)[0] == 200
         assert send("GET", "/readyz", None)[0] == 503
         began = time.monotonic()
@@ -111,7 +111,7 @@ def test_store_that_loads_its_data_for_long_is_waited_for(
         ballast.execute()
         server.kill()
         server.start("--key-load-delay", "100", wait=False)
-        until(lambda: running.serving.store_status["status"] == "loading", "the store to show as loading")
+        until(lambda: running.serving.store_watch.status["status"] == "loading", "the store to show as loading")
         refused = load.statuses[503]
         until(lambda: load.statuses[503] > refused, "events to be refused meanwhile")
         until(lambda: server.client.config_set("key-load-delay", 0), "the store to have loaded")
@@ -132,7 +132,7 @@ def test_store_that_is_read_only_for_a_while_is_survived(
         until(lambda: load.statuses[503] > 3, "events to be refused")
         until(lambda: running.runner.state == "restarting", "the pipeline to notice")
         until(lambda: "read only" in (running.runner.detail or ""), "the reason to be told")
-        until(lambda: running.serving.store_status["status"] == "readonly", "the store to show as read-only")
+        until(lambda: running.serving.store_watch.status["status"] == "readonly", "the store to show as read-only")
         assert send("GET", "/api/ml/events?limit=1", None)[0] == 200  # reads go on
         server.client.replicaof("NO", "ONE")
         took_s = back_after(running, load, time.monotonic())
@@ -156,7 +156,7 @@ def test_at_the_memory_limit_ingest_refuses_whole_batches_while_commits_drain_an
         assert int(answer.headers["Retry-After"]) >= 1
         assert running.log.head() == before  # nothing of the batch was taken, not even its count
         settled(send)  # what had been accepted is committed over the limit
-        until(lambda: running.serving.store_status["status"] == "full", "the store to show as full")
+        until(lambda: running.serving.store_watch.status["status"] == "full", "the store to show as full")
         server.client.config_set("maxmemory", 0)
         took_s = back_after(running, load, time.monotonic())
 
@@ -177,7 +177,7 @@ def test_full_disk_is_told_with_503_and_ingest_opens_again_when_there_is_room(
         assert answer.status_code == 503
         assert int(answer.headers["Retry-After"]) >= 1
         assert answer.get_json()["error"]["code"] == "store_full"
-        until(lambda: running.serving.store_status["status"] == "full", "the store to show as full")
+        until(lambda: running.serving.store_watch.status["status"] == "full", "the store to show as full")
         server.free_disk()
         took_s = back_after(running, load, time.monotonic())
 

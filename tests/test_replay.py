@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import replay
+from pipeline import recorded, replay
 from pipeline.post import Outbox, Pace, Poster, Receipt, Refused, Unanswered
 
 ROOT = Path(__file__).parents[1]
@@ -378,17 +378,17 @@ def test_rows_that_were_not_taken_are_told_with_number_and_reason(
 )
 def test_local_times_are_right_across_the_change_of_clocks(local: str, utc: str) -> None:
     expected = datetime.fromisoformat(utc).replace(tzinfo=UTC).timestamp() * 1000
-    assert replay.time_parser("iso", NEW_YORK)(local) == expected
+    assert recorded.time_parser("iso", NEW_YORK)(local) == expected
 
 
 @given(st.datetimes(datetime(1971, 1, 1), datetime(2037, 1, 1), timezones=st.just(UTC)))
 def test_any_instant_written_with_its_offset_or_as_a_number_comes_back(instant: datetime) -> None:
     exact = instant.replace(microsecond=instant.microsecond // 1000 * 1000)
     milliseconds = (exact - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
-    assert replay.time_parser("iso", UTC)(exact.astimezone(NEW_YORK).isoformat()) == milliseconds
-    assert replay.time_parser("%d/%m/%Y %H:%M:%S.%f", UTC)(f"{exact:%d/%m/%Y %H:%M:%S.%f}") == milliseconds
-    assert replay.time_parser("ms", UTC)(str(milliseconds)) == milliseconds
-    assert replay.time_parser("s", UTC)(str(milliseconds / 1000)) == milliseconds
+    assert recorded.time_parser("iso", UTC)(exact.astimezone(NEW_YORK).isoformat()) == milliseconds
+    assert recorded.time_parser("%d/%m/%Y %H:%M:%S.%f", UTC)(f"{exact:%d/%m/%Y %H:%M:%S.%f}") == milliseconds
+    assert recorded.time_parser("ms", UTC)(str(milliseconds)) == milliseconds
+    assert recorded.time_parser("s", UTC)(str(milliseconds / 1000)) == milliseconds
 
 
 def test_numbers_stay_numbers_and_ids_stay_text(nexus: FakeNexus, tmp_path: Path) -> None:
@@ -406,14 +406,14 @@ def test_numbers_stay_numbers_and_ids_stay_text(nexus: FakeNexus, tmp_path: Path
 @given(st.integers(-(10**14), 10**14) | st.floats(allow_nan=False, allow_infinity=False).map(lambda x: round(x, 6)))
 def test_a_number_is_read_as_json_reads_it(value: float) -> None:
     text = json.dumps(value)
-    guessed = replay.guess(text)
+    guessed = recorded.guess(text)
     assert guessed in (json.loads(text), text)
     assert guessed != text or "e" in text or len(text) > 15
 
 
 def test_text_that_only_resembles_a_number_stays_text() -> None:
     for text in ("007", "1_000", "nan", "inf", "0x10", "1e999", "12345678901234567890", "٣", "+5", "1.", " 5", ""):
-        assert replay.guess(text) == text
+        assert recorded.guess(text) == text
 
 
 @pytest.mark.parametrize(
@@ -547,8 +547,8 @@ def test_at_a_chosen_speed_an_event_is_sent_when_its_recorded_time_has_come(nexu
         def update(self, count: int = 1) -> None: ...
 
     minutes = [0, 1, 2, 30, 15, 60]  # at 60 times the pace: 0, 1, 2, 30 s, out of order, 60 s
-    items: list[replay.Item] = [
-        replay.Event(n + 1, minute * 60_000, each)
+    items: list[recorded.Item] = [
+        recorded.Event(n + 1, minute * 60_000, each)
         for n, (minute, each) in enumerate(zip(minutes, encoded(6), strict=True))
     ]
     with Recorder(nexus.url, "replay") as poster:

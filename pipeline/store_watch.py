@@ -1,0 +1,95 @@
+"""Watches the store: whether it is there, how full it is, and whether ingest must refuse until there is room again."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from pipeline.errors import StoreError
+from pipeline.ingest import Ingest
+from pipeline.settings import Settings
+from pipeline.store import Store
+
+MIN_FREE_DISK = 64 << 20  # bytes
+REFUSE_AT = 0.85  # of the store's memory limit
+_SECTIONS = ("memory", "persistence", "replication")
+_NO_AOF = "append-only file is off: a crash of the store loses acknowledged events; set appendonly yes"
+
+
+class StoreWatch:
+    """What the store said of itself at the last look: status (online, degraded, full, readonly, loading, offline), bytes."""
+
+    def __init__(self, store: Store, settings: Settings, ingest: Ingest) -> None:
+        self._store, self._settings, self._ingest = store, settings, ingest
+        self.status: dict[str, Any] = {
+            "status": "offline",
+            "detail": "not asked yet",
+            "used_bytes": None,
+            "max_bytes": None,
+        }
+
+    @property
+    def memory_used(self) -> float:
+        """The share of the memory limit that was used, 0 without a limit."""
+        used, limit = self.status["used_bytes"], self.status["max_bytes"]
+        return used / limit if used and limit else 0.0
+
+    def look(self) -> None:
+        """Ask the store; close ingest near its memory limit and open it again. Raises StoreError when it is away."""
+        try:
+            memory, persistence, replication = self._info()
+        except StoreError as error:
+            self.status.update(status=_why_away(str(error)), detail=error.message)
+            raise
+        used, limit = int(memory.get("used_memory", 0)), int(memory.get("maxmemory", 0))
+        status, detail = _condition(persistence, replication)
+        full = self._no_room(used, limit)
+        if full is not None:
+            status, detail = "full", full
+        self._ingest.closed = full
+        self.status = {
+            "status": status,
+            "detail": detail,
+            "used_bytes": used,
+            "max_bytes": limit or None,
+            "embedded": self._settings.embedded,
+        }
+
+    def _info(self) -> tuple[dict[str, str], ...]:
+        """The sections of INFO; a store that is loading answers this too."""
+        return tuple(map(_section, self._store.many([("INFO", section) for section in _SECTIONS])))
+
+    def _no_room(self, used: int, limit: int) -> str | None:
+        """Why ingest must refuse. The write that first meets a full disk is still answered by the store, so it is refused
+        before it comes to that."""
+        folder = self._settings.data_dir
+        if self._settings.embedded and (free := shutil.disk_usage(folder).free) < MIN_FREE_DISK:
+            return f"{free >> 20} MiB are free in {folder}; ingest refuses below {MIN_FREE_DISK >> 20}"
+        if limit > 0 and used > limit * REFUSE_AT:
+            return f"{used / limit:.0%} of the memory limit is used; ingest refuses from {REFUSE_AT:.0%} on"
+        return None
+
+
+def _why_away(error: str) -> str:
+    if "loading" in error.lower():
+        return "loading"
+    return "readonly" if "READONLY" in error else "offline"
+
+
+def _condition(persistence: dict[str, str], replication: dict[str, str]) -> tuple[str, str | None]:
+    if persistence.get("loading") == "1":
+        return "loading", "the store is reading its data from disk; it takes requests once it has done so"
+    if replication.get("role") == "slave" and replication.get("slave_read_only") == "1":
+        return "readonly", "the store is a replica and takes no writes; point REDIS_URL at its primary"
+    if persistence.get("aof_enabled") == "0":
+        return "degraded", _NO_AOF
+    if persistence.get("aof_last_write_status") == "err":
+        return "full", "the store cannot write its append-only file: is its disk full?"
+    return "online", None
+
+
+def _section(raw: Any) -> dict[str, str]:
+    if isinstance(raw, dict):  # parsed by the client library
+        return {str(key): str(value) for key, value in raw.items()}
+    text = raw.decode() if isinstance(raw, bytes) else str(raw)
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
