@@ -73,6 +73,19 @@ def lease(store: Store) -> Lease:
     return made
 
 
+def test_definitions_are_known_after_crashes_on_both_sides_of_the_first_checkpoint(store: Store, lease: Lease) -> None:
+    append(Log(store), [response()], NOON)
+    first = Worker(store, lease, OLD)
+    first.feed()
+    first.checkpoint(skip_final=True)
+    second = Worker(store, lease, OLD)
+    second.feed()
+    second.checkpoint()  # of an event that is in its row already
+    third = Worker(store, lease, OLD)
+    assert third.stream.served == OLD
+    assert third.stream.backfill is None
+
+
 def events(user: str, n: int) -> list[dict[str, Any]]:
     found = [event(user=user, timestamp=NOON - i * MINUTE_MS) for i in range(n)]
     found += [response(user, response_time=float(i), timestamp=NOON - i * HOUR_MS) for i in range(n)]

@@ -52,7 +52,8 @@ def test_canary_leaves_no_trace(store, kind):
     stream.load(NOON)
     stream.process(Batch(frames(log)), NOON)
     write(store, stream.cut(NOON))
-    assert set(store.call("KEYS", "*")) == before
+    # The definitions go with the first checkpoint, whatever it is of.
+    assert set(store.call("KEYS", "*")) - {keys.DEFINITIONS.encode()} == before
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -148,9 +148,8 @@ class Features(Stream):
             fold = self.fold
             dirty = list(fold.tables["user"].dirty)
             chunks = self._locked(fold.chunks(now))
-            dirty_at_all = any(table.dirty for table in fold.tables.values())
             final = fold.paid()
-            if self._unsaved is not None and dirty_at_all:
+            if self._unsaved is not None:
                 final.append(("SET", keys.DEFINITIONS, self._unsaved))
                 self._unsaved = None
 
