@@ -102,7 +102,7 @@ class FeatureStore:
 
     def partner(self, user_ids: Sequence[str]) -> dict[str, Partner]:
         """What the Python service has in its public keys."""
-        return foreign.read(self._store, user_ids)[0]
+        return foreign.read(self._store, user_ids, self._clock())[0]
 
     def combine(self, user_ids: Sequence[str], names: frozenset[str] | None = None) -> dict[str, Combined]:
         """The merged vectors of users as of now; of unknown users, empty ones. One round trip at most."""
@@ -110,7 +110,7 @@ class FeatureStore:
         hybrid = bool(self._settings["HYBRID_FEATURE_MODE"])
         absent = stream.absent(user_ids)
         prefix = stream.fold.tables["user"].prefix
-        partners, hashes = foreign.read(self._store, user_ids if hybrid else (), [prefix + i for i in absent])
+        partners, hashes = foreign.read(self._store, user_ids if hybrid else (), at, [prefix + i for i in absent])
         nexus = stream.values(user_ids, at, hashes=dict(zip(absent, hashes, strict=True)))
         lag_s = self._lag_s()
         own = {"owner": "nexus", "computed_at": rfc3339(at - int(lag_s * 1000)), "age_s": round(lag_s, 3)}
@@ -211,5 +211,8 @@ def _preferred(feature: Feature | None, ours: _Side, theirs: _Side) -> str:
 
 def _agree(a: Any, b: Any, tolerance: float) -> bool:
     if type(a) in (int, float) and type(b) in (int, float):
-        return bool(abs(a - b) <= tolerance * max(abs(a), abs(b)))
+        try:
+            return bool(abs(a - b) <= tolerance * max(abs(a), abs(b)))
+        except OverflowError:  # a foreign whole number that no float can hold
+            return False
     return bool(a == b)

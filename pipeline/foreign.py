@@ -11,11 +11,12 @@ import redis
 
 from pipeline import keys
 from pipeline.errors import BadRequest
-from pipeline.events import parse_rfc3339
+from pipeline.events import MAX_AHEAD_MS, parse_rfc3339
 from pipeline.store import Store, translate
 
 _decode = msgspec.json.Decoder().decode
 _EARLIEST_MS = 10**11  # a number below is seconds
+_FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999: RFC 3339 has no others
 
 
 @dataclass(slots=True)
@@ -27,7 +28,9 @@ class Partner:
     malformed: str | None = None
 
 
-def read(store: Store, user_ids: Sequence[str], own: Sequence[str] = ()) -> tuple[dict[str, Partner], list[Any]]:
+def read(
+    store: Store, user_ids: Sequence[str], now: int, own: Sequence[str] = ()
+) -> tuple[dict[str, Partner], list[Any]]:
     """What the Python service has of users, and the hashes under the keys `own`, in one round trip. Raises StoreError."""
     names = [keys.PARTNER + user_id for user_id in user_ids]
     if not names and not own:
@@ -37,7 +40,7 @@ def read(store: Store, user_ids: Sequence[str], own: Sequence[str] = ()) -> tupl
     else:
         answer = store.run("vectors", [*names, *own], [len(names)])
         found, hashes = answer[: len(names)], answer[len(names) :]
-    partners = {user: _partner(raw, name) for user, raw, name in zip(user_ids, found, names, strict=True)}
+    partners = {user: _partner(raw, name, now) for user, raw, name in zip(user_ids, found, names, strict=True)}
     return partners, hashes
 
 
@@ -63,19 +66,19 @@ def _each(store: Store, names: Sequence[str], own: Sequence[str]) -> tuple[list[
     return found, answers[2 * len(names) :]
 
 
-def _partner(raw: Any, name: str) -> Partner:
+def _partner(raw: Any, name: str, now: int) -> Partner:
     if raw is None:
         return Partner()
     if isinstance(raw, bytes):
-        return _from_json(raw, name)
+        return _from_json(raw, name, now)
     if isinstance(raw, dict):
-        return _from_hash(raw)
+        return _from_hash(raw, now)
     if len(raw) == 1:
         return Partner(malformed=f"{name} is neither a string nor a hash")
-    return _from_hash(dict(zip(raw[::2], raw[1::2], strict=True)))
+    return _from_hash(dict(zip(raw[::2], raw[1::2], strict=True)), now)
 
 
-def _from_json(raw: bytes, name: str) -> Partner:
+def _from_json(raw: bytes, name: str, now: int) -> Partner:
     try:
         value = _decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -87,16 +90,16 @@ def _from_json(raw: bytes, name: str) -> Partner:
         features = {k: v for k, v in value.items() if k not in ("user_id", "computed_at")}
     if not isinstance(features, dict):
         return Partner(malformed=f"{name} has no object 'features'")
-    return Partner(features, _moment(value.get("computed_at")))
+    return Partner(features, _moment(value.get("computed_at"), now))
 
 
-def _from_hash(flat: dict[Any, Any]) -> Partner:
+def _from_hash(flat: dict[Any, Any], now: int) -> Partner:
     found: dict[str, Any] = {}
     computed_at = None
     for raw_name, raw in flat.items():
         name, text = raw_name.decode(errors="replace"), raw.decode(errors="replace")
         if name == "computed_at":
-            computed_at = _moment(_plain(text))
+            computed_at = _moment(_plain(text), now)
         elif name == "features" and isinstance(value := _plain(text), dict):
             found.update(value)
         elif name != "user_id":
@@ -112,20 +115,24 @@ def _plain(text: str) -> Any:
         return text
 
 
-def _moment(value: Any) -> int | None:
+def _moment(value: Any, now: int) -> int | None:
+    """Epoch ms of a foreign stamp, None where it tells no age: no time at all, or one that has yet to come (another unit,
+    a clock that is wrong), which would count as fresh until then."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return int(value if value > _EARLIEST_MS else value * 1000)
-    if isinstance(value, str):
+        ms = value if value > _EARLIEST_MS else value * 1000
+    elif isinstance(value, str):
         try:
-            return read_moment("computed_at", value)
+            ms = read_moment("computed_at", value)
         except BadRequest:
             return None
-    return None
+    else:
+        return None
+    return int(ms) if _FIRST_MS <= ms <= now + MAX_AHEAD_MS else None
 
 
 def read_moment(name: str, text: str) -> int:
     """Epoch ms of a query parameter: RFC 3339 or epoch milliseconds. Raises BadRequest that names it."""
-    if text.removeprefix("-").isdecimal() and len(text) < 18:
+    if text.removeprefix("-").isdecimal() and len(text) < 18 and _FIRST_MS <= int(text) <= _LAST_MS:
         return int(text)
     try:
         return parse_rfc3339(text.replace(" ", "+"))[0]  # a plus sign unescaped in a query arrives as a space

@@ -88,6 +88,24 @@ def test_what_a_foreign_partner_wrote_wrongly_does_not_spoil_the_answer(nexus, c
     assert found["combined_features"]["combined"]["acceptance_rate"] == 1.0
 
 
+@pytest.mark.parametrize("stamp", ["1795632937098228568", "1795632937098228", "1e300", "-1e20", "9999-01-01T00:00:00Z"])
+def test_foreign_stamp_that_is_no_past_time_is_of_unknown_age(nexus, client, stamp):
+    post(client, response("u2"))
+    nexus.store.call("HSET", "features:u1", "score", "0.5", "computed_at", stamp)
+    nexus.store.call("SET", "features:u2", json.dumps({"features": {"score": 1}, "computed_at": stamp}))
+    one, many = client.get("/api/ml/features/u1"), client.post("/api/ml/features", json={"user_ids": ["u1", "u2"]})
+    assert one.status_code == many.status_code == 200
+    for meta in (one.json["meta"], both(client, "u1")["meta"], *[u["meta"] for u in many.json["users"].values()]):
+        assert (meta["score"]["computed_at"], meta["score"]["age_s"]) == (None, None)
+        assert meta["score"]["verdict"] == "stale"
+
+
+def test_foreign_whole_number_beyond_any_float_does_not_spoil_the_answer(nexus, client):
+    post(client, response("u1"))
+    nexus.store.call("HSET", "features:u1", "acceptance_rate", "9" * 400)
+    assert both(client, "u1")["meta"]["acceptance_rate"]["agrees"] is False
+
+
 def test_key_of_another_type_does_not_spoil_the_answer(nexus, client):
     nexus.store.call("RPUSH", "features:u1", "x")
     post(client, response("u1"))

@@ -450,6 +450,13 @@ def test_features_as_of_a_past_moment_are_those_of_then(nexus, client):
     assert_error(client.get("/api/ml/features/driver_1?as_of=never"), 400)
 
 
+@pytest.mark.parametrize("moment", ["99999999999999999", "-9999999999999999", "253402300800000", "-62135596800001"])
+def test_moment_outside_the_calendar_is_400(client, moment):
+    for path in ("features/driver_1?as_of=", "features/driver_1?known_at=", "events?since=", "aggregates?until="):
+        assert_error(client.get(f"/api/ml/{path}{moment}"), 400, "invalid_time")
+    assert_error(client.get("/api/ml/features/driver_1?as_of=-62135596800000"), 404)
+
+
 def test_features_of_many_users_in_one_call(client):
     post(client, response("driver_1"), response("driver_2"))
     body = {"user_ids": ["driver_1", "driver_2", "nobody"], "names": ["event_count_5m"]}
