@@ -22,8 +22,9 @@ from pipeline.checkpoints import Progress
 from pipeline.definitions import Feature
 from pipeline.events import Parsed, parse
 from pipeline.feature_store import FeatureStore
+from pipeline.frames import Frame, Position
 from pipeline.lease import Lease
-from pipeline.log import Frame, Log, Position, Request
+from pipeline.log import Log, Request
 from pipeline.store import Store
 from pipeline.streams.features import Features
 from pipeline.streams.storage import EventStore, Storage

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pipeline import events as event_forms
 from pipeline.canary import Canary
 from pipeline.errors import BadRequest, TooLarge
-from pipeline.ingest import MAX_EVENTS, Verdicts, judge
-from pipeline.log import ALL_STREAMS, BRIDGE_ONLY, Taken
+from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY
+from pipeline.ingest import Verdicts, judge
+from pipeline.log import Taken
 from pipeline.lookups import bridge_refusals
+from pipeline.posted import MAX_EVENTS, read_source
 from pipeline.streams.inference import Inference
 
 if TYPE_CHECKING:
@@ -158,10 +160,8 @@ def _events(body: dict[str, Any]) -> list[Any]:
 
 
 def _source(body: dict[str, Any]) -> str:
-    source = body.get("source", "bridge")
-    if not isinstance(source, str) or not 1 <= len(source) <= 64 or len(source.encode()) > 128:
-        raise BadRequest("invalid_source", "'source' is a string of 1 to 64 characters, or absent")
-    return source
+    source = body.get("source")
+    return "bridge" if source is None else read_source(source)
 
 
 def _ms(began: float) -> float:

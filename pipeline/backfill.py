@@ -20,7 +20,8 @@ import msgspec
 from pipeline import checkpoints, keys
 from pipeline.definitions import Feature
 from pipeline.families import Family, pack_definitions
-from pipeline.log import Frame, Log, Position
+from pipeline.frames import Frame, Position
+from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.fold import PREFIXES, Fold
 from pipeline.streams.stream import Batch

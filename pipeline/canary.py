@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import events as event_forms
 from pipeline.errors import NexusError, PartnerError
+from pipeline.frames import ALL_STREAMS, CANARY
 from pipeline.ingest import Verdicts
 from pipeline.keys import LOCAL_STREAMS
-from pipeline.log import ALL_STREAMS, CANARY, Taken
+from pipeline.log import Taken
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from pipeline import keys
-from pipeline.log import Head, Position
+from pipeline.frames import Position
+from pipeline.log import Head
 from pipeline.store import Command, Store, Word
 
 JOURNAL_LENGTH = 20_000  # commits remembered per stream: hours at one a second, days when quiet
@@ -131,10 +132,11 @@ def read(store: Store, streams: Sequence[str]) -> dict[str, Position]:
 def audit(store: Store) -> Audit:
     """Every stream's account, from the counters themselves, in one consistent read."""
     answer = store.run("audit", (keys.HEAD, keys.LOG, keys.CHECKPOINT, keys.OWNER), keys.STREAMS)
+    store.saw_time(int(answer[2]))
     head = Head.unpack(answer[0])
     owner = _pairs(answer[1])
     accounts = {}
-    for stream, row in zip(keys.STREAMS, answer[2:], strict=True):
+    for stream, row in zip(keys.STREAMS, answer[3:], strict=True):
         processed, dead, at, pending, segment, offset, index, ordinal = (int(v) for v in row)
         accepted = head.accepted + (head.bridge_only if stream == "bridge" else 0)
         accounts[stream] = Account(accepted, processed, dead, pending, at, Position(segment, offset, index, ordinal))

@@ -9,7 +9,8 @@ from zlib import crc32
 
 import numpy as np
 
-from pipeline.log import BRIDGE_ONLY, Log, Position
+from pipeline.frames import BRIDGE_ONLY, Position
+from pipeline.log import Log
 from pipeline.streams.stream import Batch
 
 MOST_EVENTS = 5_000_000  # remembered of a backlog: 20 MB; beyond this the figure is a least one

@@ -12,7 +12,8 @@ import msgspec
 from pipeline import keys
 from pipeline.errors import BadRequest
 from pipeline.events import Rejected, parse_rfc3339, rfc3339
-from pipeline.log import Log, record
+from pipeline.frames import record
+from pipeline.log import Log
 from pipeline.lookups import event_object
 from pipeline.store import Store
 

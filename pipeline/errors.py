@@ -8,7 +8,7 @@ NexusError                500  anything that Nexus raises on purpose
 ├── Unprocessable         422  read, but not acceptable
 ├── AlreadyRunning        409  another process owns the data folder or the port
 ├── StoreError            503  the store did not do what was asked
-│   ├── StoreUnavailable       away, loading, read-only; a write whose answer is lost may have happened
+│   ├── StoreUnavailable       away, loading, read-only; `lost`: the write may have happened
 │   └── StoreFull              it takes no more (memory limit, disk): nothing was written
 ├── Fenced                503  the writer lost the lease: drop what it holds, read the checkpoint again
 ├── StreamError           500  a stream could not process an event
@@ -104,7 +104,13 @@ class StoreError(_Busy):
 
 
 class StoreUnavailable(StoreError):
+    """`lost`: the connection broke before the answer came, so that what was asked may have been done."""
+
     default_code = "store_unavailable"
+
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
 
 
 class StoreFull(StoreError):

@@ -15,6 +15,7 @@ from pipeline.settings import RUNTIME, SPECS, Settings
 from pipeline.store import Command, Store
 
 AUDIT_LENGTH = 1_000
+MAX_REASON = 500
 _encode = msgspec.json.Encoder().encode
 
 
@@ -57,6 +58,8 @@ class LiveSettings:
     def change(self, wanted: Mapping[str, Any], reason: str | None, by: str) -> None:
         """Set values, null goes back to the environment's; all or none. Raises SettingError, Unprocessable,
         StoreError."""
+        if reason is not None and len(reason) > MAX_REASON:
+            raise Unprocessable("reason_too_long", f"a reason has at most {MAX_REASON} characters, this one {len(reason)}")
         parsed: dict[str, Any] = {}
         for name, value in wanted.items():
             if name not in RUNTIME:

@@ -1,10 +1,6 @@
 """The log: accept, read, fetch, trim. It is the truth, and the write-ahead log of everything else.
 
-A segment is a string to which frames are appended; a frame holds the events of one request. An address is
-segment * 2^24 + byte offset; an event's place is address of its frame * 8192 + index in the frame.
-
-    frame   57-byte header (lua/accept.lua packs it) | source | n offsets (u32) | n records
-    record  event time (i64, epoch ms) | the event's stored JSON
+A segment is a string to which frames (frames.py) are appended, up to 8 MiB or one hour of them.
 """
 
 from __future__ import annotations
@@ -13,43 +9,42 @@ import hashlib
 import logging
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import msgspec
 
 from pipeline import keys
-from pipeline.events import Parsed, Stored
+from pipeline.errors import StoreUnavailable
+from pipeline.events import Parsed
+from pipeline.frames import (
+    ALL_STREAMS,
+    HEADER,
+    PER_FRAME,
+    REDRIVE,
+    SHIFT,
+    Frame,
+    Position,
+    header_at,
+    parse_frames,
+    record,
+    split,
+)
 from pipeline.store import Store
 
 SEGMENT_BYTES = 8 << 20
 SEGMENT_MS = 3_600_000
-MAX_FRAME_EVENTS = 5_000
-ALL_STREAMS = 0b11111
-BRIDGE_ONLY = 0b10000
-CANARY = 0b100000
-REDRIVE = 0b1000000
 
-_HEADER = struct.Struct("<2sBBHIQQ6s6s6s6s6sB")
 _HEAD = struct.Struct("<18Q")
-_TS = struct.Struct("<q")
-_SHIFT = 24
 _DAMAGE_KEPT = 4096
 _TAIL_EVENTS = 20_000
 _FORGET_WORDS = 2_000
+_PATIENCE_MS = 4_000  # less than the connection's time-out: whoever is told no must not find it done later
+_INSIST_S = 3.0  # the embedded store is back within this
+_PLACE = struct.Struct("<6sH")
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where a stream stands: the next frame, the next event in it, and how many events the log held before it."""
-
-    segment: int = 1
-    offset: int = 0
-    index: int = 0
-    ordinal: int = 0
 
 
 @dataclass(slots=True)
@@ -75,27 +70,6 @@ class Head:
             return cls()
         v = _HEAD.unpack(raw)
         return cls(v[0], v[1], v[2], v[3:8], v[8], v[9], v[10], v[11], v[12], v[15], v[16], v[17])
-
-
-@dataclass(slots=True)
-class Frame:
-    """The events of one request."""
-
-    address: int
-    next: int
-    to: int
-    received_at: int
-    ordinal: int
-    source: str
-    records: list[bytes]
-    events: list[Stored] | None = None  # decoded, where this process has just appended the frame itself
-    broken: bool = False  # undecodable: one record per missing event, the first holds the raw bytes
-
-    def place(self, index: int) -> int:
-        return self.address * 8192 + index
-
-    def after(self) -> Position:
-        return Position(self.next >> _SHIFT, self.next & 0xFFFFFF, 0, self.ordinal + len(self.records))
 
 
 @dataclass(slots=True)
@@ -146,9 +120,11 @@ class Log:
         self._tail_lock = threading.Lock()
 
     def accept(self, requests: Sequence[Request], now: int) -> list[Taken]:
-        """Take the requests in one atomic step; `now` in epoch ms. Raises StoreUnavailable or StoreFull: nothing is
-        taken
-        then, unless the answer was lost."""
+        """Take the requests in one atomic step; `now` in epoch ms. Raises StoreUnavailable or StoreFull: nothing was taken.
+
+        Where the connection breaks before the answer, they are brought again until it is known: the ids tell what the store
+        had taken already. Only a store that stays away longer than that leaves it open.
+        """
         args: list[str | bytes | int] = [
             now,
             sum(r.rejected for r in requests),
@@ -156,19 +132,38 @@ class Log:
             SEGMENT_MS,
             len(requests),
         ]
-        records = [[_TS.pack(event.ts) + event.body for event in request.events] for request in requests]
+        records = [[record(event.ts, event.body) for event in request.events] for request in requests]
         for request, packed in zip(requests, records, strict=True):
             args += [request.to, request.source.encode(), len(packed)]
             args.append(b"".join([digest(event.event_id) for event in request.events]))
             args += packed
-        answer = self._store.run("accept", (keys.HEAD, keys.LOG, keys.ID, keys.SEGMENTS), args)
+        answer, again = self._accept(args)
         found = []
         for row, request, packed in zip(answer, requests, records, strict=True):
             taken = Taken(int(row[0]), row[1] + row[2], row[2], row[4:])
             if taken.taken:
                 self._remember(taken, int(row[3]), request, packed)
+            if again:  # an id that was made here is known to the store only if the first try got there
+                ours = {i for i in taken.duplicates if request.events[i].id_made}
+                taken.taken += len(ours)
+                taken.duplicates = [i for i in taken.duplicates if i not in ours]
             found.append(taken)
         return found
+
+    def _accept(self, args: list[str | bytes | int]) -> tuple[Any, bool]:
+        """The script's answer, and whether it took more than one try."""
+        names = (keys.HEAD, keys.LOG, keys.ID, keys.SEGMENTS)
+        lost: StoreUnavailable | None = None
+        until = 0.0
+        while True:
+            try:
+                return self._store.run("accept", names, [*args, self._store.deadline(_PATIENCE_MS)]), lost is not None
+            except StoreUnavailable as error:
+                if lost is None and error.lost:
+                    lost, until = error, time.monotonic() + _INSIST_S
+                if lost is None or time.monotonic() > until:
+                    raise
+                time.sleep(0.02)
 
     def _remember(self, taken: Taken, received_at: int, request: Request, records: list[bytes]) -> None:
         """Keep an appended frame for the readers that follow at once."""
@@ -177,7 +172,7 @@ class Log:
             known = set(taken.duplicates)
             records = [packed for i, packed in enumerate(records) if i not in known]
             events = [event for i, event in enumerate(events) if i not in known]
-        size = _HEADER.size + len(request.source.encode()) + 4 * len(records) + sum(map(len, records))
+        size = HEADER.size + len(request.source.encode()) + 4 * len(records) + sum(map(len, records))
         first = taken.end - taken.taken
         frame = Frame(
             taken.address, taken.address + size, request.to, received_at, first, request.source, records, events
@@ -202,7 +197,7 @@ class Log:
     def _recent(self, position: Position, limit: int) -> list[Frame]:
         """The frames from a position on that this process has just appended."""
         frames: list[Frame] = []
-        address, ordinal, size = (position.segment << _SHIFT) + position.offset, position.ordinal - position.index, 0
+        address, ordinal, size = (position.segment << SHIFT) + position.offset, position.ordinal - position.index, 0
         while size < limit and (frame := self._tail.get(address)) is not None and frame.ordinal == ordinal:
             frames.append(frame)
             size += frame.next - address
@@ -222,7 +217,7 @@ class Log:
                 (("GET", keys.HEAD), ("GETRANGE", f"{keys.LOG}{segment}", offset, offset + limit - 1))
             )
             head = Head.unpack(raw_head)
-            frames, damaged = _parse(chunk, segment, offset)
+            frames, damaged = parse_frames(chunk, segment, offset)
             if frames:
                 return frames
             if damaged:
@@ -242,14 +237,14 @@ class Log:
         and the offset behind it. None where no event is missing: something else was written there."""
         raw: bytes = self._store.call("GET", f"{keys.LOG}{segment}") or b""
         head = self.head()
-        if header := _header(raw, offset, any_version=True):
-            end, upto, to, received = offset + _HEADER.size + header[4], header[6] + header[3], header[2], header[5]
+        if header := header_at(raw, offset, any_version=True):
+            end, upto, to, received = offset + HEADER.size + header[4], header[6] + header[3], header[2], header[5]
         else:
             end, to, received = offset + 1, ALL_STREAMS, head.last_arrival
-            while (end := raw.find(b"NX", end)) >= 0 and not _header(raw, end):
+            while (end := raw.find(b"NX", end)) >= 0 and not header_at(raw, end):
                 end += 1
             if end >= 0:
-                upto = _HEADER.unpack_from(raw, end)[6]
+                upto = HEADER.unpack_from(raw, end)[6]
             else:
                 end = len(raw)
                 sealed = self._store.call("HGET", keys.SEGMENTS, segment)
@@ -260,13 +255,14 @@ class Log:
         )
         if missing <= 0:
             return None, end
-        start = segment << _SHIFT
-        records = [_TS.pack(0) + raw[offset : min(end, offset + _DAMAGE_KEPT)], *[_TS.pack(0)] * (missing - 1)]
+        start = segment << SHIFT
+        records = [record(0, raw[offset : min(end, offset + _DAMAGE_KEPT)]), *[record(0, b"")] * (missing - 1)]
         return Frame(start + offset, start + end, to, received, ordinal, "", records, broken=True), end
 
     def fetch(self, places: Sequence[int]) -> list[Fetched | None]:
         """Single events by place, None where the log no longer reaches."""
-        rows = self._store.run("fetch", (keys.LOG,), places) if places else []
+        words = [word for place in places for word in divmod(place, PER_FRAME)]
+        rows = self._store.run("fetch", (keys.LOG,), words) if words else []
         return [
             Fetched(int(r[0]), r[1].decode(errors="replace"), *split(r[2]), int(r[3]), int(r[4])) if r else None
             for r in rows
@@ -275,8 +271,8 @@ class Log:
     def redrive(self, letters: Sequence[tuple[str, str, str, bytes]], now: int) -> list[bool]:
         """Send dead letters (stream, id, source, record) to their streams again; False for those no longer dead."""
         args: list[str | bytes | int] = [now, SEGMENT_BYTES, SEGMENT_MS]
-        for stream, letter_id, source, record in letters:
-            args += [stream, 1 << keys.STREAMS.index(stream), letter_id, source.encode(), record]
+        for stream, letter_id, source, packed in letters:
+            args += [stream, 1 << keys.STREAMS.index(stream), letter_id, source.encode(), packed]
         names = (keys.HEAD, keys.LOG, keys.SEGMENTS, keys.DEAD, keys.DEAD_ORDER, keys.CHECKPOINT, keys.REDRIVEN)
         return [bool(sent) for sent in self._store.run("redrive", names, args)]
 
@@ -287,13 +283,13 @@ class Log:
             return False
         position = Position(segment)
         while frames := self.read(position):
-            if frames[0].address >> _SHIFT != segment:
+            if frames[0].address >> SHIFT != segment:
                 break
             words: list[str | bytes | int] = [epoch]
             for frame in frames:
-                for index, record in enumerate(frame.records):
+                for index, packed in enumerate(frame.records):
                     if not frame.broken and not frame.to & REDRIVE:
-                        words += [digest(_event_id(record)), frame.place(index)]
+                        words += [digest(_event_id(packed)), _PLACE.pack(frame.address.to_bytes(6, "little"), index)]
             for at in range(1, len(words), _FORGET_WORDS):
                 self._store.run("forget", (keys.HEAD, keys.ID, keys.OWNER), [epoch, *words[at : at + _FORGET_WORDS]])
             position = frames[-1].after()
@@ -316,31 +312,21 @@ class Log:
 
     def arrivals(self, positions: Sequence[Position]) -> list[int | None]:
         """When the frames at positions arrived (epoch ms), None at the log's end."""
-        size = _HEADER.size
+        size = HEADER.size
         commands = [("GETRANGE", f"{keys.LOG}{p.segment}", p.offset, p.offset + size - 1) for p in positions]
         found = self._store.many(commands) if commands else []
-        return [_HEADER.unpack(raw)[5] if len(raw) == size else None for raw in found]
+        return [HEADER.unpack(raw)[5] if len(raw) == size else None for raw in found]
 
     def locate(self, event_ids: Sequence[str]) -> list[int | None]:
         """The places of events by id, None where unknown."""
         found = self._store.run("locate", (keys.HEAD, keys.ID), [digest(event_id) for event_id in event_ids])
-        return [int(place) if place else None for place in found]
+        return [_place(packed) if packed else None for packed in found]
 
 
-def record(ts: int, body: bytes) -> bytes:
-    """The log record of an event: its time (epoch ms) and stored JSON."""
-    return _TS.pack(ts) + body
-
-
-def event_time(record: bytes) -> int:
-    """A record's event time, epoch ms."""
-    ts: int = _TS.unpack_from(record)[0]
-    return ts
-
-
-def split(record: bytes) -> tuple[int, bytes]:
-    """A record's event time (epoch ms) and stored JSON."""
-    return _TS.unpack_from(record)[0], record[8:]
+def _place(packed: bytes) -> int:
+    """A place as the id table holds it: 6 bytes of address, 2 of index, since the store's scripts count in doubles."""
+    address, index = _PLACE.unpack(packed)
+    return int.from_bytes(address, "little") * PER_FRAME + index
 
 
 def _event_id(record: bytes) -> str:
@@ -349,45 +335,3 @@ def _event_id(record: bytes) -> str:
     end = record.index(b'","event_type":', start) + 1
     event_id: str = msgspec.json.decode(record[start:end])
     return event_id
-
-
-def _header(chunk: bytes, at: int, any_version: bool = False) -> tuple[Any, ...] | None:
-    """The header at an offset of a chunk; None where none of this version stands."""
-    if at + _HEADER.size > len(chunk):
-        return None
-    header = _HEADER.unpack_from(chunk, at)
-    magic, version, _, n, length = header[:5]
-    sound = magic == b"NX" and (version == 1 or any_version) and header[-1] + 4 * n <= length
-    return header if sound else None
-
-
-def _parse(chunk: bytes, segment: int, base: int) -> tuple[list[Frame], bool]:
-    """The whole frames at the start of a chunk, and whether what follows them is no frame of this version."""
-    frames: list[Frame] = []
-    at, size = 0, len(chunk)
-    while at + _HEADER.size <= size:
-        header = _header(chunk, at)
-        if header is None:
-            return frames, True
-        _, _, to, n, length, received, ordinal, _, _, _, _, _, source_size = header
-        body = at + _HEADER.size
-        end = body + length
-        if end > size:
-            return frames, False
-        table = body + source_size
-        records = table + 4 * n
-        bounds = [*struct.unpack_from(f"<{n}I", chunk, table), end - records]
-        frames.append(
-            Frame(
-                (segment << _SHIFT) + base + at,
-                (segment << _SHIFT) + base + end,
-                to,
-                received,
-                ordinal,
-                chunk[body:table].decode(errors="replace"),
-                [chunk[records + a : records + b] for a, b in pairwise(bounds)],
-            )
-        )
-        at = end
-    # Bytes too few for a header are damage only where nothing follows: an append is atomic.
-    return frames, at < size and size - at < _HEADER.size and not frames and size < _HEADER.size

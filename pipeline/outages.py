@@ -16,7 +16,8 @@ from pipeline import checkpoints, keys
 from pipeline.attempts import user_of
 from pipeline.checkpoints import Progress
 from pipeline.events import rfc3339
-from pipeline.log import BRIDGE_ONLY, CANARY, Log, Position
+from pipeline.frames import BRIDGE_ONLY, CANARY, Position
+from pipeline.log import Log
 from pipeline.store import Command, Store
 
 KEPT = 1_000

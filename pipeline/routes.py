@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -9,18 +10,19 @@ from flask import Blueprint, Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 from pipeline import keys
-from pipeline.answers import JSON, answer, error_answer, json_object, limit, required, strings
+from pipeline.answers import INTERNAL, JSON, answer, error_answer, json_object, limit, required, strings
 from pipeline.attempts import latest as latest_attempts
 from pipeline.errors import BadRequest, NexusError, NotFound, StoreError, TooLarge
 from pipeline.events import rfc3339
 from pipeline.feature_routes import feature_routes
 from pipeline.foreign import read_moment
-from pipeline.ingest import MAX_BODY_BYTES
 from pipeline.lookups import event_object
 from pipeline.metrics import metrics_routes
 from pipeline.model_routes import demand_answer, model_routes
 from pipeline.openapi import openapi_routes
 from pipeline.outages import rows as outage_rows
+from pipeline.own_host import require_own
+from pipeline.posted import MAX_BODY_BYTES
 from pipeline.streams.aggregates import DIMENSIONS, STEPS_S, Aggregates
 from pipeline.streams.inference import Inference
 from pipeline.streams.storage import Query
@@ -32,10 +34,13 @@ ACTIONS = ("test_integration", "send_batch", "hybrid_process", "pause", "resume"
 MAX_TRANSACTIONS = 1_000
 MAX_POINTS = 20_000
 _encode = msgspec.json.Encoder().encode
+log = logging.getLogger(__name__)
 
 
 def register(app: Flask, nexus: Runtime) -> None:
     """All routes, and answers in JSON for whatever goes wrong outside the dashboard."""
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1  # of a body without a length, so much is read and no more
+    app.url_map.merge_slashes = False  # /api//ml is another path, not a redirect
     app.register_blueprint(_routes(nexus))
     app.register_blueprint(feature_routes(nexus))
     app.register_blueprint(model_routes(nexus))
@@ -59,17 +64,16 @@ def register(app: Flask, nexus: Runtime) -> None:
 
     @app.errorhandler(Exception)
     def _unexpected(error: Exception) -> Response:
-        app.logger.exception("request failed", extra={"path": request.path})
-        return answer(
-            {
-                "error": {
-                    "code": "internal",
-                    "message": "this should not happen; the log has the details",
-                    "details": {},
-                }
-            },
-            500,
-        )
+        log.exception("request failed", extra={"path": request.path})
+        return answer(INTERNAL, 500)
+
+    @app.after_request
+    def _bare(made: Response) -> Response:
+        """A redirect outside the dashboard says where in its header alone, not in a page."""
+        if 300 <= made.status_code < 400 and not request.path.startswith("/nexus"):
+            made.set_data(b"")
+            del made.headers["Content-Type"]
+        return made
 
 
 def _routes(nexus: Runtime) -> Blueprint:
@@ -85,7 +89,7 @@ def _routes(nexus: Runtime) -> Blueprint:
         if request.args.get("check", "health") != "health":
             raise BadRequest("unknown_check", "check takes 'health'")
         status, body = nexus.ingest_health()
-        return answer(body, status)
+        return answer(body, status, {"Retry-After": "1"} if "error" in body else None)
 
     @api.get("/api/ml/bridge/python")
     def bridge_get() -> Response:
@@ -152,7 +156,7 @@ def _routes(nexus: Runtime) -> Blueprint:
     def aggregates() -> Response:
         return _aggregates(nexus)
 
-    @api.get("/api/ml/predictions/fraud/<transaction_id>")
+    @api.get("/api/ml/predictions/fraud/<path:transaction_id>")
     def fraud_one(transaction_id: str) -> Response:
         found = _fraud(nexus, [transaction_id])
         if transaction_id not in found:
@@ -173,7 +177,7 @@ def _routes(nexus: Runtime) -> Blueprint:
 
     @api.patch("/api/ml/settings")
     def change_settings() -> Response:
-        _own_host(nexus)
+        require_own(request.host, request.headers.get("Origin"), nexus.own_names, nexus.settings.nexus_port)
         body = json_object(strict_type=True)
         wanted = body.get("settings")
         if not isinstance(wanted, dict):
@@ -197,7 +201,7 @@ def _routes(nexus: Runtime) -> Blueprint:
     @api.post("/api/ml/dead-letters/redrive")
     def redrive() -> Response:
         body = json_object()
-        ids = strings(body, "ids", 5000) if "ids" in body else None
+        ids = strings(body, "ids", 5000) if body.get("ids") is not None else None
         stream, reason = body.get("stream"), body.get("reason")
         if ids is None and stream is None and reason is None and body.get("all") is not True:
             raise BadRequest("nothing_named", 'give "ids", or "stream" and/or "reason", or "all": true')
@@ -243,11 +247,14 @@ def ingest_response(nexus: Runtime, environ: dict[str, Any]) -> tuple[int, list[
         if isinstance(error, StoreError):
             headers.append(("Retry-After", str(error.retry_after)))
         return error.status, headers, _encode(error.body())
+    except Exception:
+        log.exception("request failed", extra={"path": environ.get("PATH_INFO")})
+        return 500, headers, _encode(INTERNAL)
 
 
 def _read_body(environ: dict[str, Any]) -> bytes:
     length = environ.get("CONTENT_LENGTH") or ""
-    if length.isdecimal() and int(length) > MAX_BODY_BYTES:
+    if length.isdecimal() and (len(length) > 18 or int(length) > MAX_BODY_BYTES):
         raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes; send fewer events at a time")
     body: bytes = environ["wsgi.input"].read(int(length) if length.isdecimal() else MAX_BODY_BYTES + 1)
     if length.isdecimal() and len(body) < int(length):
@@ -324,15 +331,3 @@ def _aggregates(nexus: Runtime) -> Response:
 def _fraud(nexus: Runtime, transactions: list[str]) -> dict[str, dict[str, Any]]:
     stream = nexus.stream("inference")
     return nexus.lookups.predictions(transactions, nexus.clock(), stream if isinstance(stream, Inference) else None)
-
-
-def _own_host(nexus: Runtime) -> None:
-    """Settings are changed from this server's own pages and by its own name: a page elsewhere must not reach them."""
-    origin = request.headers.get("Origin")
-    if origin is not None and origin.partition("://")[2] != request.host:
-        raise NexusError("foreign_origin", f"settings are not changed from {origin}", status=403)
-    name = request.host.rsplit(":", 1)[0].strip("[]")
-    if name not in nexus.own_names:
-        raise NexusError(
-            "foreign_host", f"Host is {request.host}; it takes one of {', '.join(sorted(nexus.own_names))}", status=403
-        )

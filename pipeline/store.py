@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,19 @@ class Store:
         }
         self.cluster = cluster
         self._url, self._options = url, options
+        self._clock_lead: int | None = None  # of the store's clock over this process's monotonic one, ms
         self._client: Any = None if cluster else redis.Redis.from_url(url, **options)
         self._sources = {path.stem: _script(path) for path in _LUA.glob("[!_]*.lua")}
         self._shas = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._sources.items()}
+
+    def saw_time(self, store_ms: int) -> None:
+        """The store's clock has just said this, epoch ms."""
+        self._clock_lead = store_ms - time.monotonic_ns() // 1_000_000
+
+    def deadline(self, patience_ms: int) -> int:
+        """A moment ahead by the store's own clock, epoch ms; 0 as long as that clock is not known."""
+        lead = self._clock_lead
+        return 0 if lead is None else time.monotonic_ns() // 1_000_000 + lead + patience_ms
 
     @property
     def client(self) -> Any:
@@ -98,4 +109,6 @@ def translate(error: redis.RedisError) -> Exception:
         return Fenced("another instance holds the lease")
     if isinstance(error, redis.exceptions.OutOfMemoryError) or "OOM" in text or "MISCONF" in text:
         return StoreFull(f"the store takes no more writes: {text}")
-    return StoreUnavailable(f"the store does not answer: {text}")
+    broken = isinstance(error, redis.exceptions.ConnectionError) and "connecting to" not in text
+    lost = broken and not isinstance(error, redis.exceptions.BusyLoadingError)
+    return StoreUnavailable(f"the store does not answer: {text}", lost=lost)

@@ -30,7 +30,8 @@ from pipeline.errors import NexusError, Unprocessable
 from pipeline.events import CANARY_TYPE
 from pipeline.families import plan
 from pipeline.foreign import read_moment
-from pipeline.log import Log, Position
+from pipeline.frames import Position
+from pipeline.log import Log
 from pipeline.reading import Values
 from pipeline.store import Store
 from pipeline.streams.fold import PAYMENT, REPORT, merchant_of

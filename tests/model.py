@@ -23,8 +23,9 @@ import pipeline.log as log_module
 from pipeline import checkpoints, keys, lease
 from pipeline.checkpoints import Progress
 from pipeline.errors import Fenced
+from pipeline.frames import REDRIVE, Position, record
 from pipeline.lease import Lease
-from pipeline.log import REDRIVE, Log, Request, record
+from pipeline.log import Log, Request
 from pipeline.store import Store
 from pipeline.streams import fold
 from pipeline.streams.aggregates import Aggregates
@@ -310,7 +311,7 @@ class Machine(RuleBasedStateMachine):
     def _places_from(self, ordinal: int) -> list[int]:
         """The places of the events from an ordinal on, read from the log by a reader of its own."""
         log, found = Log(self.store), []
-        at = log_module.Position(log.head().first_segment)
+        at = Position(log.head().first_segment)
         while frames := log.read(at):
             found += [f.place(i) for f in frames for i in range(len(f.records)) if f.ordinal + i >= ordinal]
             at = frames[-1].after()

@@ -14,8 +14,9 @@ from pipeline.catalogue import FEATURES
 from pipeline.checkpoints import Progress
 from pipeline.definitions import DAY, HOUR, Feature
 from pipeline.errors import Fenced
+from pipeline.frames import Position
 from pipeline.lease import Lease
-from pipeline.log import Log, Position
+from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.features import Features
 from pipeline.streams.stream import Batch

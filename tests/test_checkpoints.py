@@ -7,8 +7,8 @@ import pytest
 from pipeline import checkpoints, keys
 from pipeline.checkpoints import DeadLetter, Progress, advance, audit, commit
 from pipeline.errors import Fenced
+from pipeline.frames import Position
 from pipeline.lease import TTL_MS, Lease
-from pipeline.log import Position
 from tests.helpers import NOON, STREAMS, Clock, append, event, frames
 
 

@@ -19,8 +19,9 @@ from pipeline.completeness import Backlog
 from pipeline.events import rfc3339
 from pipeline.feature_health import FeatureHealth
 from pipeline.feature_store import FeatureStore
+from pipeline.frames import BRIDGE_ONLY, Position
 from pipeline.lease import Lease
-from pipeline.log import BRIDGE_ONLY, Log, Position
+from pipeline.log import Log
 from pipeline.publisher import Publisher
 from pipeline.store import Store
 from pipeline.streams.features import Features

@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 
 from pipeline.attempts import lane_of, user_of
-from pipeline.log import ALL_STREAMS, CANARY, Frame, Position
+from pipeline.frames import ALL_STREAMS, CANARY, Frame, Position
 from pipeline.streams import delivery
 from pipeline.streams.delivery import Window, cut, truncated
 

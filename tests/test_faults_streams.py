@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline import keys
-from pipeline.log import ALL_STREAMS, CANARY, Log, Position
+from pipeline.frames import ALL_STREAMS, CANARY, Position
+from pipeline.log import Log
 from pipeline.runtime import Runtime, wall_clock
 from pipeline.store import Store
 from pipeline.streams import runner as runner_module

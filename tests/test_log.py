@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import struct
 import threading
 
 import pytest
@@ -13,9 +15,11 @@ from pipeline import log as log_module
 from pipeline.checkpoints import Progress
 from pipeline.errors import Fenced, StoreUnavailable
 from pipeline.events import decode
+from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, Position
 from pipeline.lease import Lease
-from pipeline.log import ALL_STREAMS, BRIDGE_ONLY, CANARY, Log, Position, Request
+from pipeline.log import Log, Request
 from pipeline.store import Store
+from tests.faults import Proxy, sha_of
 from tests.helpers import HOUR_MS, NOON, STREAMS, append, event, frames, parsed, until
 
 
@@ -118,6 +122,14 @@ def test_frame_larger_than_what_is_read_at_once_is_read_whole(log):
     assert len(frame.records) == 20
 
 
+def test_frame_that_ends_beyond_what_an_offset_can_say_is_read_and_gone_on_from(log):
+    append(log, [event(event_id=f"big-{n}", text="x" * 60_000) for n in range(300)], NOON)
+    append(log, [event(event_id="next")], NOON)
+    log.drop_tail()
+    assert ids_in(log) == [*(f"big-{n}" for n in range(300)), "next"]
+    assert frames(log)[0].after().segment == 1
+
+
 def test_old_segment_is_sealed_by_time_even_where_it_is_small(log, monkeypatch):
     monkeypatch.setattr(log_module, "SEGMENT_MS", 1000)
     append(log, [event()], NOON)
@@ -137,6 +149,51 @@ def test_every_event_is_found_by_its_id_however_many_there_are(log):
     assert all(found)
     assert append(log, [event(event_id=f"e{n}") for n in range(0, 6000, 7)], NOON).taken == 0
     assert log.locate(["never"]) == [None]
+
+
+def test_events_of_a_log_that_has_run_for_years_are_found_and_let_go_of_one_by_one(store, log, small_segments):
+    """Its places are beyond what a double holds, and the store's scripts count in doubles."""
+    append(log, [event()], NOON)
+    store.call("SETRANGE", keys.HEAD, 0, struct.pack("<Q", 1 << 20))
+    names = [f"e{n}" for n in range(6)]
+    append(log, [event(event_id=name) for name in names], NOON)
+    append(log, [event(text="x" * 2_000)], NOON)
+    found = log.fetch(log.locate(names))
+    assert [f'"{name}"'.encode() in f.body for name, f in zip(names, found, strict=True)] == [True] * 6
+    lease = lease_of(store)
+    pass_all(store, log, lease)
+    store.call("SETRANGE", keys.HEAD, 8 * 17, struct.pack("<Q", 1 << 20))
+    assert log.trim(1 << 20, lease.epoch)
+    assert log.locate(names) == [None] * 6
+
+
+def test_store_that_was_stalled_does_not_take_what_its_sender_was_told_it_had_not(own_server, monkeypatch):
+    monkeypatch.setattr("pipeline.store._TIMEOUT_S", 0.6)
+    monkeypatch.setattr(log_module, "_PATIENCE_MS", 400)
+    store = Store(own_server.url)
+    log = Log(store)
+    append(log, [event(event_id="before")], NOON)  # the store knows the script
+    checkpoints.audit(store)  # which tells the store's clock
+    own_server.process.send_signal(signal.SIGSTOP)
+    with pytest.raises(StoreUnavailable):
+        append(log, [event()], NOON)
+    own_server.process.send_signal(signal.SIGCONT)
+    append(log, [event(event_id="after")], NOON)
+    assert ids_in(log) == ["before", "after"]
+
+
+@pytest.mark.parametrize("given", [{}, {"event_id": None}], ids=["given id", "id made here"])
+def test_answer_lost_on_its_way_is_asked_for_again_and_nothing_is_taken_twice(store, store_server, tmp_path, given):
+    proxy = Proxy(store_server.socket, tmp_path)
+    through = Store(proxy.url)
+    log = Log(through)
+    append(log, [event()], NOON)
+    proxy.swallow(sha_of(through, "accept"))
+    taken = append(log, [event(**given), event(**given)], NOON)
+    assert proxy.struck.is_set()
+    assert (taken.taken, len(taken.duplicates)) == ((2, 0) if given else (0, 2))
+    assert log.head().accepted == 3
+    proxy.close()
 
 
 def test_fetch_gives_one_event_with_arrival_source_and_event_time(log):

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline import keys
 from pipeline.events import canary
-from pipeline.log import ALL_STREAMS, CANARY, Log, Request
+from pipeline.frames import ALL_STREAMS, CANARY
+from pipeline.log import Log, Request
 from pipeline.models import fraud
 from pipeline.streams.aggregates import OTHER, Aggregates
 from pipeline.streams.features import Features

@@ -5,11 +5,16 @@
 --
 -- KEYS  1 head   2 prefix of segments   3 prefix of id buckets   4 sealed segments
 -- ARGV  1 now ms   2 rejected by validation   3 segment bytes   4 segment ms   5 frames, then for each frame:
---       to (bit mask of streams, +32 canary)   source   n   digests (10 bytes each)   n records
+--       to (bit mask of streams, +32 canary)   source   n   digests (10 bytes each)   n records; last the deadline: ms by
+--       the store's own clock, 0 for none. A store that was stalled comes to a request whose sender has long been told no.
 -- Answer: for each frame {address, first ordinal, events taken, arrival ms, indexes (from 0) of duplicates...}
 -- include _append
 local BUCKET_FILL = 48  -- mean ids a bucket holds: far enough below 128 that no bucket leaves the compact encoding
 
+local deadline, time = tonumber(ARGV[#ARGV]), redis.call('TIME')
+if deadline > 0 and time[1] * 1000 + time[2] / 1000 > deadline then
+  return redis.error_reply('LATE the store came to it too late; nothing was taken')
+end
 open_head(tonumber(ARGV[1]), KEYS[2])
 rejected = rejected + tonumber(ARGV[2])
 local segment_bytes, segment_ms = tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -50,11 +55,11 @@ for _ = 1, tonumber(ARGV[5]) do
   for i = 1, n do size = size + #ARGV[arg + 3 + i] + 4 end
   make_room(size, segment_bytes, segment_ms, KEYS[4])
   local address = seg * 16777216 + off
-  local base, records = address * 8192, {}
+  local records = {}
   local verdict = {string.format('%d', address), ordinal, 0, string.format('%d', last)}
   for i = 1, n do
     local digest = string.sub(digests, i * 10 - 9, i * 10)
-    if redis.call('HSETNX', bucket_of(digest), digest, string.format('%.0f', base + #records)) == 1 then
+    if redis.call('HSETNX', bucket_of(digest), digest, struct.pack('<I6I2', address, #records)) == 1 then
       records[#records + 1] = ARGV[arg + 3 + i]
       ids = ids + 1
       if ids > (buckets + split) * BUCKET_FILL then grow() end

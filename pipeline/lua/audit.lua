@@ -5,10 +5,11 @@
 --
 -- KEYS 1 head   2 prefix of segments   3 prefix of checkpoints   4 owner
 -- ARGV streams in the order of their bits
--- Answer: {head, owner (flat hash), then for each stream {processed, dead, at, pending, segment, offset, index, ordinal}}
+-- Answer: {head, owner (flat hash), the store's clock (ms), then for each stream {processed, dead, at, pending, segment, offset, index, ordinal}}
 local HEAD = '<I8I8I8I8I8I8I8I8'
 local head = redis.call('GET', KEYS[1])
-local answer = {head or '', redis.call('HGETALL', KEYS[4])}
+local time = redis.call('TIME')
+local answer = {head or '', redis.call('HGETALL', KEYS[4]), time[1] * 1000 + math.floor(time[2] / 1000)}
 local totals, seg_head, off_head = {0, 0, 0, 0, 0}, 1, 0
 if head then
   local ordinal

@@ -1,13 +1,11 @@
 #!lua flags=allow-oom,no-writes
--- Fetch: single events by place, each without its whole frame. place = frame address * 8192 + index in the frame.
+-- Fetch: single events by place, each without its whole frame. place is a frame's address and the index in it.
 --
--- KEYS 1 prefix of segments   ARGV places
+-- KEYS 1 prefix of segments   ARGV for each place frame address, index
 -- Answer: for each place {received ms, source, record, ordinal, to} or {} where the log no longer reaches
 local answer = {}
-for i, place in ipairs(ARGV) do
-  local p = tonumber(place)
-  local index = p % 8192
-  local address = (p - index) / 8192
+for i = 1, #ARGV / 2 do
+  local address, index = tonumber(ARGV[2 * i - 1]), tonumber(ARGV[2 * i])
   local off = address % 16777216
   local key = KEYS[1] .. string.format('%d', (address - off) / 16777216)
   local row = {}

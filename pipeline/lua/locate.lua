@@ -2,7 +2,7 @@
 -- Locate: the places of event ids, from the id table (see accept.lua for its linear hashing).
 --
 -- KEYS 1 head   2 prefix of id buckets   ARGV digests
--- Answer: for each digest its place as a string, or ''
+-- Answer: for each digest its place as accept.lua packed it, or ''
 local head = redis.call('GET', KEYS[1])
 local answer = {}
 local buckets, split

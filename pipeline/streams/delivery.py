@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.attempts import lane_of
-from pipeline.log import BRIDGE_ONLY, CANARY, Frame, Position
+from pipeline.frames import BRIDGE_ONLY, CANARY, Frame, Position
 
 MOST_BYTES = 8 << 20  # about so many in a window: what waits in memory is bounded, whatever the events' size
 

@@ -16,7 +16,8 @@ from pipeline.completeness import Backlog
 from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature
 from pipeline.families import Family, needs_of, pack_definitions, plan, provides, unpack_definitions
-from pipeline.log import Log, Position
+from pipeline.frames import Position
+from pipeline.log import Log
 from pipeline.reading import Values
 from pipeline.store import Command, Store
 from pipeline.streams.fold import Fold, as_hash

@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping
 
 from pipeline import checkpoints
 from pipeline.errors import Fenced, StoreError
+from pipeline.frames import Position
 from pipeline.keys import LOCAL_STREAMS
 from pipeline.lease import TTL_MS, Lease
-from pipeline.log import Log, Position
+from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.stream import Stream
 from pipeline.streams.worker import Counters, Failed, Group, Shared, Straggler, Worker

@@ -12,7 +12,7 @@ import msgspec
 from h3.api.basic_str import latlng_to_cell
 
 from pipeline.events import CANARY_TYPE, NO_LOCATION, Event, Stored
-from pipeline.log import Frame, Position, event_time, split
+from pipeline.frames import Frame, Position, event_time, split
 from pipeline.store import Command, Store
 
 ZONE_RESOLUTION = 7  # H3 cells of about 5 km², the size of a city district

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pipeline import checkpoints
 from pipeline.checkpoints import DeadLetter, Progress
 from pipeline.errors import Fenced, StoreError
+from pipeline.frames import CANARY, Frame, Position
 from pipeline.keys import STREAMS
 from pipeline.lease import Lease
-from pipeline.log import CANARY, Frame, Log, Position
+from pipeline.log import Log
 from pipeline.store import Command, Store
 from pipeline.streams.stream import Batch, Cut, Stream
 

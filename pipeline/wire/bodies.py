@@ -30,7 +30,7 @@ class PostedEvent(TypedDict):
 
 class EventBatch(TypedDict):
     events: list[PostedEvent]
-    source: NotRequired[str]
+    source: NotRequired[str | None]
 
 
 class ActionBody(TypedDict):
@@ -40,12 +40,12 @@ class ActionBody(TypedDict):
         "test_integration", "send_batch", "hybrid_process", "pause", "resume", "reset_circuit", "open_circuit"
     ]
     events: NotRequired[list[PostedEvent]]
-    source: NotRequired[str]
+    source: NotRequired[str | None]
 
 
 class UsersBody(TypedDict):
     user_ids: list[str]
-    names: NotRequired[list[str]]
+    names: NotRequired[list[str] | None]
 
 
 class TransactionsBody(TypedDict):
@@ -62,7 +62,7 @@ class PredictBody(TypedDict):
 
 
 class SettingsBody(TypedDict):
-    """A value of null goes back to the environment's."""
+    """A value of null goes back to the environment's. A reason has at most 500 characters."""
 
     settings: Values
     reason: NotRequired[str | None]
@@ -71,7 +71,7 @@ class SettingsBody(TypedDict):
 class RedriveBody(TypedDict):
     """`ids`, or `stream` and/or `reason` (a part of it), or `all`."""
 
-    ids: NotRequired[list[str]]
-    stream: NotRequired[StreamName]
-    reason: NotRequired[str]
-    all: NotRequired[bool]
+    ids: NotRequired[list[str] | None]
+    stream: NotRequired[StreamName | None]
+    reason: NotRequired[str | None]
+    all: NotRequired[bool | None]

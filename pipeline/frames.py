@@ -1,0 +1,117 @@
+"""Frames: what a segment of the log is made of, and the addresses in it.
+
+A frame holds the events of one request. An address is segment * 2^24 + byte offset; an event's place is the address of its
+frame * 8192 + its index in it.
+
+    frame   57-byte header (lua/accept.lua packs it) | source | n offsets (u32) | n records
+    record  event time (i64, epoch ms) | the event's stored JSON
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from pipeline.events import Stored
+
+MAX_FRAME_EVENTS = 5_000
+ALL_STREAMS = 0b11111
+BRIDGE_ONLY = 0b10000
+CANARY = 0b100000
+REDRIVE = 0b1000000
+HEADER = struct.Struct("<2sBBHIQQ6s6s6s6s6sB")
+SHIFT = 24
+PER_FRAME = 8192
+_TS = struct.Struct("<q")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a stream stands: the next frame, the next event in it, and how many events the log held before it."""
+
+    segment: int = 1
+    offset: int = 0
+    index: int = 0
+    ordinal: int = 0
+
+
+@dataclass(slots=True)
+class Frame:
+    """The events of one request."""
+
+    address: int
+    next: int
+    to: int
+    received_at: int
+    ordinal: int
+    source: str
+    records: list[bytes]
+    events: list[Stored] | None = None  # decoded, where this process has just appended the frame itself
+    broken: bool = False  # undecodable: one record per missing event, the first holds the raw bytes
+
+    def place(self, index: int) -> int:
+        return self.address * PER_FRAME + index
+
+    def after(self) -> Position:
+        start = self.address & 0xFFFFFF  # not from `next`: a frame may end behind what 24 bits of offset reach
+        return Position(self.address >> SHIFT, start + self.next - self.address, 0, self.ordinal + len(self.records))
+
+
+def record(ts: int, body: bytes) -> bytes:
+    """The log record of an event: its time (epoch ms) and stored JSON."""
+    return _TS.pack(ts) + body
+
+
+def event_time(record: bytes) -> int:
+    """A record's event time, epoch ms."""
+    ts: int = _TS.unpack_from(record)[0]
+    return ts
+
+
+def split(record: bytes) -> tuple[int, bytes]:
+    """A record's event time (epoch ms) and stored JSON."""
+    return _TS.unpack_from(record)[0], record[8:]
+
+
+def header_at(chunk: bytes, at: int, any_version: bool = False) -> tuple[Any, ...] | None:
+    """The header at an offset of a chunk; None where none of this version stands."""
+    if at + HEADER.size > len(chunk):
+        return None
+    header = HEADER.unpack_from(chunk, at)
+    magic, version, _, n, length = header[:5]
+    sound = magic == b"NX" and (version == 1 or any_version) and header[-1] + 4 * n <= length
+    return header if sound else None
+
+
+def parse_frames(chunk: bytes, segment: int, base: int) -> tuple[list[Frame], bool]:
+    """The whole frames at the start of a chunk, and whether what follows them is no frame of this version."""
+    frames: list[Frame] = []
+    at, size = 0, len(chunk)
+    while at + HEADER.size <= size:
+        header = header_at(chunk, at)
+        if header is None:
+            return frames, True
+        _, _, to, n, length, received, ordinal, _, _, _, _, _, source_size = header
+        body = at + HEADER.size
+        end = body + length
+        if end > size:
+            return frames, False
+        table = body + source_size
+        records = table + 4 * n
+        bounds = [*struct.unpack_from(f"<{n}I", chunk, table), end - records]
+        frames.append(
+            Frame(
+                (segment << SHIFT) + base + at,
+                (segment << SHIFT) + base + end,
+                to,
+                received,
+                ordinal,
+                chunk[body:table].decode(errors="replace"),
+                [chunk[records + a : records + b] for a, b in pairwise(bounds)],
+            )
+        )
+        at = end
+    # Bytes too few for a header are damage only where nothing follows: an append is atomic.
+    return frames, at < size and size - at < HEADER.size and not frames and size < HEADER.size
