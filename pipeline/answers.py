@@ -6,11 +6,13 @@ from typing import Any
 
 import msgspec
 from flask import Response, request
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from pipeline.errors import BadRequest, Fenced, NexusError, StoreError, TooLarge
-from pipeline.ingest import MAX_BODY_BYTES
+from pipeline.posted import MAX_BODY_BYTES
 
 JSON = "application/json"
+INTERNAL = {"error": {"code": "internal", "message": "this should not happen; the log has the details", "details": {}}}
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
 
@@ -27,10 +29,10 @@ def error_answer(error: NexusError) -> Response:
 def json_object(strict_type: bool = False) -> dict[str, Any]:
     if strict_type and request.mimetype != JSON:
         raise NexusError("not_json", f"Content-Type is {request.mimetype or 'absent'}; it takes {JSON}", status=415)
-    if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes")
     try:
         body = _decode(request.get_data(cache=False))
+    except RequestEntityTooLarge as error:  # by its length, or read so far (routes.register)
+        raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest("not_json", f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
-from pipeline.errors import BadRequest, NexusError, StoreFull, TooLarge
+from pipeline.errors import BadRequest, StoreFull
 from pipeline.events import Parsed, Rejected, parse
-from pipeline.log import ALL_STREAMS, Log, Request, Taken
+from pipeline.frames import ALL_STREAMS
+from pipeline.log import Log, Request, Taken
+from pipeline.posted import read_body, unpack
 
-MAX_BODY_BYTES = 5 << 20
-MAX_EVENTS = 5_000
 _GROUP_BYTES = 4 << 20
 _MAX_WAIT_MS = 30_000
-
-_decode = msgspec.json.Decoder().decode
-encode = msgspec.json.Encoder().encode
 
 
 @dataclass(slots=True)
@@ -175,70 +169,6 @@ def judge(events: list[Any], now: int) -> Verdicts:
     return verdicts
 
 
-def unpack(body: bytes, encoding: str) -> bytes:
-    """The body without its Content-Encoding. Raises TooLarge beyond MAX_BODY_BYTES, BadRequest for a broken one."""
-    encoding = encoding.strip().lower()
-    if encoding in ("gzip", "x-gzip"):
-        unzip = zlib.decompressobj(wbits=31)
-        try:
-            body, rest = unzip.decompress(body, MAX_BODY_BYTES + 1), unzip.unused_data
-        except zlib.error as error:
-            raise BadRequest("not_gzip", f"Content-Encoding says gzip, the body is not: {error}") from error
-        if len(body) <= MAX_BODY_BYTES and (not unzip.eof or rest):
-            raise BadRequest("not_gzip", "the gzip body is cut off or has bytes behind its end; send it whole")
-    elif encoding not in ("", "identity"):
-        raise NexusError(
-            "unsupported_encoding", f"Content-Encoding {encoding!r} is unknown here; use gzip or none", status=415
-        )
-    if len(body) > MAX_BODY_BYTES:
-        raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes; send fewer events at a time")
-    return body
-
-
-def read_body(body: bytes, content_type: str) -> tuple[list[Any], str]:
-    """The posted events and their source, from any of the accepted forms. Raises BadRequest, TooLarge."""
-    source: Any = None
-    if content_type.partition(";")[0].strip().lower() in (
-        "application/x-ndjson",
-        "application/ndjson",
-        "application/jsonl",
-    ):
-        events = [_line(line) for line in body.split(b"\n") if line.strip()]
-    else:
-        try:
-            posted = _decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise BadRequest("not_json", f"the body is not JSON: {error}") from error
-        if type(posted) is list:
-            events = posted
-        elif type(posted) is not dict:
-            raise BadRequest(
-                "not_events", 'the body is {"events":[...],"source":"..."}, an array of events, or one event'
-            )
-        elif "events" in posted:
-            events, source = posted["events"], posted.get("source")
-            if type(events) is not list:
-                raise BadRequest("not_events", "'events' is an array of events")
-        else:
-            events = [posted]
-            if "event_type" not in posted and "source" in posted and len(posted) == 1:
-                raise BadRequest("not_events", "'events' is missing: an array of events")
-    if len(events) > MAX_EVENTS:
-        raise TooLarge("too_many_events", f"a batch has at most {MAX_EVENTS} events, this one {len(events)}; split it")
-    if source is None:
-        source = "unknown"
-    elif type(source) is not str or not 1 <= len(source) <= 64 or len(source.encode(errors="replace")) > 128:
-        raise BadRequest("invalid_source", "'source' is a string of 1 to 64 characters, or absent")
-    return events, source
-
-
-def _line(line: bytes) -> Any:
-    try:
-        return _decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return Rejected("event", "not_json", f"the line is not JSON: {error}")
-
-
 def _wait_s(query: Mapping[str, str]) -> float | None:
     wait = query.get("wait")
     if wait is None:
@@ -246,6 +176,6 @@ def _wait_s(query: Mapping[str, str]) -> float | None:
     if wait != "features":
         raise BadRequest("invalid_wait", f"wait takes 'features', not {wait!r}")
     text = query.get("timeout_ms", "2000")
-    if not text.isdecimal() or not 0 <= int(text) <= _MAX_WAIT_MS:
+    if not (text.isdecimal() and len(text) < 10 and int(text) <= _MAX_WAIT_MS):
         raise BadRequest("invalid_timeout", f"timeout_ms takes a whole number from 0 to {_MAX_WAIT_MS}, not {text!r}")
     return int(text) / 1000

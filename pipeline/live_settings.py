@@ -59,7 +59,9 @@ class LiveSettings:
         """Set values, null goes back to the environment's; all or none. Raises SettingError, Unprocessable,
         StoreError."""
         if reason is not None and len(reason) > MAX_REASON:
-            raise Unprocessable("reason_too_long", f"a reason has at most {MAX_REASON} characters, this one {len(reason)}")
+            raise Unprocessable(
+                "reason_too_long", f"a reason has at most {MAX_REASON} characters, this one {len(reason)}"
+            )
         parsed: dict[str, Any] = {}
         for name, value in wanted.items():
             if name not in RUNTIME:

@@ -7,11 +7,13 @@ import json
 import threading
 from typing import Any
 
+import msgspec
 import pytest
 
 from pipeline.errors import BadRequest, NexusError, StoreFull, StoreUnavailable, TooLarge
-from pipeline.ingest import MAX_BODY_BYTES, MAX_EVENTS, Ingest
+from pipeline.ingest import Ingest
 from pipeline.log import Log
+from pipeline.posted import MAX_BODY_BYTES, MAX_EVENTS
 from pipeline.store import Store
 from tests.helpers import NOON, event, frames
 
@@ -70,6 +72,35 @@ def test_one_bad_event_never_spoils_its_batch(ingest, log):
     assert [body["event_id"] for body in bodies(log)] == ["a", "d"]
 
 
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        (b'"\\ud800"', "not_unicode"),
+        (b'"\xff"', "not_unicode"),
+        (b"1e999", "not_finite"),
+        (b"9" * 5000, "not_finite"),
+        (b"[" * 3000 + b"]" * 3000, "too_deep"),
+        (b'{"a":' * 900 + b"1" + b"}" * 900, "too_deep"),
+    ],
+)
+def test_event_that_cannot_be_decoded_never_spoils_the_others(ingest, log, value, code):
+    good = [b'{"event_id":"a","event_type":"t","user_id":"u"}', b'{"event_id":"d","event_type":"t","user_id":"u"}']
+    bad = b'{"event_id":"b","event_type":"t","user_id":"u","x":' + value + b"}"
+    batch = b",".join([good[0], bad, good[1]])
+    for posted in (b"[" + batch + b"]", b'{"source":"app","events":[' + batch + b"]}"):
+        status, answer = post(ingest, posted)
+        assert (status, answer["event_ids"]) == (202, ["a", None, "d"])
+        assert [(r["index"], r["code"]) for r in answer["rejected"]] == [(1, code)]
+    assert post(ingest, bad)[0] == 422
+
+
+@pytest.mark.parametrize("key", [b"event_id", b"event_type", b"\\ud800", b"data"])
+def test_text_that_is_no_unicode_is_named_in_an_answer_that_can_be_written(ingest, key):
+    answer = post(ingest, b'[{"event_type":"t","user_id":"u","' + key + b'":"\\ud800"}]')[1]
+    assert answer["rejected"][0]["code"] == "not_unicode"
+    msgspec.json.encode(answer)
+
+
 def test_bad_line_of_ndjson_never_spoils_the_others(ingest):
     good = [b'{"event_id":"a","event_type":"t","user_id":"u"}', b'{"event_id":"d","event_type":"t","user_id":"u"}']
     lines = b"\n".join([good[0], b'{"event_id": ', b"\xff\xfe", good[1]])
@@ -101,7 +132,21 @@ def test_no_event_at_all_is_refused(ingest, posted):
 
 @pytest.mark.parametrize(
     "posted",
-    [b"{", b"not json", b"\xff\xfe", b"[" * 10_000, "text", 7, None, {"events": {}}, {"events": None}, {"source": "x"}],
+    [
+        b"{",
+        b"not json",
+        b"[NaN]",
+        b"[1e999}",
+        b"\xff\xfe",
+        b"[" * 10_000,
+        b'["\\ud800",]',
+        "text",
+        7,
+        None,
+        {"events": {}},
+        {"events": None},
+        {"source": "x"},
+    ],
 )
 def test_what_is_no_events_is_a_bad_request(ingest, log, posted):
     with pytest.raises(BadRequest):
@@ -109,7 +154,7 @@ def test_what_is_no_events_is_a_bad_request(ingest, log, posted):
     assert frames(log) == []
 
 
-@pytest.mark.parametrize("source", ["", 5, [], "s" * 65, "\U0001f600" * 33])
+@pytest.mark.parametrize("source", ["", 5, [], "s" * 65, "\U0001f600" * 33, "\ud800"])
 def test_source_of_another_form_is_a_bad_request(ingest, source):
     with pytest.raises(BadRequest):
         post(ingest, {"events": [event()], "source": source})
@@ -129,7 +174,19 @@ def test_body_beyond_5_mib_is_too_large_packed_or_not(ingest):
         post(ingest, gzip.compress(large), encoding="gzip")
 
 
-@pytest.mark.parametrize("packed", [b"plain", gzip.compress(b"[]")[:-4], gzip.compress(b"[]") + b"more"])
+def test_gzip_of_several_members_is_unpacked_up_to_the_limit(ingest):
+    text = json.dumps([event(event_id=f"e-{n}", text="x" * 1000) for n in range(100)]).encode()
+    members = [gzip.compress(text[at : at + 700]) for at in range(0, len(text), 700)]
+    assert post(ingest, b"".join(members), encoding="gzip")[1]["accepted"] == 100
+    half = gzip.compress(b" " * (MAX_BODY_BYTES // 2 + 1))
+    with pytest.raises(TooLarge):
+        post(ingest, half + half, encoding="gzip")
+
+
+_WHOLE = gzip.compress(b"[]")
+
+
+@pytest.mark.parametrize("packed", [b"plain", b"", _WHOLE[:-4], _WHOLE + b"more", _WHOLE + _WHOLE[:9]])
 def test_broken_gzip_is_a_bad_request(ingest, packed):
     with pytest.raises(BadRequest):
         post(ingest, packed, encoding="gzip")
@@ -150,6 +207,7 @@ def test_encoding_of_another_kind_is_refused(ingest):
         {"wait": "features", "timeout_ms": "soon"},
         {"wait": "features", "timeout_ms": "²"},
         {"wait": "features", "timeout_ms": "9" * 30},
+        {"wait": "features", "timeout_ms": "9" * 5000},
     ],
 )
 def test_wait_of_another_form_is_a_bad_request_and_takes_nothing(ingest, log, query):

@@ -15,7 +15,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from pipeline import checkpoints
-from pipeline.ingest import MAX_BODY_BYTES
+from pipeline.posted import MAX_BODY_BYTES
 from pipeline.runtime import Runtime
 from tests.conftest import Start, client_of
 from tests.helpers import LOCAL, STREAMS, FakePartner, Valkey, event, events_of, payment, report, response, until
@@ -581,7 +581,8 @@ def test_dead_letters_are_listed_by_stream_and_reason_in_pages(nexus, client):
 
 def test_redrive_sends_again_by_id_or_by_stream_and_reason_and_names_what_it_could_not(nexus, client):
     dead_letters(nexus, client)
-    ids = [letter["id"] for letter in client.get("/api/ml/dead-letters").json["dead_letters"]]
+    before = client.get("/api/ml/dead-letters").json["dead_letters"]
+    ids = [letter["id"] for letter in before]
     answer = client.post("/api/ml/dead-letters/redrive", json={"ids": [ids[0], "inference-0"]})
     assert answer.status_code == 200
     assert answer.json["redriven"] == 1
@@ -589,6 +590,12 @@ def test_redrive_sends_again_by_id_or_by_stream_and_reason_and_names_what_it_cou
     settled(nexus)
     assert client.post("/api/ml/dead-letters/redrive", json={"stream": "inference"}).json["redriven"] == 3
     settled(nexus)
+    after = client.get("/api/ml/dead-letters").json["dead_letters"]
+    assert sorted(letter["attempts"] for letter in after) == [2, 2, 3]  # what was tried before it died again counts
+    for name in ("first_at", "event"):
+        assert sorted(map(str, (x[name] for x in after))) == sorted(map(str, (x[name] for x in before)))
+    receipt = client.get(f"/api/ml/events/{before[0]['event']['event_id']}").json["streams"]["inference"]
+    assert (receipt["state"], receipt["attempts"]) == ("dead", 3)
     assert client.get(f"{INGEST}?check=health").json["unexplained"] == 0
 
 

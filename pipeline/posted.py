@@ -1,0 +1,158 @@
+"""What a client posted: the body unpacked and read as events, those that cannot be decoded with a verdict of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from typing import Any
+
+import msgspec
+
+from pipeline.errors import BadRequest, NexusError, TooLarge
+from pipeline.events import Rejected
+
+MAX_BODY_BYTES = 5 << 20
+MAX_EVENTS = 5_000
+_PIECE = 16 << 10
+_MAX_DIGITS = 400  # more than the largest double has
+_PARSED_DEPTH = 64
+_NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_brackets = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]').finditer
+
+_decode = msgspec.json.Decoder().decode
+_encode = msgspec.json.Encoder().encode
+
+
+def unpack(body: bytes, encoding: str) -> bytes:
+    """The body without its Content-Encoding. Raises TooLarge beyond MAX_BODY_BYTES, BadRequest for a broken one."""
+    encoding = encoding.strip().lower()
+    if encoding in ("gzip", "x-gzip"):
+        body = _gunzip(body)
+    elif encoding not in ("", "identity"):
+        raise NexusError(
+            "unsupported_encoding", f"Content-Encoding {encoding!r} is unknown here; use gzip or none", status=415
+        )
+    if len(body) > MAX_BODY_BYTES:
+        raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes; send fewer events at a time")
+    return body
+
+
+def _gunzip(body: bytes) -> bytes:
+    """All members of a gzip body (RFC 1952), up to a byte beyond the limit. In pieces: what follows a member's end is
+    copied, and with many small members whole copies would take for ever."""
+    unzip, out, at = zlib.decompressobj(wbits=31), bytearray(), 0
+    try:
+        while at < len(body) and len(out) <= MAX_BODY_BYTES:
+            if unzip.eof:
+                unzip = zlib.decompressobj(wbits=31)
+            out += unzip.decompress(body[at : at + _PIECE], MAX_BODY_BYTES + 1 - len(out))
+            at = min(at + _PIECE, len(body)) - len(unzip.unused_data)
+    except zlib.error as error:
+        raise BadRequest("not_gzip", f"Content-Encoding says gzip, the body is not: {error}") from error
+    if len(out) <= MAX_BODY_BYTES and not unzip.eof:
+        raise BadRequest("not_gzip", "the gzip body is cut off; send it whole")
+    return bytes(out)
+
+
+def read_body(body: bytes, content_type: str) -> tuple[list[Any], str]:
+    """The posted events and their source, from any of the accepted forms. Raises BadRequest, TooLarge."""
+    source: Any = None
+    if content_type.partition(";")[0].strip().lower() in _NDJSON:
+        events = [_line(line) for line in body.split(b"\n") if line.strip()]
+    else:
+        try:
+            posted, sound = _decode(body), True
+        except _UNREADABLE as error:
+            posted, sound = _by_parts(body, error), False
+        if type(posted) is list:
+            events = posted
+        elif type(posted) is not dict:
+            raise BadRequest(
+                "not_events", 'the body is {"events":[...],"source":"..."}, an array of events, or one event'
+            )
+        elif "events" in posted:
+            events, source = posted["events"], posted.get("source")
+            if type(events) is not list:
+                raise BadRequest("not_events", "'events' is an array of events")
+        else:
+            events = [posted]
+            if "event_type" not in posted and "source" in posted and len(posted) == 1:
+                raise BadRequest("not_events", "'events' is missing: an array of events")
+        if not sound:
+            events = [_sound(event) for event in events]
+    if len(events) > MAX_EVENTS:
+        raise TooLarge("too_many_events", f"a batch has at most {MAX_EVENTS} events, this one {len(events)}; split it")
+    return events, "unknown" if source is None else read_source(source)
+
+
+def read_source(source: Any) -> str:
+    """A batch's source, where it has one. Raises BadRequest."""
+    try:
+        if type(source) is str and 1 <= len(source) <= 64 and len(source.encode()) <= 128:
+            return source
+    except UnicodeEncodeError:
+        pass
+    raise BadRequest("invalid_source", "'source' is a string of 1 to 64 characters, or absent")
+
+
+def _line(line: bytes) -> Any:
+    try:
+        return _decode(line)
+    except _UNREADABLE as error:
+        return Rejected("event", "not_json", f"the line is not JSON: {error}")
+
+
+def _by_parts(body: bytes, error: Exception) -> Any:
+    """JSON that the strict decoder refuses as a whole for what one event in it holds: half a surrogate pair, bytes that
+    are no UTF-8, a number beyond all bounds, endless nesting. Raises BadRequest where it is no JSON at all."""
+    text = body.decode(errors="surrogateescape")
+    try:
+        return _lenient(text)
+    except RecursionError:
+        text = _flattened(text)
+    except ValueError:
+        raise BadRequest("not_json", f"the body is not JSON: {error}") from error
+    try:
+        return _lenient(text)
+    except (ValueError, RecursionError):
+        raise BadRequest("not_json", f"the body is not JSON: {error}") from error
+
+
+def _lenient(text: str) -> Any:
+    """As Python reads JSON; numbers without end come as infinite, which no event may hold."""
+    return json.loads(text, parse_int=_whole, parse_constant=_no_constant)
+
+
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _flattened(text: str) -> str:
+    """The text without what is nested too deep to be parsed: what is left there is still too deep for an event."""
+    parts, depth, kept = [], 0, 0
+    for found in _brackets(text):
+        if found[0] in "[{":
+            depth += 1
+            if depth == _PARSED_DEPTH + 1:
+                parts.append(text[kept : found.start()])
+        elif found[0] in "]}":
+            depth -= 1
+            if depth == _PARSED_DEPTH:
+                parts.append("null")
+                kept = found.end()
+    return "".join([*parts, text[kept:]]) if depth == 0 else ""
+
+
+def _sound(event: Any) -> Any:
+    """The event, or its verdict where its texts cannot be written as UTF-8: not even a rejection could quote them."""
+    try:
+        _encode(event)
+    except (UnicodeEncodeError, RecursionError) as error:
+        return Rejected("event", "not_unicode", f"texts are valid Unicode: {error}")
+    return event
