@@ -14,7 +14,7 @@ from pipeline.errors import BadRequest
 from pipeline.events import Rejected, parse_rfc3339, rfc3339
 from pipeline.frames import record
 from pipeline.log import Log
-from pipeline.lookups import event_object
+from pipeline.lookups import Lookups, event_object
 from pipeline.store import Store
 
 _AT_ONCE = 200
@@ -25,7 +25,7 @@ class DeadLetters:
     """What the streams could not process. Kept until it is sent again: nothing is dropped in silence."""
 
     def __init__(self, store: Store, log: Log) -> None:
-        self._store, self._log = store, log
+        self._store, self._log, self._lookups = store, log, Lookups(store, log)
 
     def find(self, stream: str | None, reason: str | None, limit: int, cursor: str | None) -> dict[str, Any]:
         """Of one stream or all, those whose reason contains a text. Raises BadRequest."""
@@ -34,13 +34,14 @@ class DeadLetters:
         found: list[dict[str, Any]] = []
         while at < len(streams):
             rows = self._page(streams[at], offset, newest_first=True)
+            past = self._lookups.past([_decode(raw)["id"] for raw in rows if raw is not None])
             for raw in rows:
                 if len(found) == limit:
                     return {"dead_letters": found, "cursor": _cursor(at, offset)}
                 offset += 1
                 letter = _decode(raw) if raw is not None else None
                 if letter is not None and (reason is None or reason in letter["reason"]):
-                    found.append(_shown(letter))
+                    found.append(_shown(letter, past.get(letter["id"], letter)))
             if not rows:
                 at, offset = at + 1, 0
         return {"dead_letters": found, "cursor": None}
@@ -107,14 +108,16 @@ def _streams(stream: str | None) -> list[str]:
     return [stream]
 
 
-def _shown(letter: dict[str, Any]) -> dict[str, Any]:
+def _shown(letter: dict[str, Any], past: dict[str, Any]) -> dict[str, Any]:
+    """`past` is what there was before it was sent again, or the letter itself."""
+    before = past["attempts"] if past is not letter else 0
     return {
         "id": letter["id"],
         "stream": letter["stream"],
-        "event": event_object(letter["body"].encode(), letter["source"], letter["received_at"]),
+        "event": event_object(letter["body"].encode(), letter["source"], past["received_at"]),
         "reason": letter["reason"],
-        "attempts": letter["attempts"],
-        "first_at": rfc3339(letter["first_at"]),
+        "attempts": before + letter["attempts"],
+        "first_at": rfc3339(past["first_at"]),
         "last_at": rfc3339(letter["last_at"]),
     }
 

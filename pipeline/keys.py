@@ -18,7 +18,8 @@ definitions     string  the feature definitions that are served and the families
 backfill        string  how far the families of new definitions have been filled from the stored events, JSON
 due             zset    users whose public features change by themselves, by when (epoch ms)
 rows:<n>        string  the storage index of segment n: fixed rows of place, event time, and hashes
-redriven        hash    id of a dead letter sent again -> the place it was sent to
+redriven        hash    id of a dead letter sent again -> the place it was sent to; "<" and the id that it would have if it
+                        died there again -> its id, attempts, first_at and received_at before that, JSON
 spans           hash    n -> packed (least event time, greatest event time, rows) of the storage index
 agg:<step>:<t>  hash    event counters of the bucket that begins at t: "<dimension>:<value>" -> count
 seen:<t>        string  HyperLogLog of the users of the hour that begins at t

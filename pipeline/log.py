@@ -286,6 +286,7 @@ class Log:
             if frames[0].address >> SHIFT != segment:
                 break
             words: list[str | bytes | int] = [epoch]
+            self._forget_redriven([frame for frame in frames if frame.to & REDRIVE])
             for frame in frames:
                 for index, packed in enumerate(frame.records):
                     if not frame.broken and not frame.to & REDRIVE:
@@ -298,6 +299,14 @@ class Log:
         if trimmed:
             self.drop_tail()
         return trimmed
+
+    def _forget_redriven(self, frames: Sequence[Frame]) -> None:
+        """What is remembered of dead letters that were sent again in these frames goes with them."""
+        ids = [f"<{name}-{f.place(0)}" for f in frames for bit, name in enumerate(keys.STREAMS) if f.to >> bit & 1]
+        if ids:
+            kept = self._store.call("HMGET", keys.REDRIVEN, *ids)
+            ids += [msgspec.json.decode(raw)["id"] for raw in kept if raw is not None]
+            self._store.call("HDEL", keys.REDRIVEN, *ids)
 
     def _trimmable(self, segment: int) -> bool:
         """Every stream has read past the segment; the script decides, this spares forgetting ids in vain."""

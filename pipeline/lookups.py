@@ -55,26 +55,33 @@ class Lookups:
         return {"event": event_object(fetched.body, fetched.source, fetched.received_at), "streams": streams}
 
     def _stream_state(self, stream: str, place: int, ordinal: int, audit: Audit) -> dict[str, Any]:
-        attempts = 1
+        past = self.past([f"{stream}-{place}"])
         while (raw_place := self._store.call("HGET", keys.REDRIVEN, f"{stream}-{place}")) is not None:
-            place, attempts = int(raw_place), attempts + 1
+            place = int(raw_place)
+            past = self.past([f"{stream}-{place}"])
             again = self._log.fetch([place])[0]
             if again is None:
                 break
             ordinal = again.ordinal
+        tried = past[f"{stream}-{place}"]["attempts"] if past else 0
         raw = self._store.call("HGET", keys.DEAD + stream, f"{stream}-{place}")
         if raw is not None:
             letter = _decode(raw)
             return {
                 "state": "dead",
                 "at": rfc3339(letter["last_at"]),
-                "attempts": letter["attempts"],
+                "attempts": tried + letter["attempts"],
                 "result": {"reason": letter["reason"], "dead_letter": letter["id"]},
             }
         if audit.accounts[stream].position.ordinal <= ordinal:
             return {"state": "pending", "at": None, "attempts": None, "result": None}
         at = self._committed_at(stream, ordinal)
-        return {"state": "done", "at": None if at is None else rfc3339(at), "attempts": attempts, "result": None}
+        return {"state": "done", "at": None if at is None else rfc3339(at), "attempts": tried + 1, "result": None}
+
+    def past(self, letter_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Of the dead letters that had been sent again before: attempts, first_at and received_at (epoch ms) until then."""
+        rows = self._store.call("HMGET", keys.REDRIVEN, *[f"<{i}" for i in letter_ids]) if letter_ids else []
+        return {i: _decode(raw) for i, raw in zip(letter_ids, rows, strict=True) if raw is not None}
 
     def _committed_at(self, stream: str, ordinal: int) -> int | None:
         """When the commit that covered an ordinal was made; None where the journal no longer reaches."""

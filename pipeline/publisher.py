@@ -82,8 +82,15 @@ class Publisher:
         vectors = {user_id: stream.windows.values(entity, now) for user_id, entity in entities.items()}
         self._health.look(vectors, stream.definitions)
         computed_at = rfc3339(now)
+        kept_ms = stream.windows.horizon_ms + SPACING_MS  # nothing happened for so long: every window is empty
         public: list[Command] = [
-            ("SET", keys.SERVING + user, _encode({"user_id": user, "features": values, "computed_at": computed_at}))
+            (
+                "SET",
+                keys.SERVING + user,
+                _encode({"user_id": user, "features": values, "computed_at": computed_at}),
+                "PX",
+                kept_ms,
+            )
             for user, values in vectors.items()
         ]
         sooner: list[str | int] = []

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from pipeline import checkpoints, keys
 from pipeline import log as log_module
-from pipeline.checkpoints import Progress
+from pipeline.checkpoints import DeadLetter, Progress, bury
 from pipeline.errors import Fenced, StoreUnavailable
 from pipeline.events import decode
-from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, Position
+from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, Position, record
 from pipeline.lease import Lease
 from pipeline.log import Log, Request
 from pipeline.store import Store
@@ -292,6 +292,22 @@ def test_segment_that_one_stream_has_yet_to_read_is_not_trimmed(store, log, smal
     pass_all(store, log, lease, STREAMS[:-1])
     assert not log.trim(1, lease.epoch)
     assert len(frames(log)) == 12
+
+
+def test_what_is_remembered_of_a_letter_sent_again_goes_with_its_segment(store, log, small_segments):
+    append(log, [event(event_id="bad")], NOON)
+    lease = lease_of(store)
+    place = log.locate(["bad"])[0]
+    body = log.fetch([place])[0].body
+    letter = DeadLetter(f"storage-{place}", "storage", place, "why", 1, NOON, NOON, "test", NOON, body)
+    checkpoints.commit(store, lease.epoch, bury(letter))
+    assert log.redrive([("storage", letter.id, "test", record(NOON, body))], NOON) == [True]
+    assert store.call("HLEN", keys.REDRIVEN) == 2
+    for n in range(12):
+        append(log, [event()], NOON + n)
+    pass_all(store, log, lease)
+    assert log.trim(1, lease.epoch)
+    assert store.call("HLEN", keys.REDRIVEN) == 0
 
 
 def test_trim_by_a_former_owner_is_fenced(store, log, small_segments):

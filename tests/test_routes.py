@@ -137,6 +137,8 @@ GZIPPED = gzip.compress(json.dumps([event(event_id="g")]).encode())
         (b"[]", {"Content-Encoding": "br"}, "", 415),
         (b"[]", {}, "?wait=storage", 400),
         (b"[]", {}, "?wait=features&timeout_ms=%C2%B2", 400),
+        (b"[]", {}, "?wait=features&timeout_ms=" + "9" * 5000, 400),
+        (b"[]", {"Content-Length": "9" * 5000}, "", 413),
         (b"[1,", {"Content-Length": "900"}, "", 400),
         (b"[" + b" " * MAX_BODY_BYTES + b"]", {}, "", 413),
         (json.dumps([1] * 5001).encode(), {}, "", 413),
@@ -155,6 +157,39 @@ def test_hot_route_answers_as_the_flask_route_does(nexus, client, body, headers,
     assert first == second
     if status not in (202, 422):
         assert first["error"].keys() == {"code", "message", "details"}
+
+
+def test_unexpected_error_of_ingest_is_500_in_json_both_ways(nexus, client, monkeypatch):
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(nexus.ingest, "post", broken)
+    for answer in (_wsgi(client.application.wsgi_app, INGEST, b"[]"), flask_answer(nexus, INGEST, b"[]")):
+        assert (answer[0], json.loads(answer[2])["error"]["code"]) == (500, "internal")
+        assert b"secret" not in answer[2]
+
+
+@pytest.mark.parametrize("path", ["/api/ml/predict", "/api/ml/features", BRIDGE, "/api/ml/dead-letters/redrive"])
+def test_body_without_a_length_is_read_up_to_the_limit_and_no_further(nexus, client, path):
+    class Endless(BytesIO):
+        given = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            wanted = 1 << 30 if size is None or size < 0 else size
+            self.given += wanted
+            return b" " * wanted
+
+        def readinto(self, buffer: Any) -> int:
+            self.given += len(buffer)
+            return len(buffer)
+
+    body = Endless()
+    builder = EnvironBuilder(path, method="POST", headers={"Content-Type": "application/json"}, input_stream=body)
+    environ = {**builder.get_environ(), "wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
+    environ.pop("CONTENT_LENGTH", None)
+    parts, status, _ = run_wsgi_app(client.application.wsgi_app, environ, buffered=True)
+    assert (status.split()[0], json.loads(b"".join(parts))["error"]["code"]) == ("413", "body_too_large")
+    assert body.given <= MAX_BODY_BYTES + (1 << 17)
 
 
 def test_check_health_shows_every_stream_and_the_totals(nexus, client):
@@ -526,6 +561,15 @@ def test_fraud_score_of_a_payment_is_served_with_its_later_label(nexus, client):
     assert many["t1"]["label"] == 1
 
 
+@pytest.mark.parametrize("name", ["2026/11/t-1", "a//b", "/a"])
+def test_fraud_score_of_any_transaction_id_is_served(client, name):
+    post(client, payment(name, 40))
+    answer = until(
+        lambda: (found := client.get(f"/api/ml/predictions/fraud/{quote(name)}")).status_code == 200 and found, "score"
+    )
+    assert answer.json["transaction_id"] == name
+
+
 def test_fraud_predictions_of_another_form_are_errors(client):
     assert_error(client.get("/api/ml/predictions/fraud/never"), 404)
     assert_error(client.post("/api/ml/predictions/fraud", json={"transaction_ids": ["t"] * 1001}), 413)
@@ -588,7 +632,8 @@ def test_redrive_sends_again_by_id_or_by_stream_and_reason_and_names_what_it_cou
     assert answer.json["redriven"] == 1
     assert len(answer.json["failed"]) == 1
     settled(nexus)
-    assert client.post("/api/ml/dead-letters/redrive", json={"stream": "inference"}).json["redriven"] == 3
+    body = {"ids": None, "stream": "inference", "reason": None, "all": None}
+    assert client.post("/api/ml/dead-letters/redrive", json=body).json["redriven"] == 3
     settled(nexus)
     after = client.get("/api/ml/dead-letters").json["dead_letters"]
     assert sorted(letter["attempts"] for letter in after) == [2, 2, 3]  # what was tried before it died again counts
@@ -604,7 +649,7 @@ def test_dead_letters_query_of_another_form_is_400(client, query):
     assert_error(client.get(f"/api/ml/dead-letters?{query}"), 400)
 
 
-@pytest.mark.parametrize("body", [{}, {"ids": "x"}, {"stream": 5}, {"stream": "other"}])
+@pytest.mark.parametrize("body", [{}, {"ids": None}, {"ids": "x"}, {"stream": 5}, {"stream": "other"}])
 def test_redrive_of_another_form_is_400(client, body):
     assert_error(client.post("/api/ml/dead-letters/redrive", json=body), 400)
 
@@ -626,6 +671,8 @@ def test_probes_answer(client):
         ("DELETE", INGEST, 405),
         ("PUT", "/api/ml/events", 405),
         ("POST", INGEST + "/", 404),
+        ("GET", "/api//ml/events", 404),
+        ("GET", "//api/ml/events", 404),
     ],
 )
 def test_unknown_path_or_method_is_an_error_in_json(client, method, path, status):
@@ -643,7 +690,8 @@ def test_unexpected_error_is_500_in_json_without_a_trace(nexus, client, monkeypa
 
 
 def test_dashboard_and_its_feed_are_served(client):
-    assert client.get("/").location == "/nexus/"
+    root = client.get("/")
+    assert (root.location, root.get_data(), root.content_type) == ("/nexus/", b"", None)
     assert client.get("/nexus/").status_code == 200
     feed = client.get("/nexus/feed.json")
     assert feed.headers["Cache-Control"] == "no-store"
