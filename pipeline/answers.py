@@ -30,9 +30,13 @@ def json_object(strict_type: bool = False) -> dict[str, Any]:
     if strict_type and request.mimetype != JSON:
         raise NexusError("not_json", f"Content-Type is {request.mimetype or 'absent'}; it takes {JSON}", status=415)
     try:
-        body = _decode(request.get_data(cache=False))
-    except RequestEntityTooLarge as error:  # by its length, or read so far (routes.register)
-        raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes") from error
+        raw = request.get_data(cache=False)
+    except RequestEntityTooLarge:
+        raw = None
+    if raw is None or len(raw) > MAX_BODY_BYTES:  # one byte more is read of a body without a length (routes.register)
+        raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes")
+    try:
+        body = _decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequest("not_json", f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):

@@ -177,7 +177,9 @@ def _routes(nexus: Runtime) -> Blueprint:
 
     @api.patch("/api/ml/settings")
     def change_settings() -> Response:
-        require_own(request.host, request.headers.get("Origin"), nexus.own_names, nexus.settings.nexus_port)
+        require_own(
+            request.headers.get("Host", ""), request.headers.get("Origin"), nexus.own_names, nexus.settings.nexus_port
+        )
         body = json_object(strict_type=True)
         wanted = body.get("settings")
         if not isinstance(wanted, dict):

@@ -561,7 +561,7 @@ def test_fraud_score_of_a_payment_is_served_with_its_later_label(nexus, client):
     assert many["t1"]["label"] == 1
 
 
-@pytest.mark.parametrize("name", ["2026/11/t-1", "a//b", "/a"])
+@pytest.mark.parametrize("name", ["2026/11/t-1", "a//b"])
 def test_fraud_score_of_any_transaction_id_is_served(client, name):
     post(client, payment(name, 40))
     answer = until(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from typing import Any
 
@@ -107,6 +108,50 @@ def test_patch_demands_a_json_content_type_and_the_servers_own_host_and_origin(c
     for host in ("localhost:4000", "127.0.0.1:4000", "[::1]:4000", "localhost"):
         taken = client.patch(SETTINGS, data=body, content_type="application/json", headers={"Host": host})
         assert taken.status_code == 200, host
+
+
+def answers(client: Any, host: str, origin: str | None = None) -> int:
+    headers = {"Host": host} if origin is None else {"Host": host, "Origin": origin}
+    body = '{"settings": {"FEATURE_SYNC_INTERVAL": 60}}'
+    return int(client.patch(SETTINGS, data=body, content_type="application/json", headers=headers).status_code)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("LocalHost:4000", 200),
+        ("localhost:9999", 403),
+        ("localhost:4000:80", 403),
+        ("localhost:", 403),
+        ("[::1", 403),
+        ("8.8.8.8:4000", 403),
+        ("224.0.0.1:4000", 403),
+        ("0.0.0.0:4000", 403),
+    ],
+)
+def test_host_is_the_servers_own_in_any_case_and_with_its_own_port(client, host, status):
+    assert answers(client, host) == status
+
+
+def test_origin_is_compared_in_any_case(client):
+    assert answers(client, "LOCALHOST:4000", "http://localhost:4000") == 200
+    assert answers(client, "localhost:4000", "http://localhost:4001") == 403
+
+
+def test_server_on_all_addresses_takes_each_of_its_own_and_its_name_in_any_case(start_nexus):
+    nexus = start_nexus(NEXUS_HOST="0.0.0.0", ENABLE_PYTHON_BRIDGE="false")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing; tells the address by which others reach this machine
+        own = probe.getsockname()[0]
+    for host in (own, "127.0.0.2", socket.gethostname().upper()):
+        assert answers(client_of(nexus), f"{host}:4000") == 200, host
+
+
+def test_reason_has_at_most_500_characters(client):
+    assert change(client, "x" * 500, FEATURE_SYNC_INTERVAL=60).status_code == 200
+    refused = change(client, "x" * 501, FEATURE_SYNC_INTERVAL=61)
+    assert (refused.status_code, refused.json["error"]["code"]) == (422, "reason_too_long")
+    assert value(client, "FEATURE_SYNC_INTERVAL") == 60
 
 
 def test_hybrid_mode_off_serves_nexus_values_alone_at_once(nexus, client):
