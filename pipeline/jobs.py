@@ -55,8 +55,9 @@ class Scheduler:
     def __init__(self, jobs: list[Job]) -> None:
         self.jobs = {job.name: job for job in jobs}
         # A long job (the pipeline, which runs until stop) holds a thread of its own: the pool has one for each job.
+        self._pool = ThreadPoolExecutor(len(jobs) + 1)
         self._scheduler = BackgroundScheduler(
-            executors={"default": ThreadPoolExecutor(len(jobs) + 1)},
+            executors={"default": self._pool},
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
             timezone=UTC,
         )
@@ -79,7 +80,11 @@ class Scheduler:
     def stop(self) -> None:
         """Ends the scheduler once running jobs are through; those that run until stop must have been told before."""
         if self._scheduler.running:
-            self._scheduler.shutdown(wait=True)
+            self._scheduler.pause()
+            self._pool.shutdown(
+                wait=True
+            )  # not the scheduler's own wait, which keeps a lock that running jobs may ask for
+            self._scheduler.shutdown(wait=False)
 
     def describe(self) -> list[dict[str, Any]]:
         now = datetime.now(UTC)

@@ -1,0 +1,93 @@
+"""The scheduler: one run of a job at a time, late ones counted, intervals changed at run time, an end that waits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.errors import StoreUnavailable
+from pipeline.jobs import Job, Scheduler
+from tests.helpers import DEADLINE_S, until
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What a job of a test waits for."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def row(scheduler: Scheduler, name: str) -> dict[str, object]:
+    return next(row for row in scheduler.describe() if row["name"] == name)
+
+
+def test_job_that_is_still_running_is_not_run_beside_itself_and_its_turn_counts_as_late(gate):
+    at_once, most = 0, 0
+
+    def work() -> None:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        gate.wait(DEADLINE_S)
+        at_once -= 1
+
+    scheduler = Scheduler([Job("slow", lambda: 0.05, work), Job("other", lambda: 0.05, lambda: None)])
+    scheduler.start()
+    until(lambda: scheduler.jobs["slow"].late >= 2, "late turns")
+    until(lambda: scheduler.jobs["other"].runs >= 5, "the other job's turns")
+    gate.set()
+    until(lambda: scheduler.jobs["slow"].runs >= 2, "the turn after the late ones")
+    scheduler.stop()
+    assert most == 1
+
+
+def test_job_that_throws_is_told_and_run_again():
+    tries = iter([StoreUnavailable("away"), ValueError("a bug")])
+
+    def work() -> str:
+        for error in tries:
+            raise error
+        return "well"
+
+    scheduler = Scheduler([Job("job", lambda: 0.05, work)])
+    job = scheduler.jobs["job"]
+    errors = set()
+    scheduler.start()
+    until(lambda: errors.add(job.error) or job.result == "well", "a good run")
+    scheduler.stop()
+    assert (job.ok, job.error) == (True, None)
+
+
+def test_interval_changed_at_run_time_is_taken_over_at_once():
+    every = [3600.0]
+    scheduler = Scheduler([Job("job", lambda: every[0], lambda: None)])
+    scheduler.start()
+    until(lambda: scheduler.jobs["job"].runs == 1, "the first run")
+    every[0] = 0.05
+    scheduler.reschedule()
+    until(lambda: scheduler.jobs["job"].runs >= 3, "further runs")
+    scheduler.stop()
+
+
+def test_stop_waits_for_a_running_job_even_where_that_job_looks_at_the_table(gate):
+    seen: list[object] = []
+    began = threading.Event()
+
+    def work() -> None:
+        began.set()
+        gate.wait(DEADLINE_S)
+        seen.append(row(scheduler, "job"))
+
+    scheduler = Scheduler([Job("job", lambda: 3600.0, work)])
+    scheduler.start()
+    assert began.wait(DEADLINE_S)
+    stopping = threading.Thread(target=scheduler.stop, daemon=True)
+    stopping.start()
+    until(lambda: scheduler._scheduler.state == 2, "the scheduler paused")
+    gate.set()
+    stopping.join(DEADLINE_S)
+    assert not stopping.is_alive()
+    assert len(seen) == 1
