@@ -68,7 +68,7 @@ class Watch(threading.Thread):
         while not self._over.is_set():
             try:
                 _, body = self._system.get(HEALTH, timeout_s=3.0)
-                if "streams" in body:
+                if "error" not in body:
                     self._look(body)
                 else:
                     self.unanswered += 1  # the store is away, and the answer says so

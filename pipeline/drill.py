@@ -299,7 +299,7 @@ class Drill:
         while True:
             at = _now()
             answer = self._http.get("/api/ml/events/ingest?check=health")
-            if "streams" in (body := answer.json()):
+            if "error" not in (body := answer.json()):
                 return {**body, "at": at}
             if time.monotonic() > deadline:
                 raise Failed(f"the accounts cannot be read: {answer.text[:200]}")

@@ -239,7 +239,7 @@ class Runtime:
         }
 
     def ingest_health(self) -> tuple[int, dict[str, Any]]:
-        """The answer of ?check=health, from the counters themselves. Raises StoreError."""
+        """The answer of ?check=health, from the counters themselves."""
         return self.serving.ingest_health()
 
     def not_ready(self) -> str | None:

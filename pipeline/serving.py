@@ -13,6 +13,7 @@ import msgspec
 from pipeline import checkpoints, keys
 from pipeline.checkpoints import Audit
 from pipeline.errors import StoreError
+from pipeline.footprint import Footprint
 from pipeline.log import Head
 from pipeline.store_watch import StoreWatch
 from pipeline.streams.aggregates import RECENT_S, Aggregates
@@ -54,6 +55,7 @@ class Serving:
         self._body: dict[str, Any] = {}
         self._plain = b"{}"
         self.store_watch = StoreWatch(nexus.store, nexus.settings, nexus.ingest)
+        self._footprint = Footprint(nexus.store, nexus.log)
         self.audit: Audit | None = None
         self._errors_seen: deque[tuple[int, int]] = deque(maxlen=60)
 
@@ -79,10 +81,13 @@ class Serving:
         return eta
 
     def ingest_health(self) -> tuple[int, dict[str, Any]]:
-        """The audit as ?check=health answers it: counters read now, in one consistent read. Raises StoreError."""
+        """The audit as ?check=health answers it: counters read now, in one consistent read; null where the store is away."""
         nexus = self._nexus
-        audit = checkpoints.audit(nexus.store)
-        lags = self._lag_seconds(audit)
+        try:
+            audit = checkpoints.audit(nexus.store)
+            lags = self._lag_seconds(audit)
+        except StoreError as error:
+            return 503, self._without_store(error)
         states = nexus.stream_states()
         owned = audit.epoch > 0 and audit.lease_expires > nexus.clock()
         local_ok = all(
@@ -93,7 +98,7 @@ class Serving:
         running = nexus.runner.state == "running" or owned
         partner = nexus.partner_status()["status"]
         healthy = local_ok and partner in ("online", "disabled") and lags.get("bridge", 0.0) < _BEHIND_S
-        healthy = healthy and self.store_watch.status["status"] == "online"
+        healthy = healthy and self.store_watch.status["status"] == "online" and audit.unexplained == 0
         status = "unhealthy" if not running else "healthy" if healthy else "degraded"
         streams = {
             name: {
@@ -123,6 +128,21 @@ class Serving:
                 "first_segment": audit.head.first_segment,
                 "last_segment": audit.head.segment,
             },
+            "bytes": self._footprint.latest,
+        }
+
+    def _without_store(self, error: StoreError) -> dict[str, Any]:
+        """What is known of the health while the store does not answer."""
+        unknown = dict.fromkeys(("lag", "processed", "failed", "rate", "pending", "lag_s"))
+        return {
+            "status": "unhealthy",
+            "streams": {name: {"state": state, **unknown} for name, (state, _) in self._nexus.stream_states().items()},
+            "totals": dict.fromkeys(("accepted", "duplicates", "rejected", "bridge_only")),
+            "unexplained": None,
+            "store": {**self.store_watch.status, "status": "offline", "detail": error.message},
+            "log": dict.fromkeys(("ids", "first_segment", "last_segment")),
+            "bytes": self._footprint.latest,
+            **error.body(),
         }
 
     def refresh(self) -> None:
@@ -132,6 +152,7 @@ class Serving:
             self.store_watch.look()
             self.audit = checkpoints.audit(nexus.store)
             lags = self._lag_seconds(self.audit)
+            self._footprint.look()
         except StoreError:
             lags = {}
         self._body = self._build(now, lags)

@@ -12,9 +12,12 @@ from urllib.parse import quote
 
 import pytest
 from flask.testing import FlaskClient
+from jsonschema import Draft202012Validator
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from pipeline import checkpoints
+from pipeline.footprint import Footprint
+from pipeline.openapi import document
 from pipeline.posted import MAX_BODY_BYTES
 from pipeline.runtime import Runtime
 from tests.conftest import Start, client_of
@@ -22,6 +25,7 @@ from tests.helpers import LOCAL, STREAMS, FakePartner, Valkey, event, events_of,
 
 INGEST = "/api/ml/events/ingest"
 BRIDGE = "/api/ml/bridge/python"
+DOCUMENT = document("test")
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z\Z")
 
 
@@ -45,6 +49,13 @@ def assert_error(answer: Any, status: int, code: str | None = None) -> None:
     assert answer.json["error"].keys() == {"code", "message", "details"}
     assert answer.json["error"]["message"]
     assert code in (None, answer.json["error"]["code"])
+
+
+def assert_described(answer: Any, path: str) -> None:
+    """The answer of a GET is as the OpenAPI document says."""
+    described = DOCUMENT["paths"][path]["get"]["responses"][str(answer.status_code)]
+    schema = {**described["content"]["application/json"]["schema"], "components": DOCUMENT["components"]}
+    assert [error.message for error in Draft202012Validator(schema).iter_errors(answer.json)] == []
 
 
 # ingest
@@ -87,7 +98,6 @@ def test_ingest_without_a_store_is_503_with_retry_after_and_takes_nothing(own_se
     paths = (
         "/api/ml/events",
         "/api/ml/features/u",
-        f"{INGEST}?check=health",
         "/api/ml/aggregates",
         "/api/ml/dead-letters",
     )
@@ -95,6 +105,14 @@ def test_ingest_without_a_store_is_503_with_retry_after_and_takes_nothing(own_se
         found = client.get(path)
         assert_error(found, 503)
         assert int(found.headers["Retry-After"]) >= 1
+    health = client.get(f"{INGEST}?check=health")
+    assert (health.status_code, health.json["status"]) == (503, "unhealthy")
+    assert int(health.headers["Retry-After"]) >= 1
+    assert health.json["error"]["code"] == "store_unavailable"
+    assert (health.json["unexplained"], set(health.json["totals"].values())) == (None, {None})
+    assert health.json["streams"].keys() == set(STREAMS)
+    assert {stream["lag"] for stream in health.json["streams"].values()} == {None}
+    assert_described(health, INGEST)
     assert client.get("/healthz").status_code == 200
     assert client.get(f"{BRIDGE}?action=health").status_code == 200
     assert client.get("/nexus/feed.json").status_code == 200
@@ -214,8 +232,22 @@ def test_check_health_is_healthy_once_all_is_well(client):
 def test_check_health_sees_one_skipped_event(nexus, client):
     post(client, event(), event())
     settled(nexus)
+    until(lambda: client.get(f"{INGEST}?check=health").json["status"] == "healthy", "healthy")
     nexus.store.call("HINCRBY", "ml:{p}:checkpoint:storage", "processed", -1)
-    assert client.get(f"{INGEST}?check=health").json["unexplained"] == 1
+    found = client.get(f"{INGEST}?check=health").json
+    assert (found["unexplained"], found["status"]) == (1, "degraded")
+
+
+def test_check_health_shows_the_bytes_of_an_event_an_id_and_a_user(nexus, client):
+    assert set(client.get(f"{INGEST}?check=health").json["bytes"].values()) == {None}
+    post(client, *[payment(f"t-{n}", user=f"rider-{n % 7}", note="x" * 100) for n in range(300)])
+    settled(nexus)
+    until(lambda: nexus.store.call("GET", "ml:serving:features:rider-6"), "the public keys")
+    found = Footprint(nexus.store, nexus.log)
+    found.look()
+    assert 300 < (found.latest["per_event"] or 0) < 3000
+    assert 20 < (found.latest["per_id"] or 0) < 60
+    assert 200 < (found.latest["per_user"] or 0) < 20_000
 
 
 # the bridge

@@ -40,19 +40,21 @@ class Ingested(TypedDict):
 
 
 class StreamHealth(TypedDict):
+    """All but the state is null while the store is away."""
+
     state: str
-    lag: int
-    processed: int
-    failed: int
+    lag: int | None
+    processed: int | None
+    failed: int | None
     rate: float | None
-    pending: int
-    lag_s: float
+    pending: int | None
+    lag_s: float | None
 
 
 class Totals(TypedDict):
-    accepted: int
-    duplicates: int
-    rejected: int
+    accepted: int | None
+    duplicates: int | None
+    rejected: int | None
 
 
 class StoreHealth(TypedDict):
@@ -62,12 +64,24 @@ class StoreHealth(TypedDict):
     max_bytes: int | None
 
 
+class Footprint(TypedDict):
+    """Bytes of the store, measured on samples; null where nothing is stored."""
+
+    per_event: float | None
+    per_id: float | None
+    per_user: float | None
+
+
 class IngestHealth(TypedDict):
+    """While the store is away: what is known, null for the rest, and the error."""
+
     status: Literal["healthy", "degraded", "unhealthy"]
     streams: dict[str, StreamHealth]
     totals: Totals
-    unexplained: int
+    unexplained: int | None
     store: StoreHealth
+    bytes: Footprint
+    error: NotRequired[ErrorBody]
 
 
 class PythonService(TypedDict):

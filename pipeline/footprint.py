@@ -1,0 +1,93 @@
+"""The footprint: bytes that the store spends on a stored event, on an id and on a user, measured on a few keys of each."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from pipeline import keys
+from pipeline.frames import HEADER
+from pipeline.log import Head, Log
+from pipeline.store import Command, Store
+from pipeline.streams.storage import ROW
+
+EVERY_S = 10.0
+_SAMPLES = 16
+_PLACE = struct.Struct("<Q")  # which a row of the index begins with
+_BUCKETS = struct.Struct("<2Q")  # in the head: buckets of the id table in this round, and how many are divided already
+_BUCKETS_AT = 13 * 8
+_OF_A_USER = (keys.USER, keys.HABIT, keys.SERVING)
+Bytes = dict[str, float | None]
+
+
+class _Named(msgspec.Struct):
+    user_id: str
+
+
+_decode = msgspec.json.Decoder(_Named).decode
+
+
+class Footprint:
+    """`latest` is None for what the store holds nothing of. A look costs a few round trips, whatever the store holds."""
+
+    def __init__(self, store: Store, log: Log) -> None:
+        self._store, self._log = store, log
+        self._next = 0.0
+        self.latest: Bytes = {"per_event": None, "per_id": None, "per_user": None}
+
+    def look(self) -> None:
+        """Measure, unless that was done less than EVERY_S ago. Raises StoreError."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + EVERY_S
+        raw = self._store.call("GET", keys.HEAD)
+        head = Head.unpack(raw)
+        self.latest = {
+            "per_event": self._per_event(head),
+            "per_id": self._per_id(sum(_BUCKETS.unpack_from(raw, _BUCKETS_AT)) if raw else 0),
+            "per_user": self._per_user(head),
+        }
+
+    def _per_event(self, head: Head) -> float | None:
+        """Of the last two segments: the log itself, and the index by which its events are found."""
+        segments = [n for n in (head.segment - 1, head.segment) if n >= head.first_segment]
+        first = self._store.call("GETRANGE", f"{keys.LOG}{segments[0]}", 0, HEADER.size - 1)
+        if len(first) < HEADER.size:
+            return None
+        events = head.ordinal - HEADER.unpack(first)[6]
+        return _ratio(self._memory([prefix + str(n) for n in segments for prefix in (keys.LOG, keys.ROWS)]), events)
+
+    def _per_id(self, buckets: int) -> float | None:
+        """Of buckets spread evenly over the table: those that are divided already hold half as many."""
+        names = [f"{keys.ID}{n}" for n in _spread(buckets)]
+        ids = self._store.many([("HLEN", name) for name in names]) if names else []
+        return _ratio(self._memory(names), sum(ids))
+
+    def _per_user(self, head: Head) -> float | None:
+        """What is kept under a user's name: feature tiles, habit and public features. The users are those of events spread
+        over the latest segment, so that one with many events is more likely among them."""
+        name = f"{keys.ROWS}{head.segment}"
+        starts = [row * ROW.itemsize for row in _spread(int(self._store.call("STRLEN", name)) // ROW.itemsize)]
+        if not starts:
+            return self.latest["per_user"]  # a segment that has only just been opened
+        packed = self._store.many([("GETRANGE", name, at, at + _PLACE.size - 1) for at in starts])
+        found = self._log.fetch([_PLACE.unpack(raw)[0] for raw in packed])
+        users = list({_decode(event.body).user_id for event in found if event is not None})
+        return _ratio(self._memory([prefix + user for user in users for prefix in _OF_A_USER]), len(users))
+
+    def _memory(self, names: Sequence[str]) -> int:
+        """The bytes of these keys, as the store itself counts them; none for one that is not there."""
+        commands: list[Command] = [("MEMORY USAGE", name) for name in names]
+        return sum(int(size or 0) for size in self._store.many(commands)) if commands else 0
+
+
+def _spread(count: int) -> list[int]:
+    """Some of the numbers below `count`, at even distances."""
+    return sorted({count * n // _SAMPLES for n in range(_SAMPLES)}) if count else []
+
+
+def _ratio(size: int, of: int) -> float | None:
+    return round(size / of, 1) if of else None
