@@ -16,7 +16,7 @@ from pipeline.log import Log
 from pipeline.runtime import Runtime, wall_clock
 from pipeline.store import Store
 from pipeline.streams import runner as runner_module
-from pipeline.streams import worker as worker_module
+from pipeline.streams import straggler as straggler_module
 from pipeline.streams.aggregates import Aggregates
 from pipeline.streams.runner import Runner
 from tests.conftest import Start, client_of, quick
@@ -64,7 +64,7 @@ def test_code_that_throws_at_one_event_buries_that_event_alone(
     settled(send)
     letters = send("GET", "/api/ml/dead-letters", None)[1]["dead_letters"]
     assert [(row["event"]["event_id"], row["stream"]) for row in letters] == [(poison["event_id"], "aggregates")]
-    assert letters[0]["attempts"] == worker_module.MAX_ATTEMPTS
+    assert letters[0]["attempts"] == straggler_module.MAX_ATTEMPTS
     assert "a bug" in letters[0]["reason"]
     streams, total = accounts(send), len(load.acknowledged) + 3
     assert streams["aggregates"]["processed"] == total - 1
@@ -114,7 +114,7 @@ def test_code_that_throws_at_every_event_holds_its_stream_and_no_other_and_goes_
 
     settled(send)
     dead = accounts(send)["aggregates"]["failed"]
-    assert 0 < dead <= worker_module.MAX_BAD_IN_A_ROW + 1  # then the stream was suspected, not the events
+    assert 0 < dead <= straggler_module.MAX_BAD_IN_A_ROW + 1  # then the stream was suspected, not the events
     assert (
         send("POST", "/api/ml/dead-letters/redrive", {"stream": "aggregates", "reason": "a bug"})[1]["redriven"] == dead
     )

@@ -132,6 +132,27 @@ def test_stream_that_throws_at_everything_holds_its_events_and_shows_it_while_th
     assert len(stored_ids(nexus)) == accounts["storage"].processed
 
 
+@pytest.mark.parametrize("part", ["cut", "load"])
+def test_stream_that_throws_beside_its_events_is_told_and_the_others_do_not_notice(
+    start_nexus: Start, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    sound = getattr(Storage, part)
+
+    def throws(*_: object) -> None:
+        raise RuntimeError("no such table")
+
+    monkeypatch.setattr(Storage, part, throws)
+    nexus = start_nexus(ENABLE_PYTHON_BRIDGE="false")
+    post(nexus, "e0", "e1")
+    until(lambda: done(nexus, *OTHERS), "the others' work")
+    until(lambda: nexus.runner.states()["storage"] == ("failed", "RuntimeError: no such table"), "the failure told")
+    assert {nexus.runner.states()[name][0] for name in OTHERS} == {"running"}
+    monkeypatch.setattr(Storage, part, sound)
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    assert sorted(stored_ids(nexus)) == ["e0", "e1"]
+    assert audit(nexus)["storage"].dead == 0
+
+
 def test_stream_that_hangs_holds_up_nobody_else_and_its_event_dies(nexus, trouble, monkeypatch):
     monkeypatch.setattr("pipeline.streams.runner.HANG_S", 0.3)
     trouble.at, trouble.hangs = lambda found: found.event_id == "e2", True

@@ -2,7 +2,7 @@
 four.
 
 Streams that stand together share one pass over a decoded frame and one checkpoint (worker.Group). A stream that
-throws, hangs or is behind goes on alone (worker.Straggler), finds the bad event, and joins the group again once it
+throws, hangs or is behind goes on alone (straggler.py), finds the bad event, and joins the group again once it
 has caught up.
 """
 
@@ -20,8 +20,9 @@ from pipeline.keys import LOCAL_STREAMS
 from pipeline.lease import TTL_MS, Lease
 from pipeline.log import Log
 from pipeline.store import Store
+from pipeline.streams.straggler import Straggler
 from pipeline.streams.stream import Stream
-from pipeline.streams.worker import Counters, Failed, Group, Shared, Straggler, Worker
+from pipeline.streams.worker import Counters, Failed, Group, Shared, Worker
 
 HANG_S = 30.0
 NEAR_EVENTS = 2_000  # a straggler this close to the group joins it
@@ -102,7 +103,8 @@ class Runner:
             if self.state != "running":
                 found[name] = (self.state, self.detail)
             elif straggler is not None:
-                found[name] = ("failed", straggler.holding) if straggler.holding else ("behind", "catches up by itself")
+                why = straggler.holding or straggler.trouble
+                found[name] = ("failed", why) if why else ("behind", "catches up by itself")
             elif group is not None and name in group.streams:
                 found[name] = ("running", None)
             else:
@@ -192,10 +194,12 @@ class Runner:
         self._forget(straggler)
         if isinstance(straggler.error, Fenced):
             raise straggler.error
-        if straggler.done and self._group is not None:
+        if straggler.done and straggler.error is None and self._group is not None:
             self._group.join(name)
         else:
             self._start_straggler(name, careful=straggler.careful)
+            if straggler.error is not None and not isinstance(straggler.error, StoreError):
+                self._stragglers[name].trouble = f"{type(straggler.error).__name__}: {straggler.error}"
 
     def _watch(self) -> None:
         """Replace a worker whose stream hangs: its thread cannot be ended, but it never commits again."""

@@ -1,5 +1,4 @@
-"""Workers: the loops that feed streams and checkpoint them. Group runs streams that stand together, Straggler one
-that does not."""
+"""Workers: the loops that feed streams and checkpoint them; Group runs those that stand together (straggler.py has the other)."""
 
 from __future__ import annotations
 
@@ -8,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from pipeline import checkpoints
 from pipeline.checkpoints import DeadLetter, Progress
@@ -22,13 +23,10 @@ from pipeline.streams.stream import Batch, Cut, Stream
 CHECKPOINT_S = 1.0
 IDLE_CHECKPOINT_S = 0.1
 COMMIT_SHARE = 5  # a checkpoint's own time, this many times over, is the least pause before the next one
-MAX_ATTEMPTS = 3
-MAX_BAD_IN_A_ROW = 5  # beyond this the stream itself is suspected, and events are held rather than dead-lettered
-HOLD_S = 60.0
-TRUSTED_AFTER = 100  # good events in a row after which a straggler takes whole batches again
 POLL_S = 0.1
 
 BITS = {name: 1 << i for i, name in enumerate(STREAMS)}
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -124,6 +122,10 @@ class Worker:
             self.busy = Busy(name, batch.first_ordinal, time.monotonic())
             try:
                 outcome = self.streams[name].process(batch, self.shared.clock())
+            except Exception:
+                if self.abandoned:  # the stream runs elsewhere by now: this failure is nobody's
+                    raise Fenced("this worker hung and was replaced") from None
+                raise
             finally:
                 self.busy = None
             if self.abandoned:
@@ -185,11 +187,15 @@ class Worker:
         began = time.monotonic()
         spent = 0.0
         now = self.shared.clock()
-        for name, stream in self.streams.items():
-            self._cuts[name] = (stream.cut(now), self._progress[name])
-            self._progress[name] = Progress(name, self.at[name])
+        for name, stream in list(self.streams.items()):
+            if (cut := self._of(name, partial(stream.cut, now))) is not None:
+                self._cuts[name] = (cut, self._progress[name])
+                self._progress[name] = Progress(name, self.at[name])
         for name in list(self._cuts):
-            while name in self._cuts and (chunk := next(self._cuts[name][0].chunks, None)) is not None:
+            while name in self._cuts:
+                chunk = self._of(name, partial(next, self._cuts[name][0].chunks, None))
+                if chunk is None:
+                    break
                 spent += self._commit(chunk)
                 yield
         final: list[Command] = []
@@ -202,6 +208,24 @@ class Worker:
             self._committed[name] = progress.position
         self.checkpointed = time.monotonic()
         self._pause = max(CHECKPOINT_S - (self.checkpointed - began), COMMIT_SHARE * spent, 0.0)
+
+    def _of(self, name: str, part: Callable[[], T]) -> T | None:
+        """A stream's part in what is done for all; where it throws or hangs, the trouble is the stream's own."""
+        self.busy = Busy(name, self.at[name].ordinal, time.monotonic())
+        try:
+            return part()
+        except (StoreError, Fenced):
+            raise
+        except Exception as error:
+            if self.abandoned or not self.left_alone(name, error):
+                raise
+            return None
+        finally:
+            self.busy = None
+
+    def left_alone(self, name: str, error: Exception) -> bool:
+        """Whether the others go on without a stream that threw."""
+        return False
 
     def _commit(self, commands: list[Command]) -> float:
         if self.abandoned:
@@ -230,7 +254,8 @@ class Group(Worker):
 
     def work(self) -> None:
         for name, position in self._start.items():
-            self.load(name, position)
+            self.at[name] = position
+            self._of(name, partial(self.load, name, position))
             self._committed[name] = position
         while not self.stopping.is_set():
             self.shared.wake.clear()
@@ -251,13 +276,18 @@ class Group(Worker):
                 self.feed(name, batch)
             except (StoreError, Fenced):
                 raise
-            except Exception as error:
-                log.exception("stream left the group", extra={"stream": name, "ordinal": batch.first_ordinal})
-                self.drop(name)
-                self._failed(Failed(name, f"{type(error).__name__}: {error}", batch.first_ordinal))
+            except Exception as error:  # noqa: BLE001  whatever it throws, it leaves the group
+                self.left_alone(name, error)
                 continue
             self.shared.applied(name, batch.first_ordinal + len(batch))
         self.position = batch.after
+
+    def left_alone(self, name: str, error: Exception) -> bool:
+        ordinal = self.at[name].ordinal
+        log.error("stream left the group", exc_info=error, extra={"stream": name, "ordinal": ordinal})
+        self.drop(name)
+        self._failed(Failed(name, f"{type(error).__name__}: {error}", ordinal))
+        return True
 
     def _runs(self, frames: list[Frame]) -> Iterator[list[Frame]]:
         """Neighbouring frames with the same addressees, about a thousand events at a time."""
@@ -287,112 +317,5 @@ class Group(Worker):
                 except (StoreError, Fenced):
                     raise
                 except Exception as error:  # noqa: BLE001  whatever it throws, it leaves the group
-                    self.drop(name)
-                    self._failed(Failed(name, f"{type(error).__name__}: {error}", frame.ordinal))
+                    self.left_alone(name, error)
                     return
-
-
-class Straggler(Worker):
-    """One stream that failed or fell behind: event by event around the trouble, in batches once it goes well again."""
-
-    def __init__(self, shared: Shared, name: str, caught_up: Callable[[Position], bool], careful: bool) -> None:
-        super().__init__(shared)
-        self.name = name
-        self._caught_up = caught_up
-        self.careful = careful
-        self.holding: str | None = None  # the error for which the stream waits at one event
-        self.attempts: dict[int, tuple[int, int, str]] = {}  # ordinal -> attempts, first at (epoch ms), error
-        self.condemned: dict[int, str] = {}
-        self._good, self._bad_in_a_row = 0, 0
-        self._held_since: float | None = None
-        self.done = False
-
-    def hung_at(self, ordinal: int, before: Straggler) -> None:
-        """Go on where a straggler hung, with what it had found out."""
-        self.attempts, self.condemned, self._bad_in_a_row = before.attempts, before.condemned, before._bad_in_a_row
-        self._failed_at(ordinal, "hung", single=True)
-
-    def work(self) -> None:
-        name = self.name
-        self._reload()
-        while not self.stopping.is_set():
-            self.shared.wake.clear()
-            frames = self.shared.log.read(self.at[name], 1 << 17)
-            if not self.careful and (not frames or self._caught_up(self.at[name])):
-                self.done = True
-                return
-            if not frames:
-                self.careful = False
-                continue
-            for batch in self._batches(frames):
-                if not self._try(batch):
-                    break
-                self.checkpoint_step(False)
-                if self.stopping.is_set():
-                    return
-
-    def _reload(self) -> None:
-        position = checkpoints.read(self.shared.store, [self.name])[self.name]
-        self._steps = None
-        self.load(self.name, position)
-        self._committed[self.name] = position
-
-    def _batches(self, frames: list[Frame]) -> Iterator[Batch]:
-        for frame in frames:
-            skip = self.at[self.name].index
-            if not self.careful:
-                yield Batch([frame], skip)
-                continue
-            for index in range(skip, len(frame.records)):
-                yield Batch([frame], index, single=True)
-
-    def _try(self, batch: Batch) -> bool:
-        """Feed a batch; False when it failed and the stream was made anew."""
-        name, ordinal = self.name, batch.first_ordinal
-        single = len(batch) == 1
-        if single and ordinal in self.condemned:
-            attempts, first_at, error = self.attempts.pop(ordinal)
-            reason = f"{self.condemned.pop(ordinal)}: {error}"
-            if not batch.to & CANARY:  # which counts nowhere
-                self.count(name, 0, [self.letter(name, batch, 0, reason, attempts, first_at)])
-            self.at[name] = self._progress[name].position = batch.after
-            self._bad_in_a_row += 1
-            return True
-        if ordinal in self.attempts:
-            self.checkpoint()  # what is good before a bad event must not be done again with it
-        try:
-            self.feed(name, batch)
-        except (StoreError, Fenced):
-            raise
-        except Exception as error:  # noqa: BLE001  whatever it throws is this event's failure
-            self._failed_at(ordinal, f"{type(error).__name__}: {error}", single)
-            self._reload()
-            return False
-        self.shared.applied(name, ordinal + len(batch))
-        self.holding, self._held_since = None, None
-        self._bad_in_a_row = 0
-        self._good += len(batch)
-        if self.careful and self._good >= TRUSTED_AFTER:
-            self.careful = False
-        return True
-
-    def _failed_at(self, ordinal: int, error: str, single: bool) -> None:
-        self._good = 0
-        self.careful = True
-        if not single:
-            return
-        attempts, first_at, _ = self.attempts.get(ordinal, (0, self.shared.clock(), ""))
-        self.attempts[ordinal] = (attempts + 1, first_at, error)
-        log.warning("stream failed at an event", extra={"stream": self.name, "ordinal": ordinal, "error": error})
-        if attempts + 1 < MAX_ATTEMPTS:
-            self.stopping.wait(0.05 * 2**attempts)
-        elif self._bad_in_a_row < MAX_BAD_IN_A_ROW:
-            self.condemned[ordinal] = "failed"
-        else:
-            self.holding = error
-            self._held_since = self._held_since or time.monotonic()
-            if time.monotonic() - self._held_since >= HOLD_S:
-                self.condemned[ordinal] = "failed"
-                self._held_since = None
-            else:
-                self.stopping.wait(min(5.0, 0.1 * 2 ** min(attempts, 6)))
