@@ -63,6 +63,7 @@ SEEN_PERIOD, SEEN_PERIODS = 2 * DAY, 5  # one set of ids per two days: an id is 
 KEEP_S = 8 * 86_400  # an idle user is forgotten a day after its last window has run empty
 PUBLISH_MS, TICK_S = 900, 0.1  # a user is published at most so often; how often the flusher looks
 STORE_TIMEOUT_S = 2.0
+LARGEST = 1e15  # in size, that a number may have to be summed
 OTHER, ACCEPTED, REJECTED, ANSWERED, PAYMENT, REQUEST = range(6)
 CITY = " city"  # the demand of the city, kept like a user; no user_id holds a space
 OWNER, JOURNAL, COUNTS, STATE, SEEN = (
@@ -124,7 +125,8 @@ class Location(msgspec.Struct, gc=False):
 
 
 class Data(msgspec.Struct, gc=False):
-    """The fields of `data` that features use; others pass unread, and one of a strange type counts as absent."""
+    """The fields of `data` that features use; others pass unread, and one of a strange type counts as absent. Only a
+    `response_time` of a strange type makes the event a rejected one, as it does at Nexus: both must count the same."""
 
     response: Any = None
     response_time: Any = None
@@ -200,7 +202,7 @@ def parse_events(body: bytes) -> tuple[list[tuple[int, Event]], list[Rejection]]
         for index, raw in enumerate(decode_raw_batch(body).events):
             try:
                 events.append((index, decode_event(raw)))
-            except (msgspec.DecodeError, RecursionError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 rejected.append(Rejection(index, _event_id(raw), *verdict(error)))
         return events, rejected
 
@@ -208,7 +210,7 @@ def parse_events(body: bytes) -> tuple[list[tuple[int, Event]], list[Rejection]]
 def _event_id(raw: msgspec.Raw) -> str | None:
     try:
         return msgspec.json.decode(raw, type=OnlyId).event_id
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
 
@@ -238,6 +240,8 @@ def take(events: Iterable[tuple[int, Event]], now: int) -> tuple[dict[bytes, tup
                 problem = "timestamp", "looks_like_seconds", f"{stamp} is seconds; multiply by 1000 for milliseconds"
         if ts - now > HOUR:
             problem = "timestamp", "in_the_future", "more than one hour ahead of this clock; check the device's clock"
+        if event.event_type == "ride_request_response" and event.data and not _summable(event.data.response_time):
+            problem = "data.response_time", "invalid", f"it takes a number up to {LARGEST:g} in size, or null"
         if not is_type(event.event_type):
             problem = "event_type", "invalid", "it takes 1 to 64 characters of a-z 0-9 _ . -"
         if not is_user(event.user_id):
@@ -274,7 +278,11 @@ def _facts(event: Event, ts: int) -> tuple[Fact, ...]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if type(value) in (int, float) and abs(value) < 1e15 else math.nan
+    return float(value) if type(value) in (int, float) and abs(value) <= LARGEST else math.nan
+
+
+def _summable(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) <= LARGEST)
 
 
 # -------------------------------------------------------------------------------------------- features
@@ -679,6 +687,7 @@ def create_app(settings: Settings) -> FastAPI:
         return reply(body, error.status, {"Retry-After": "1"} if error.status == 503 else None)
 
     @app.exception_handler(msgspec.DecodeError)
+    @app.exception_handler(UnicodeDecodeError)
     @app.exception_handler(RecursionError)
     async def bad_body(request: Request, error: Exception) -> Response:
         if not isinstance(error, msgspec.ValidationError):

@@ -183,6 +183,21 @@ def test_a_bad_event_does_not_spoil_its_batch(service: Service) -> None:
     assert service.features("driver_1")["acceptance_rate"] == 1.0
 
 
+@pytest.mark.parametrize("response_time", ["7", True, [], 2e15, 10**16])
+def test_an_answer_whose_time_cannot_be_summed_is_refused_as_nexus_does(service: Service, response_time: Any) -> None:
+    bad = answer("bad", response="rejected", response_time=response_time)
+    result = service.post(answer("good", response="rejected", response_time=None), bad)
+    assert (result["accepted"], [each["field"] for each in result["rejected"]]) == (1, ["data.response_time"])
+    assert service.features("driver_1")["recent_rejections"] == 1
+    assert service.http.post("/events", json=bad).status_code == 422
+
+
+def test_an_event_that_is_no_unicode_does_not_spoil_a_batch_that_is_looked_at_one_by_one(service: Service) -> None:
+    body = b'{"events":[{"event_type":"x"},{"event_type":"x","user_id":"\xff"},{"event_type":"x","user_id":"u"}]}'
+    result = service.http.post("/events/batch", content=body).json()
+    assert (result["accepted"], [each["index"] for each in result["rejected"]]) == (1, [0, 1])
+
+
 def test_an_answered_event_is_in_the_features(service: Service) -> None:
     service.post(answer("1", response_time=2.0), answer("2", response="rejected", response_time=4.0))
     assert service.http.post("/events", json=answer("3", response_time=6.0)).json()["accepted"] == 1
@@ -224,6 +239,9 @@ def test_a_canary_is_deduplicated_and_makes_no_features(service: Service, store:
         ("POST", "/events/batch", b'{"events":[' + b"[" * 100_000 + b"]" * 100_000 + b"]}", 400),
         ("POST", "/events/batch", b'{"events":[' + b"7," * 5000 + b"7]}", 413),
         ("POST", "/events", b'{"event_type":"x"}', 422),
+        ("POST", "/events", b'{"event_type":"x","user_id":"\xff"}', 400),
+        ("POST", "/events/batch", b'{"events":[{"event_type":"x","user_id":"\xff"}]}', 400),
+        ("POST", "/predict", b'{"model":"\xff"}', 400),
         ("POST", "/predict", b'{"model":"weather"}', 422),
         ("GET", "/features/nobody", None, 404),
         ("GET", "/nothing", None, 404),
@@ -592,8 +610,9 @@ def test_timestamps_are_read_to_the_millisecond() -> None:
 
 
 def test_a_field_of_a_strange_type_counts_as_absent() -> None:
-    event = api.decode_event(json.dumps(answer("a", response_time=["slow"])))
+    event = api.decode_event(json.dumps(answer("a", response=["accepted"], response_time=None)))
     ((fact,),) = api.take([(0, event)], NOW)[0].values()
     state = api.State()
     api.add(state, fact, NOW + api.DAY)
-    assert api.features(state, max(fact[1], NOW))["response_time"] is None
+    values = api.features(state, max(fact[1], NOW))
+    assert (values["acceptance_rate"], values["response_time"]) == (None, None)

@@ -203,7 +203,8 @@ def test_body_without_a_length_is_read_up_to_the_limit_and_no_further(nexus, cli
 
     body = Endless()
     builder = EnvironBuilder(path, method="POST", headers={"Content-Type": "application/json"}, input_stream=body)
-    environ = {**builder.get_environ(), "wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
+    environ: dict[str, Any] = dict(builder.get_environ())
+    environ |= {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
     environ.pop("CONTENT_LENGTH", None)
     parts, status, _ = run_wsgi_app(client.application.wsgi_app, environ, buffered=True)
     assert (status.split()[0], json.loads(b"".join(parts))["error"]["code"]) == ("413", "body_too_large")
