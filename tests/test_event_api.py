@@ -610,7 +610,7 @@ def test_timestamps_are_read_to_the_millisecond() -> None:
 
 
 def test_a_field_of_a_strange_type_counts_as_absent() -> None:
-    event = api.decode_event(json.dumps(answer("a", response=["accepted"], response_time=None)))
+    event = api.decode_event(json.dumps({**answer("a"), "data": {"response": ["accepted"]}}))
     ((fact,),) = api.take([(0, event)], NOW)[0].values()
     state = api.State()
     api.add(state, fact, NOW + api.DAY)

@@ -202,7 +202,7 @@ def test_body_without_a_length_is_read_up_to_the_limit_and_no_further(nexus, cli
             return len(buffer)
 
     body = Endless()
-    builder = EnvironBuilder(path, method="POST", headers={"Content-Type": "application/json"}, input_stream=body)
+    builder = EnvironBuilder(path, method="POST", content_type="application/json", input_stream=body)
     environ: dict[str, Any] = dict(builder.get_environ())
     environ |= {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"}
     environ.pop("CONTENT_LENGTH", None)
