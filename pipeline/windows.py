@@ -23,6 +23,7 @@ from pipeline.tiles import NUMBER, Entity, Layout
 POSITION = b"p"
 FUTURE = b"f"
 _EXPIRY_SLACK_MS = 3 * 3_600_000
+_WORDS = 2_000  # of one command: the store's scripts take no more than some 8,000
 _FIELD = 8  # bytes of a tile's field in the store: family id (3), level (1), tile number (4)
 
 
@@ -175,7 +176,7 @@ class Windows:
 
     def dump(self, entity: Entity, key: str, now: int) -> list[list[Any]]:
         """The commands that bring the store up to this entity: only the rows that changed, and the position with them."""
-        words: list[Any] = ["HSET", key, self._position, entity.position]
+        words: list[Any] = [self._position, entity.position]
         touched, i = entity.touched, 0
         while touched:
             if touched & 1:
@@ -188,7 +189,7 @@ class Windows:
             raw = self._row(entity, slot, tile)
             if raw is not None:
                 words += [self._prefix[slot] + NUMBER.pack(tile), raw]
-        gone = [*entity.gone]
+        gone = list(dict.fromkeys(entity.gone))
         if entity.future:
             kept = [
                 (
@@ -202,7 +203,7 @@ class Windows:
         elif entity.kept_future:
             gone.append(self._future)
         entity.kept_future = bool(entity.future)
-        commands = [["HDEL", key, *gone], words] if gone else [words]
+        commands = [["HDEL", key, *some] for some in _pieces(gone)] + [["HSET", key, *some] for some in _pieces(words)]
         if entity.expires < now + self.horizon_ms:
             entity.expires = now + self.horizon_ms + _EXPIRY_SLACK_MS
             commands.append(["PEXPIREAT", key, entity.expires])
@@ -256,3 +257,7 @@ class Windows:
         for ts, family_id, state in msgspec.msgpack.decode(raw):
             if family_id in self._by_id:
                 entity.future.append((ts, self._by_id[family_id], int.from_bytes(state, "little")))
+
+
+def _pieces(words: list[Any]) -> list[list[Any]]:
+    return [words[at : at + _WORDS] for at in range(0, len(words), _WORDS)]

@@ -173,3 +173,14 @@ def test_crash_after_any_chunk_of_a_checkpoint_counts_nothing_twice(store):
         for chunk in chunks[: len(chunks) - written]:
             store.many(chunk)
     assert {v["event_count_5m"] for v in Features(store).values(users, NOON).values()} == {2}
+
+
+def test_long_history_of_one_user_is_written_in_commands_that_a_script_can_take(store):
+    stream = Features(store)
+    stream.load(NOON)
+    events = [event(user="u", timestamp=NOON - (9_000 - n) * 6_000) for n in range(9_000)]
+    for at in range(0, len(events), 3_000):
+        stream.process(batch_of(store, events[at : at + 3_000], NOON), NOON)
+    commands = [command for chunk in stream.cut(NOON).chunks for command in chunk]
+    assert sum(map(len, commands)) > 8_000
+    assert max(map(len, commands)) < 4_000
