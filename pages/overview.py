@@ -224,7 +224,12 @@ def _freshness() -> html.Section:
         ),
         graph("chart-freshness", "Age of the features of Nexus and the Python service in seconds, last five minutes"),
         html.P(
-            ["users: ", bind("freshness.nexus_users", "compact"), " and ", bind("freshness.python_users", "compact")],
+            [
+                bind("freshness.nexus_users", "compact"),
+                " users at work in Nexus · Python is ",
+                bind("backlog.pending", "compact"),
+                " events behind",
+            ],
             className="tile-foot",
         ),
         id="tile-freshness",

@@ -227,7 +227,6 @@ class Serving:
                 "nexus_s": _rounded(lags.get("features", nexus.runner.delay_s("features"))),
                 "python_s": _rounded(lags.get("bridge", bridge.delay_s)),
                 "nexus_users": features.users if isinstance(features, Features) else None,
-                "python_users": None,
             },
             "bridge_errors": {
                 "total": bridge.errors_total,

@@ -181,6 +181,12 @@ def answers(host: str, port: int, path: str, only_200: bool = False) -> bool:
         connection.close()
 
 
+def address(host: str, port: int, path: str = "") -> str:
+    """Where a person of this machine finds what listens there."""
+    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else bracketed(host)
+    return f"http://{shown}:{port}{path}"
+
+
 def parts_of(settings: Settings, store: EmbeddedStore | None, demo: bool) -> list[Part]:
     """The parts of the whole system, in the order of the start; without `store` the settings name an external one."""
     environment = child_environment(settings)
@@ -207,7 +213,8 @@ def parts_of(settings: Settings, store: EmbeddedStore | None, demo: bool) -> lis
     if store is not None:
         parts.insert(0, Part("store", store.start, has_store, grace=30))
     if demo:
-        parts.append(Part("demo", python("-m", "pipeline.demo"), after=nexus_serves, grace=5))
+        url = address(settings.nexus_host, settings.nexus_port)
+        parts.append(Part("demo", python("-m", "pipeline.demo", "--url", url), after=nexus_serves, grace=5))
     return parts
 
 
@@ -246,15 +253,11 @@ def _listen(held: contextlib.ExitStack, host: str, port: int) -> str | None:
 def banner(settings: Settings, colour: bool) -> str:
     """The addresses to know, one a line."""
 
-    def at(host: str, port: int, path: str) -> str:
-        shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else bracketed(host)
-        return f"http://{shown}:{port}{path}"
-
     nexus = settings.nexus_host, settings.nexus_port
     rows = [
-        ("Dashboard", at(*nexus, "/nexus")),
-        ("Python service", at(settings.api_host, settings.api_port, "/docs")),
-        ("Ingest", at(*nexus, "/api/ml/events/ingest")),
+        ("Dashboard", address(*nexus, "/nexus")),
+        ("Python service", address(settings.api_host, settings.api_port, "/docs")),
+        ("Ingest", address(*nexus, "/api/ml/events/ingest")),
         (
             "Store",
             f"redis-cli -s {settings.socket_path}"

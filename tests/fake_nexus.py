@@ -54,7 +54,7 @@ def busy() -> Feed:
         "unexplained": 0,
         "rates": {"ingest": 1240.0, "nexus": 1238.0, "python": 1236.0},
         "latency": {"ingest_p50_ms": 0.8, "ingest_p99_ms": 4.2},
-        "freshness": {"nexus_s": 0.2, "python_s": 0.4, "nexus_users": 10_204, "python_users": 10_198},
+        "freshness": {"nexus_s": 0.2, "python_s": 0.4, "nexus_users": 10_204},
         "bridge_errors": {
             "total": 2,
             "per_min": 0.0,
@@ -89,7 +89,7 @@ def empty() -> Feed:
     feed["totals"] = {"accepted": 0, "duplicates": 0, "rejected": 0}
     feed["rates"] = {"ingest": 0.0, "nexus": 0.0, "python": 0.0}
     feed["backlog"] = {"pending": 0, "dead": 0, "oldest_age_s": None, "eta_s": None}
-    feed["freshness"] = {"nexus_s": None, "python_s": None, "nexus_users": 0, "python_users": 0}
+    feed["freshness"] = {"nexus_s": None, "python_s": None, "nexus_users": 0}
     feed["latency"] = {"ingest_p50_ms": None, "ingest_p99_ms": None}
     feed["bridge_errors"] = {"total": 0, "per_min": 0, "recent": []}
     feed.update(events_per_type=[], sources=[])

@@ -295,6 +295,13 @@ def test_system_starts_with_the_store_and_the_demo_comes_on_request():
     assert [part.name for part in parts_of(settings, store, True)][-1] == "demo"
 
 
+def test_demo_posts_to_the_nexus_that_the_settings_name(monkeypatch):
+    started = []
+    monkeypatch.setattr("pipeline.supervisor.spawn", lambda words, *_, **__: started.append(words))
+    parts_of(load({"NEXUS_PORT": "4555", "REDIS_URL": "redis://elsewhere"}), None, True)[-1].spawn()
+    assert started[0][-2:] == ["--url", "http://localhost:4555"]
+
+
 def test_external_store_is_not_among_the_parts():
     settings = load({"REDIS_URL": "redis://elsewhere"})
     assert [part.name for part in parts_of(settings, None, False)] == ["Python service", "Nexus"]
