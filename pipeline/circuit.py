@@ -5,7 +5,8 @@
     half_open  one probe at a time: its success closes the circuit, its failure opens it again for longer
 
 A probe that never reports (its process was killed) is given up after a while, and the next one is let through; so it
-cannot stay half open. What a person decided (paused, forced open) is apart from what the circuit found out by itself.
+cannot stay half open. A moment further ahead than any pause can be was set before the clock was set back: it is past.
+What a person decided (paused, forced open) is apart from what the circuit found out by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ FAILURES_IN_A_ROW = 5
 LEAST_CALLS = 10  # a share of fewer says nothing
 FAILURE_SHARE, SLOW_SHARE = 0.5, 0.8
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.2, 30.0
+MAX_RETRY_AFTER_S = 60.0  # the longest pause that a partner may ask for
 _SHORTEST_PAUSE_S = 0.02
 _ESCALATIONS = 12
 
@@ -50,11 +52,13 @@ class Circuit(msgspec.Struct):
 
     def admits(self, now: int, probe_ms: int) -> bool:
         """May a call be made now? When half open one probe may, which has `probe_ms` to report."""
+        if self.retry_at > now + 1000 * max(LAST_PAUSE_S, MAX_RETRY_AFTER_S):
+            self.retry_at = self.asked_until = 0
         if self.paused or self.forced or now < self.retry_at:
             return False
         if self.state == "closed":
             return True
-        if self.state == "half_open" and now < self.probe_until:
+        if self.state == "half_open" and now < self.probe_until <= now + probe_ms:
             return False
         self.state, self.probe_until = "half_open", now + probe_ms
         return True
@@ -64,10 +68,12 @@ class Circuit(msgspec.Struct):
         self._note(Call(now, True, slow))
         if self.forced or (self.state == "open" and began < (self.opened_at or 0)):
             return False  # it was under way before the circuit opened: no news
+        asked = self.asked_until  # perhaps of a call beside this one: good answers do not shorten it
         if self.state != "closed":
             self.close()
+            self.retry_at = self.asked_until = asked
             return True
-        self.failures, self.failing_since, self.pauses, self.retry_at = 0, None, 0, 0
+        self.failures, self.failing_since, self.pauses, self.retry_at = 0, None, 0, asked
         if self._share(slow=True) >= SLOW_SHARE:
             self._open(now, f"{round(100 * self._share(slow=True))} % of the latest calls were slow")
             self._pause(now, LAST_PAUSE_S, None)
@@ -78,6 +84,8 @@ class Circuit(msgspec.Struct):
     def failed(self, now: int, reason: str, retry_after_s: float | None, longest_s: float, began: int) -> bool:
         """A call failed: pause with full jitter, or as long as the partner asked. True when the state changed."""
         self._note(Call(now, False, False))
+        if self.forced:
+            return False  # a person's reason stands
         first = began >= self.retry_at  # failures of calls that ran side by side make one pause
         self.failures += 1
         self.reason = reason

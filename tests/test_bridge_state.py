@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from pipeline import attempts, checkpoints, health, keys, outages
-from pipeline.runtime import Runtime
+from pipeline.circuit import Circuit
+from pipeline.runtime import Runtime, wall_clock
+from pipeline.streams.gate import Gate
 from tests import misbehaving as partners
 from tests.conftest import Start, client_of
 from tests.helpers import event, until
@@ -59,6 +63,36 @@ def test_an_open_circuit_and_its_outage_outlive_a_restart(start_nexus, server):
     assert (row["queued"], row["delivered"], row["dead"], row["unexplained"]) == (50, 50, 0, 0)
     assert row["users"] == 50
     assert len(server.applied) == len(set(server.applied))
+
+
+def test_a_probe_whose_process_was_killed_holds_nothing_up(start_nexus, server, store):
+    now = wall_clock()
+    left = Circuit(state="half_open", failures=9, opened_at=now - 60_000, probe_until=now + 61_000, pauses=9)
+    store.call("HSET", keys.CIRCUIT, "state", msgspec.json.encode(left))
+    nexus = start_nexus(PYTHON_EVENT_API_URL=server.url, PYTHON_SERVICE_TIMEOUT=20_000)
+    post(nexus, event())
+    until(lambda: server.applied, "the event delivered", 5.0)
+    settled(nexus)
+    assert nexus.bridge.circuit.state == "closed"
+
+
+@pytest.mark.parametrize("held", [{"paused": True}, {"state": "half_open", "probe_until": 10**15}])
+def test_lanes_that_may_not_send_look_four_times_a_second(held, store, clock, monkeypatch):
+    live: Any = {"ENABLE_PYTHON_BRIDGE": True, "PYTHON_SERVICE_TIMEOUT": 10**15}
+    guard, waits = Gate(store, live, clock, lambda: None), []
+    guard.circuit = Circuit(**held)
+
+    async def wait(what: Any, seconds: float) -> None:
+        what.close()
+        waits.append(seconds)
+        if len(waits) == 3:
+            guard.close()
+        raise TimeoutError
+
+    monkeypatch.setattr(asyncio, "wait_for", wait)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(guard.admission())
+    assert waits == [0.25] * 3
 
 
 def test_a_standby_shows_and_changes_the_same_circuit(start_nexus, server, tmp_path):

@@ -123,6 +123,38 @@ def test_retry_after_is_the_least_pause_and_good_health_does_not_shorten_it():
     assert not circuit.admits(now + 19_999, PROBE_MS)
 
 
+def test_a_good_answer_beside_it_does_not_shorten_retry_after():
+    circuit = Circuit()
+    circuit.failed(NOW + 10, "429", 20.0, 30.0, NOW)
+    circuit.succeeded(NOW + 20, False, NOW)
+    assert not circuit.admits(NOW + 20_009, PROBE_MS)
+    assert circuit.admits(NOW + 20_010, PROBE_MS)
+    now = fail(circuit, NOW + 30_000, breaker.FAILURES_IN_A_ROW)
+    assert circuit.admits(circuit.retry_at, PROBE_MS)
+    circuit.failed(now + 40_000, "429", 20.0, 30.0, now)
+    circuit.state = "half_open"
+    assert circuit.succeeded(now + 40_010, False, now)
+    assert not circuit.admits(now + 59_999, PROBE_MS)
+
+
+@pytest.mark.parametrize("failures", [1, breaker.FAILURES_IN_A_ROW])
+def test_a_clock_set_back_by_an_hour_holds_nothing_up(failures):
+    circuit, hour = Circuit(), 3_600_000
+    fail(circuit, NOW + hour, failures, retry_after_s=60)
+    assert circuit.admits(NOW, PROBE_MS)
+    circuit.failed(NOW, "it failed", None, 30.0, NOW)
+    assert NOW < circuit.retry_at <= NOW + 1000 * breaker.LAST_PAUSE_S
+    circuit.state, circuit.retry_at, circuit.probe_until = "half_open", 0, NOW + hour
+    assert circuit.admits(NOW, PROBE_MS)
+
+
+def test_a_call_that_fails_afterwards_does_not_change_a_persons_reason():
+    circuit = Circuit()
+    circuit.force_open(NOW)
+    circuit.failed(NOW + 10, "it failed", None, 30.0, NOW - 10)
+    assert (circuit.state, circuit.reason) == ("open", "opened by hand")
+
+
 def test_failures_side_by_side_make_one_pause():
     circuit = Circuit()
     circuit.failed(NOW, "it failed", None, 30.0, NOW - 50)

@@ -43,6 +43,7 @@ class Gate:
         raw, paused, forced, resets = self._store.call("HMGET", keys.CIRCUIT, "state", "paused", "forced", "resets")
         if load:
             self.circuit = msgspec.json.decode(raw, type=Circuit) if raw else Circuit()
+            self.circuit.probe_until = 0  # whoever made that probe will not report any more
         circuit, before = self.circuit, (self.circuit.paused, self.circuit.forced, self.circuit.resets)
         circuit.paused = paused == b"1"
         if int(resets or 0) != circuit.resets or (circuit.forced and forced != b"1"):
@@ -89,7 +90,8 @@ class Gate:
                 self.dirty = self.dirty or self.circuit.state != before
                 if admitted:
                     return
-            wait_s = max(0.01, min(_LOOK_S, (self.circuit.retry_at - now) / 1000))
+            left_s = (self.circuit.retry_at - now) / 1000
+            wait_s = min(_LOOK_S, max(0.01, left_s)) if left_s > 0 else _LOOK_S
             try:
                 await asyncio.wait_for(self._news.wait(), wait_s)
             except TimeoutError:
