@@ -176,8 +176,8 @@ class Drill:
         """The Python service away, or slower than the timeout, for so many seconds."""
         settings = self._get("/api/ml/settings")["settings"]
         url = urlsplit(str(settings[_URL]["value"]))
-        if url.scheme != "http":
-            raise Failed(f"{_URL} is {url.geturl()}; the drill's proxy can stand before http only")
+        if url.scheme != "http" or url.password is not None:
+            raise Failed(f"{_URL} is {url.geturl()}; the drill's proxy can stand before http without a password only")
         report = self._calm(what)
         timeout_s = settings["PYTHON_SERVICE_TIMEOUT"]["value"] / 1000
         with (

@@ -11,7 +11,7 @@ import msgspec
 from pipeline import keys
 from pipeline.errors import SettingError, StoreError, Unprocessable
 from pipeline.events import rfc3339
-from pipeline.settings import RUNTIME, SPECS, Settings
+from pipeline.settings import RUNTIME, SPECS, Settings, masked
 from pipeline.store import Command, Store
 
 AUDIT_LENGTH = 1_000
@@ -66,10 +66,18 @@ class LiveSettings:
         for name, value in wanted.items():
             if name not in RUNTIME:
                 raise Unprocessable("unknown_setting", f"{name} is no run-time setting; there are {', '.join(RUNTIME)}")
-            parsed[name] = None if value is None else SPECS[name].parse(value)
+            parsed[name] = None if value is None else self._meant(name, SPECS[name].parse(value))
         with self._lock:
             self._write(parsed, reason, by)
         self._tell()
+
+    def _meant(self, name: str, value: Any) -> Any:
+        """A value that is given back as it is shown, its password masked, is the one in force."""
+        if not isinstance(value, str) or ":***@" not in value:
+            return value
+        if value != masked(self[name]):
+            raise Unprocessable("masked_password", f"{name} holds *** for a password; give the password itself")
+        return self[name]
 
     def _write(self, parsed: Mapping[str, Any], reason: str | None, by: str) -> None:
         commands: list[Command] = []
@@ -82,8 +90,8 @@ class LiveSettings:
             entry = {
                 "at": rfc3339(self._clock()),
                 "name": name,
-                "from": before,
-                "to": after,
+                "from": _shown(before),
+                "to": _shown(after),
                 "reason": reason,
                 "by": by,
             }
@@ -99,7 +107,7 @@ class LiveSettings:
         """Each setting with its value, bounds and where the value comes from."""
         return {
             name: {
-                "value": self[name],
+                "value": _shown(self[name]),
                 "default": SPECS[name].default_value,
                 "source": "store" if name in self._overrides else "environment",
                 "min": SPECS[name].minimum,
@@ -113,7 +121,7 @@ class LiveSettings:
     def overridden(self) -> list[str]:
         """One line for each value of the store that overrides the environment's."""
         return [
-            f"{n} is {v!r}, set at run time (the environment says {self._environment[n]!r})"
+            f"{n} is {_shown(v)!r}, set at run time (the environment says {_shown(self._environment[n])!r})"
             for n, v in self._overrides.items()
         ]
 
@@ -131,3 +139,7 @@ class LiveSettings:
     def _tell(self) -> None:
         for listener in self.changed:
             listener()
+
+
+def _shown(value: Any) -> Any:
+    return masked(value) if isinstance(value, str) else value

@@ -20,10 +20,11 @@ import certifi
 import httpx
 import msgspec
 
+from pipeline.circuit import MAX_RETRY_AFTER_S
 from pipeline.errors import PartnerContract, PartnerError, PartnerStatus, PartnerTimeout, PartnerUnreachable
 from pipeline.health import Health, judge
+from pipeline.settings import masked
 
-MAX_RETRY_AFTER_S = 60.0
 MAX_BODY_BYTES = 4 << 20
 MAX_REDIRECTS = 3
 _SINGLE_ANSWER = 1 << 16  # bytes; of an answer to one event the status is what counts
@@ -256,7 +257,7 @@ class Partner:
         except TimeoutError as error:
             raise PartnerTimeout(f"{method} {path} was not answered within {timeout_s:g} s") from error
         except (httpx.ConnectError, OSError) as error:
-            raise PartnerUnreachable(f"no connection to {base}: {error}") from error
+            raise PartnerUnreachable(f"no connection to {masked(base)}: {error}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise PartnerUnreachable(f"{method} {path} broke off: {str(error) or type(error).__name__}") from error
 
@@ -295,7 +296,8 @@ def _target(url: httpx.URL, method: str, status: int, headers: httpx.Headers) ->
         return None
     target = url.join(location)
     if target.scheme not in ("http", "https") or target.host != url.host:
-        raise PartnerStatus(f"{method} {url.path} is redirected to {target}: set PYTHON_EVENT_API_URL to it", status)
+        shown = masked(str(target))
+        raise PartnerStatus(f"{method} {url.path} is redirected to {shown}: set PYTHON_EVENT_API_URL to it", status)
     return target
 
 

@@ -40,7 +40,7 @@ from pipeline.publisher import Publisher
 from pipeline.registry import Models
 from pipeline.retention import Retention
 from pipeline.serving import Serving
-from pipeline.settings import Settings
+from pipeline.settings import Settings, masked
 from pipeline.store import Store
 from pipeline.streams.aggregates import Aggregates
 from pipeline.streams.bridge import Bridge
@@ -196,7 +196,7 @@ class Runtime:
         return {
             "status": status,
             "reason": reason,
-            "url": self.live["PYTHON_EVENT_API_URL"],
+            "url": masked(self.live["PYTHON_EVENT_API_URL"]),
             "response_time_ms": None
             if health is None or health.response_time_ms is None
             else round(health.response_time_ms, 2),

@@ -130,9 +130,14 @@ def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
+def masked(url: str) -> str:
+    """The URL as it is shown: *** for a password in it."""
+    return re.sub(r"^(\w+://[^:@/]*):[^/]*@", r"\1:***@", url)
+
+
 def _masked(value: object) -> object:
-    """The value without a password, since messages end up in logs."""
-    return re.sub(r"(?<=:)[^:@/]+(?=@)", "***", value) if isinstance(value, str) else value
+    """What a variable held, which need not be a URL, without a password: messages end up in logs."""
+    return re.sub(r"^((?:\w+://)?[^:@/]*):.*@", r"\1:***@", value) if isinstance(value, str) else value
 
 
 def _flag(value: object) -> bool | None:

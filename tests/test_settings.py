@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import settings
 from pipeline.errors import SettingError
-from pipeline.settings import RUNTIME, SPECS, Settings, load
+from pipeline.settings import RUNTIME, SPECS, Settings, load, masked
 
 
 def test_empty_environment_gives_the_documented_defaults():
@@ -99,6 +99,30 @@ def test_message_hides_the_password_of_a_url():
         load({"REDIS_URL": "reddis://user:secret@host:6379"})
     assert "secret" not in str(caught.value)
     assert "reddis://user:***@host:6379" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "held", ["redis://:pa/ss@host:6379", "redis://u:pa:ss@host:x", "u:pass@host", "http://u:pa@ss@"]
+)
+def test_message_hides_a_password_that_makes_no_url(held):
+    with pytest.raises(SettingError) as caught:
+        load({"REDIS_URL": held})
+    assert ":***@" in str(caught.value)
+    assert not {"pa", "ss"} & set(re.findall(r"[a-z]{2}", str(caught.value).partition(";")[0]))
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://user:secret@host:8000/a", "http://user:***@host:8000/a"),
+        ("http://user:s:e@host", "http://user:***@host"),
+        ("http://:secret@[::1]:8000", "http://:***@[::1]:8000"),
+        ("http://token@host:8000/a:b@c", "http://token@host:8000/a:b@c"),
+        ("http://host:8000/user:1@x", "http://host:8000/user:1@x"),
+    ],
+)
+def test_password_of_a_url_is_shown_masked_and_nothing_else(url, shown):
+    assert masked(url) == shown
 
 
 @pytest.mark.parametrize(

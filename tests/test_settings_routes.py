@@ -12,7 +12,7 @@ from pipeline.live_settings import LiveSettings
 from pipeline.settings import RUNTIME, load
 from pipeline.store import Store
 from tests.conftest import client_of
-from tests.helpers import Clock, event, until
+from tests.helpers import Clock, event, free_port, until
 
 SETTINGS = "/api/ml/settings"
 
@@ -167,6 +167,37 @@ def test_another_instance_takes_a_change_over(start_nexus):
     second = start_nexus("standby", ENABLE_PYTHON_BRIDGE="false")
     change(client_of(first), FEATURE_SYNC_INTERVAL=60)
     until(lambda: second.live["FEATURE_SYNC_INTERVAL"] == 60, "the other instance's change")
+
+
+def test_password_in_the_partners_address_is_shown_nowhere(start_nexus, partner, caplog):
+    address = partner.url.removeprefix("http://")
+    nexus = start_nexus(PYTHON_EVENT_API_URL=f"http://user:first-secret@{address}")
+    client = client_of(nexus)
+    name, shown = "PYTHON_EVENT_API_URL", f"http://user:***@{address}"
+    assert value(client, name) == shown
+    assert change(client, **{name: f"http://user:other-secret@{address}"}).json["settings"][name]["value"] == shown
+    until(lambda: client.get("/api/ml/bridge/python?action=health").json["status"] == "online", "online")
+    change(client, **{name: f"http://user:third-secret@127.0.0.1:{free_port()}"})
+    client.post("/api/ml/events/ingest", json=event())
+    until(lambda: client.get("/api/ml/bridge/python?action=health").json["status"] == "offline", "offline")
+    nexus.serving.refresh()
+    pages = ("settings", "settings/audit", "bridge/python?action=health", "bridge/attempts", "bridge/outages", "models")
+    said = [client.get(f"/api/ml/{page}").get_data(as_text=True) for page in pages]
+    said += [client.get("/nexus/feed.json?history").get_data(as_text=True), *nexus.live.overridden(), caplog.text]
+    assert client.get("/api/ml/settings/audit").json["changes"][-1]["from"] == shown
+    assert not [text for text in said if "secret" in text]
+    assert nexus.live[name].startswith("http://user:third-secret@")
+
+
+def test_address_given_back_as_it_is_shown_keeps_its_password(start_nexus, partner):
+    url = partner.url.replace("http://", "http://user:secret@")
+    nexus = start_nexus(PYTHON_EVENT_API_URL=url)
+    client = client_of(nexus)
+    assert change(client, PYTHON_EVENT_API_URL=value(client, "PYTHON_EVENT_API_URL")).status_code == 200
+    assert nexus.live["PYTHON_EVENT_API_URL"] == url
+    refused = change(client, PYTHON_EVENT_API_URL="http://user:***@elsewhere.example")
+    assert (refused.status_code, refused.json["error"]["code"]) == (422, "masked_password")
+    assert nexus.live["PYTHON_EVENT_API_URL"] == url
 
 
 def test_override_that_this_version_does_not_take_leaves_the_environments_value(nexus, client):
