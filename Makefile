@@ -29,8 +29,9 @@ run: $(STAMP)
 demo: $(STAMP)
 	exec $(VENV) -m pipeline.supervisor --demo
 
+# Three files of tests at a time: most of them wait for processes rather than for a core.
 test: $(STAMP) browser
-	exec $(VENV) -m pytest --headless $(ARGS)
+	exec $(VENV) -m pytest --headless -n 3 --dist loadfile $(ARGS)
 
 # The peers get a venv of their own; where they cannot be installed, the table says so.
 bench: $(STAMP) $(PEERS)
