@@ -24,7 +24,13 @@ KEYS = sorted(value for name, value in vars(keys).items() if name.isupper() and 
 TRACKED = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 # Written in halves, so that this file does not name what no file may name.
 OF_A_MACHINE = re.compile(
-    "/wo" + r"rk/(main|shared)|/opt/" + r"pypi|/ro" + r"ot/|/ho" + r"me/\w|(files\.)?" + r"pythonhosted\.org|://pypi\.|artifac" + r"tory"
+    "/wo"
+    + r"rk/(main|shared)|/opt/"
+    + r"pypi|/ro"
+    + r"ot/|/ho"
+    + r"me/\w|(files\.)?"
+    + r"pythonhosted\.org|://pypi\.|artifac"
+    + r"tory"
 )
 FIGURE = re.compile(r"\d[\d,.]* ?(events/s|µs|ms\b|B per|requests/s)")
 COMMAND = re.compile(r"make (bench|chaos|test|demo)|python -m \w+|curl |requirepass|pytest")
