@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ from pipeline.tiles import NUMBER, Entity, Layout
 
 Values = dict[str, float | int | None]
 States = list[list[Any]]  # for each level of a family the numbers of its columns
+_Cells = list[tuple[int, int]]  # tile, state
 _Read = Callable[[list[States | None]], float | int | None]
+_TRIES, _PAUSE_S = 50, 0.0001  # while the pipeline moves states of the entity that is read, which takes microseconds
 
 
 class Reading:
@@ -50,11 +53,23 @@ class Reading:
             self._joint.append((feature.name, _joint(places, value)))
 
     def values(self, entity: Entity, at: int) -> Values:
-        """All features as of `at`; those of families without a tile cost nothing."""
+        """All features as of `at`. The pipeline goes on writing: what it moved meanwhile is read again."""
+        for _ in range(_TRIES):
+            ended = entity.ended
+            if entity.begun == ended:
+                found = self._values(entity, at)
+                if entity.begun == ended:
+                    return found
+            time.sleep(_PAUSE_S)
+        return self._values(entity, at)
+
+    def _values(self, entity: Entity, at: int) -> Values:
+        """Those of families without a tile cost nothing."""
         found = self._nothing.copy()
         states: list[States | None] = []
+        ripe = _ripe(entity, at)
         for i, single in enumerate(self._single):
-            state = self._states(entity, i, at)
+            state = self._states(entity, i, at, ripe.get(i, []))
             states.append(state)
             if state is not None:
                 for name, read in single:
@@ -66,16 +81,12 @@ class Reading:
             found[name] = part / whole if part is not None and whole else None
         return found
 
-    def _states(self, entity: Entity, i: int, at: int) -> States | None:
-        """A family's numbers; None where it has no tile at all."""
+    def _states(self, entity: Entity, i: int, at: int, ripe: _Cells) -> States | None:
+        """A family's numbers; None where it has no tile at all. `ripe` are event times and what they add."""
         family, slot = self.families[i], self._layout.first[i]
-        count = len(family.windows)
-        while True:  # the pipeline goes on writing: a tile that was closed meanwhile is looked at again
-            newest, state = entity.tiles[i], entity.values[i]
-            rows = [bytes(held) if held else b"" for held in entity.rows[slot : slot + count]]
-            if entity.tiles[i] == newest:
-                break
-        cells = [(ts // family.tiles[0], delta) for ts, j, delta in entity.future if j == i and ts <= at]
+        newest, state = entity.tiles[i], entity.values[i]
+        rows = [bytes(held) if held else b"" for held in entity.rows[slot : slot + len(family.windows)]]
+        cells = [(ts // family.tiles[0], delta) for ts, delta in ripe]
         if newest >= 0:
             cells.append((newest, state & self._layout.mask[slot]))
         elif not cells and not any(rows):
@@ -103,7 +114,7 @@ class Reading:
         return found
 
     @staticmethod
-    def _decayed(family: Family, cells: list[tuple[int, int]], at: int) -> tuple[float, float]:
+    def _decayed(family: Family, cells: _Cells, at: int) -> tuple[float, float]:
         """Weight and weighted sum, faded to `at`."""
         tile_ms, half_life_s = family.tiles[0], family.half_life_s or 1.0
         edge, last = (at - family.windows[0]) // tile_ms, at // tile_ms
@@ -115,7 +126,7 @@ class Reading:
 
         That is when the first window empties, or when a tile leaves one, but then not before `spacing_ms` from now.
         """
-        empties, leaves = [], [ts for ts, _, _ in entity.future]
+        empties, leaves = [], [ts for ts, _, _ in entity.future[:1]]
         for i, family in enumerate(self.families):
             if entity.tiles[i] < 0:
                 starts: list[int] = []
@@ -137,7 +148,18 @@ class Reading:
         return min(*empties, max(min(leaves), at + spacing_ms)) if empties else max(min(leaves), at + 1)
 
 
-def _cells(raw: bytes, step: int) -> list[tuple[int, int]]:
+def _ripe(entity: Entity, at: int) -> dict[int, list[tuple[int, int]]]:
+    """Of each family what waited for its time and has it now: event times and what they add."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    first = entity.future[:1]  # a copy: the pipeline may take the last one away meanwhile
+    if first and first[0][0] <= at:
+        for ts, i, delta in [*entity.future]:
+            if ts <= at:
+                found.setdefault(i, []).append((ts, delta))
+    return found
+
+
+def _cells(raw: bytes, step: int) -> _Cells:
     """The (tile, state) of packed rows."""
     return [
         (int.from_bytes(raw[at : at + 4], "little"), int.from_bytes(raw[at + 4 : at + step], "little"))

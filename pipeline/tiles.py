@@ -20,17 +20,20 @@ class Entity:
 
     `touched` has a bit for each family whose newest tile changed since the last write, `changed` the (slot, tile) of other
     changed rows, `gone` the fields of rows that left. `future` keeps what is stamped ahead of the clock, (event time ms,
-    family, delta), until its time has come.
+    family, delta), until its time has come: a heap; `stirred` says that the store has no copy of it as it is. While `begun`
+    is ahead of `ended`, states are on their way from one place to another: who reads then may see them in both, or in none.
     """
 
     __slots__ = (
+        "begun",
         "changed",
+        "ended",
         "expires",
         "future",
         "gone",
-        "kept_future",
         "position",
         "rows",
+        "stirred",
         "tiles",
         "touched",
         "values",
@@ -45,8 +48,9 @@ class Entity:
         self.changed: list[tuple[int, int]] = []
         self.gone: list[bytes] = []
         self.future: list[tuple[int, int, int]] = []
-        self.kept_future = False  # the store has a copy of `future`
+        self.stirred = False
         self.expires = 0
+        self.begun = self.ended = 0
 
 
 class Layout:

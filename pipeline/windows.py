@@ -7,6 +7,7 @@ to coarser levels, and brought to the store and back.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from heapq import heapify, heappop, heappush
 from operator import add
 from typing import Any
 
@@ -80,11 +81,14 @@ class Windows:
         return self._extract.get(event.event_type, self._extract_any)(data, event, ts)
 
     def add(self, entity: Entity, ts: int, deltas: Deltas, now: int) -> None:
-        """Count an event in its own tiles; one that is ahead of the clock waits."""
-        if entity.future:
+        """Count an event in its own tiles; one that is ahead of the clock waits, one from before 1970 has no tile."""
+        if entity.future and entity.future[0][0] <= now:
             self._ripen(entity, now)
-        if ts > now:
-            entity.future += [(ts, i, delta) for i, _, delta in deltas]
+        if not 0 <= ts <= now:
+            if ts > now:
+                for i, _, delta in deltas:
+                    heappush(entity.future, (ts, i, delta))
+                entity.stirred = True
             return
         fine, tiles, values = self._fine, entity.tiles, entity.values
         touched = 0
@@ -102,21 +106,23 @@ class Windows:
 
     def _open(self, entity: Entity, i: int, ts: int, tile: int, delta: int, now: int) -> None:
         """Count in another tile than the newest: a newer one takes its place, an older one is looked up."""
+        entity.begun += 1
         slot, newest = self._first[i], entity.tiles[i]
         if tile < newest or ts <= now - self.families[i].windows[-1]:
             self._put(entity, i, 0, tile, delta, now)
-            return
-        if newest >= 0:
-            rows = entity.rows[slot]
-            if rows is None:
-                rows = entity.rows[slot] = bytearray()
-            rows += NUMBER.pack(newest) + (entity.values[i] & self._mask[slot]).to_bytes(self._size[slot], "little")
-            if entity.touched >> i & 1:
-                entity.changed.append((slot, newest))
-        entity.values[i] = delta
-        entity.tiles[i] = tile  # last: a reader elsewhere looks at it twice
-        entity.touched |= 1 << i
-        self._hand_up(entity, i, now)
+        else:
+            if newest >= 0:
+                rows = entity.rows[slot]
+                if rows is None:
+                    rows = entity.rows[slot] = bytearray()
+                rows += NUMBER.pack(newest) + (entity.values[i] & self._mask[slot]).to_bytes(self._size[slot], "little")
+                if entity.touched >> i & 1:
+                    entity.changed.append((slot, newest))
+            entity.values[i] = delta
+            entity.tiles[i] = tile
+            entity.touched |= 1 << i
+            self._hand_up(entity, i, now)
+        entity.ended += 1
 
     def _put(self, entity: Entity, i: int, level: int, tile: int, state: int, now: int) -> None:
         """Merge a state into the row of its tile, in the finest level from `level` on whose window still has it."""
@@ -158,11 +164,14 @@ class Windows:
                 del rows[:at]
 
     def _ripen(self, entity: Entity, now: int) -> None:
-        ripe = [item for item in entity.future if item[0] <= now]
-        if ripe:
-            entity.future = [item for item in entity.future if item[0] > now]
-            for ts, i, delta in ripe:
-                self.add(entity, ts, [(i, ts // self.families[i].tiles[0], delta)], now)
+        entity.begun += 1
+        ripe = []
+        while entity.future and entity.future[0][0] <= now:
+            ripe.append(heappop(entity.future))
+        for ts, i, delta in ripe:
+            self.add(entity, ts, [(i, ts // self.families[i].tiles[0], delta)], now)
+        entity.stirred = True
+        entity.ended += 1
 
     def values(self, entity: Entity, at: int) -> Values:
         """All features as of `at`: events with a time in (at - window, at], the older edge rounded up to a whole tile."""
@@ -190,7 +199,7 @@ class Windows:
             if raw is not None:
                 words += [self._prefix[slot] + NUMBER.pack(tile), raw]
         gone = list(dict.fromkeys(entity.gone))
-        if entity.future:
+        if entity.stirred and entity.future:
             kept = [
                 (
                     ts,
@@ -200,14 +209,13 @@ class Windows:
                 for ts, i, delta in entity.future
             ]
             words += [self._future, msgspec.msgpack.encode(kept)]
-        elif entity.kept_future:
+        elif entity.stirred:
             gone.append(self._future)
-        entity.kept_future = bool(entity.future)
         commands = [["HDEL", key, *some] for some in _pieces(gone)] + [["HSET", key, *some] for some in _pieces(words)]
         if entity.expires < now + self.horizon_ms:
             entity.expires = now + self.horizon_ms + _EXPIRY_SLACK_MS
             commands.append(["PEXPIREAT", key, entity.expires])
-        entity.touched, entity.changed, entity.gone = 0, [], []
+        entity.touched, entity.changed, entity.gone, entity.stirred = 0, [], [], False
         return commands
 
     def _row(self, entity: Entity, slot: int, tile: int) -> bytes | None:
@@ -237,10 +245,9 @@ class Windows:
                     entity.gone.append(field)
             elif field == self._future or (field.startswith(FUTURE) and self.kept == frozenset()):
                 self._load_future(entity, value)
-                if field == self._future:
-                    entity.kept_future = True
-                else:
+                if field != self._future:
                     entity.gone.append(field)
+                    entity.stirred = True
             elif field != self._position and self.kept == frozenset():
                 entity.gone.append(field)
         for slot, rows in found.items():
@@ -257,6 +264,7 @@ class Windows:
         for ts, family_id, state in msgspec.msgpack.decode(raw):
             if family_id in self._by_id:
                 entity.future.append((ts, self._by_id[family_id], int.from_bytes(state, "little")))
+        heapify(entity.future)
 
 
 def _pieces(words: list[Any]) -> list[list[Any]]:

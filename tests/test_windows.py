@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+import time
 from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import Any
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from pipeline.definitions import DAY, HOUR, Feature
 from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.features import Features
 from pipeline.streams.stream import Batch
+from pipeline.windows import Windows
 from tests.helpers import DAY_MS, HOUR_MS, MINUTE_MS, NOON, append, batch_of, event, frames, response, write
 
 WINDOWS = {"event_count_5m": 5 * MINUTE_MS, "event_count_1h": HOUR_MS, "event_count_24h": DAY_MS}
@@ -184,3 +190,79 @@ def test_long_history_of_one_user_is_written_in_commands_that_a_script_can_take(
     commands = [command for chunk in stream.cut(NOON).chunks for command in chunk]
     assert sum(map(len, commands)) > 8_000
     assert max(map(len, commands)) < 4_000
+
+
+def test_event_from_before_1970_is_taken_and_counts_in_no_window(store):
+    stream = Features(store)
+    stream.load(NOON)
+    stamps = ["1970-01-01T07:59:59+08:00", "1969-12-31T23:59:59.999Z", "0001-01-01T00:00:00Z"]
+    for stamp in stamps:
+        stream.process(batch_of(store, [event(user="u", timestamp=stamp)], NOON), NOON)
+        write(store, stream.cut(NOON))
+    assert values(stream, NOON, "u")["event_count_24h"] == 0
+    take(stream, store, [(NOON, "accepted", 1.0)], NOON, "u")
+    write(store, stream.cut(NOON))
+    assert values(Features(store), NOON, "u")["event_count_24h"] == 1
+
+
+def test_events_stamped_ahead_cost_no_more_the_more_of_them_wait(store):
+    """An event is looked at when it arrives and when its time has come, and written anew only when one came or went."""
+    stream = Features(store)
+    ahead = [(NOON + HOUR_MS // 2 + n, "accepted", 1.0) for n in range(3_000)]
+    began = time.process_time()
+    take(stream, store, ahead, NOON)
+    for n in range(20):
+        take(stream, store, [(NOON, "accepted", 1.0)], NOON + HOUR_MS // 2 + n)
+    assert time.process_time() - began < 1.0, "a list that is searched through each time takes ten times as long"
+    assert values(stream, NOON + HOUR_MS // 2 + 19)["event_count_1h"] == 40
+    entity = stream.fold.tables["user"].entities["driver_1"]
+    stream.windows.dump(entity, "k", NOON)
+    take(stream, store, [(NOON, "accepted", 1.0)], NOON + HOUR_MS // 2 + 19)
+    words = [word for command in stream.windows.dump(entity, "k", NOON) for word in command]
+    assert b"f" not in words
+
+
+def test_reader_beside_the_pipeline_never_sees_a_tile_twice_or_not_at_all():
+    """At each line of the pipeline's code a reader would be right, or is told to look again."""
+    features = [Feature(name=f"of_{s}", aggregation="count", window_s=s, description="d") for s in (HOUR, DAY)]
+    windows = Windows(features)
+    entity, tile_ms = windows.new(), windows.families[0].tiles[0]
+    torn: list[Any] = []
+
+    def look(frame: FrameType, kind: str, _: object) -> Any:
+        if frame.f_code.co_filename != inspect.getsourcefile(Windows):
+            return None
+        if kind == "line":
+            sys.settrace(None)
+            if entity.begun == entity.ended:
+                seen = windows.values(entity, at)
+                torn.extend((frame.f_lineno, n, seen) for n in seen if not 0 <= (seen[n] or 0) - (before[n] or 0) <= 1)
+            sys.settrace(look)
+        return look
+
+    for minute in range(200):
+        at = NOON + minute * MINUTE_MS
+        for ts in (at, at - HOUR_MS + MINUTE_MS // 2, at + 1):
+            before = windows.values(entity, at)
+            sys.settrace(look)
+            windows.add(entity, ts, [(0, ts // tile_ms, 1)], at)
+            sys.settrace(None)
+    assert not torn
+
+
+def test_reader_waits_for_what_the_pipeline_is_about_to_finish(monkeypatch):
+    windows = Windows([Feature(name="n", aggregation="count", window_s=HOUR, description="d")])
+    entity, pauses = windows.new(), iter(range(100))
+    windows.add(entity, NOON, [(0, NOON // MINUTE_MS, 1)], NOON)
+    entity.begun += 1
+    entity.values[0] = 7  # a state that nobody should see
+
+    def pause(_: float) -> None:
+        if next(pauses) == 3:
+            entity.values[0] = 2
+            entity.ended += 1
+
+    monkeypatch.setattr("pipeline.reading.time.sleep", pause)
+    assert windows.values(entity, NOON) == {"n": 2}
+    entity.begun += 1
+    assert windows.values(entity, NOON) == {"n": 2}, "one that never ends holds nobody up"
