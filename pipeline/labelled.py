@@ -14,7 +14,7 @@ from pipeline import keys
 from pipeline.models.fraud import NAMES
 from pipeline.models.training import Example
 from pipeline.store import Store
-from pipeline.streams.inference import DAY_MS, Score, find_scores
+from pipeline.streams.inference import DAY_MS, Score, days_kept, find_scores
 
 MAX_LABELS = 50_000
 SAMPLE = 10_000  # payments a day, for a verdict
@@ -25,13 +25,14 @@ _decode = msgspec.msgpack.Decoder(Score).decode
 def examples(store: Store, now: int, days: int, sample: int = SAMPLE) -> list[Example]:
     """What is known of the payments that arrived within `days` days before `now` (epoch ms), with `sample` payments of
     each day that nobody reported. Raises StoreError."""
-    labels = _labels(store, now, days)
+    kept = days_kept(store, now, days)
+    labels = _labels(store, kept)
     found = [
         Example(transaction, score.scored_at, score.inputs, labels[transaction], score.score, score.version)
-        for transaction, score in _scores(store, list(labels), now)
+        for transaction, score in _scores(store, list(labels), now, days)
         if score.scored_at >= now - days * DAY_MS
     ]
-    for day in _days(now, days):
+    for day in kept:
         key = f"{keys.SCORES}{day}"
         flat = store.call("HRANDFIELD", key, sample, "WITHVALUES") or []
         rows = [(raw.decode(), _decode(packed)) for raw, packed in _pairs(flat)]
@@ -43,14 +44,9 @@ def examples(store: Store, now: int, days: int, sample: int = SAMPLE) -> list[Ex
     return [example for example in found if len(example.x) == len(NAMES)]  # scored by another version's inputs: no use
 
 
-def _days(now: int, days: int) -> list[int]:
-    today = now // DAY_MS
-    return [today + 1 - i for i in range(days + 2)]
-
-
-def _labels(store: Store, now: int, days: int) -> dict[str, int]:
+def _labels(store: Store, kept: Sequence[int]) -> dict[str, int]:
     found: dict[str, int] = {}
-    for day in _days(now, days):
+    for day in kept:
         if len(found) >= MAX_LABELS:
             break
         for raw, label in _pairs(store.call("HGETALL", f"{keys.LABELS}{day}")):
@@ -58,11 +54,11 @@ def _labels(store: Store, now: int, days: int) -> dict[str, int]:
     return found
 
 
-def _scores(store: Store, transactions: Sequence[str], now: int) -> list[tuple[str, Score]]:
+def _scores(store: Store, transactions: Sequence[str], now: int, days: int) -> list[tuple[str, Score]]:
     found: list[tuple[str, Score]] = []
     for at in range(0, len(transactions), _CHUNK):
         chunk = list(transactions[at : at + _CHUNK])
-        found += [(t, s) for t, s in zip(chunk, find_scores(store, chunk, now), strict=True) if s is not None]
+        found += [(t, s) for t, s in zip(chunk, find_scores(store, chunk, now, days), strict=True) if s is not None]
     return found
 
 

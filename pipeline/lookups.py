@@ -15,7 +15,7 @@ from pipeline.errors import NotFound
 from pipeline.events import rfc3339
 from pipeline.log import Log
 from pipeline.store import Store
-from pipeline.streams.inference import Inference, describe, find_labels, find_scores
+from pipeline.streams.inference import DAYS, Inference, describe, find_labels, find_scores
 
 _JOURNAL = struct.Struct("<QQ")
 _decode = msgspec.json.Decoder().decode
@@ -31,10 +31,10 @@ def event_object(body: bytes, source: str, received_at: int) -> dict[str, Any]:
 
 
 class Lookups:
-    """Reads only; nothing here is kept beside what the streams wrote."""
+    """Reads only; nothing here is kept beside what the streams wrote. `days`: of the retention."""
 
-    def __init__(self, store: Store, log: Log) -> None:
-        self._store, self._log = store, log
+    def __init__(self, store: Store, log: Log, days: int = DAYS) -> None:
+        self._store, self._log, self._days = store, log, days
 
     def receipt(self, event_id: str) -> dict[str, Any]:
         """What each stream did with an event: derived from positions, dead letters and the journal of commits. Raises
@@ -107,8 +107,8 @@ class Lookups:
         fresh = inference.unwritten_scores() if inference is not None else {}
         labelled = inference.unwritten_labels() if inference is not None else {}
         wanted = list(dict.fromkeys(transactions))
-        stored = dict(zip(wanted, find_scores(self._store, wanted, now), strict=True))
-        labels = dict(zip(wanted, find_labels(self._store, wanted, now), strict=True))
+        stored = dict(zip(wanted, find_scores(self._store, wanted, now, self._days), strict=True))
+        labels = dict(zip(wanted, find_labels(self._store, wanted, now, self._days), strict=True))
         found = {}
         for transaction in wanted:
             score = stored[transaction] or fresh.get(transaction)

@@ -91,7 +91,7 @@ class Models:
 
     def _train_fraud(self, version: str) -> dict[str, Any]:
         nexus, now = self._nexus, self._nexus.clock()
-        history = examples(nexus.store, now, self._retention_days())
+        history = examples(nexus.store, now, nexus.settings.retention_days)
         in_force = self.fraud_in_force().version
         parts = training.split(history, in_force)
         if parts is None:
@@ -227,9 +227,6 @@ class Models:
         latest = _decode(raw)["version"] if raw else (fraud.VERSION if name == "fraud" else demand.VERSION)
         word, _, number = latest.rpartition("-")
         return f"{word}-{int(number) + 1}"
-
-    def _retention_days(self) -> int:
-        return max(1, -(-self._nexus.settings.event_retention_hours // 24))
 
     def _stream(self) -> Inference | None:
         stream = self._nexus.stream("inference")

@@ -19,6 +19,7 @@ from pipeline import keys
 from pipeline.actions import Actions
 from pipeline.catalogue import FEATURES
 from pipeline.completeness import Backlog
+from pipeline.connections import close_idle
 from pipeline.dead_letters import DeadLetters
 from pipeline.definitions import check
 from pipeline.demand_history import city_warming
@@ -54,6 +55,7 @@ from pipeline.sync import synchronise
 VERSION = "0.1.0"
 SWITCH_INTERVAL_S = 0.0005  # default 5 ms: a request would wait that long behind the pipeline's thread
 _FREEZE_S = 5.0
+_IDLE_S = 300.0
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ class Runtime:
             self.store, self.events, self.live, self._live_features, clock, self._own_lag_s, self._python_behind
         )
         self.feature_health = FeatureHealth(self._live_features, clock)
-        self.lookups = Lookups(self.store, self.log)
+        self.lookups = Lookups(self.store, self.log, settings.retention_days)
         self.dead_letters = DeadLetters(self.store, self.log)
         self.retention = Retention(self.log, self.lease, retention_ms)
         self.actions = Actions(self)
@@ -128,6 +130,7 @@ class Runtime:
                 lambda: self.retention.run(self.clock(), self.serving.store_watch.memory_used),
             ),
             Job("memory", lambda: _FREEZE_S, tidy_memory),
+            Job("idle connections", lambda: 10.0, self._close_idle),
         ]
         if self.settings.embedded and self.settings.store_fsync == "everysec":
             jobs.append(Job("sync to disk", lambda: 1.0, lambda: sync_to_disk(self.settings)))
@@ -321,6 +324,10 @@ class Runtime:
 
     def _look_at_demand(self) -> None:
         self.demand_warming = city_warming(self, self.clock() // 1000)
+
+    def _close_idle(self) -> int:
+        """No answer is waited for longer than the partner's timeout and what is added to it here."""
+        return close_idle(self.settings.nexus_port, _IDLE_S + float(self.live["PYTHON_SERVICE_TIMEOUT"]) / 1000)
 
     def _run_bridge(self) -> None:
         async def body() -> None:

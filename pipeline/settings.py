@@ -80,6 +80,10 @@ class Settings:
     api_port: int
 
     @property
+    def retention_days(self) -> int:
+        return max(1, -(-self.event_retention_hours // 24))
+
+    @property
     def embedded(self) -> bool:
         """No address is set, so the store is the embedded one."""
         return self.redis_url is None

@@ -9,6 +9,7 @@ import pytest
 from pipeline import keys
 from pipeline.events import canary
 from pipeline.frames import ALL_STREAMS, CANARY
+from pipeline.labelled import examples
 from pipeline.log import Log, Request
 from pipeline.models import fraud
 from pipeline.streams.aggregates import OTHER, Aggregates
@@ -16,7 +17,20 @@ from pipeline.streams.features import Features
 from pipeline.streams.inference import CITY, Inference, find_labels, find_scores
 from pipeline.streams.storage import EventStore, Query, Storage
 from pipeline.streams.stream import Batch
-from tests.helpers import HOUR_MS, MINUTE_MS, NOON, append, batch_of, event, frames, payment, report, response, write
+from tests.helpers import (
+    DAY_MS,
+    HOUR_MS,
+    MINUTE_MS,
+    NOON,
+    append,
+    batch_of,
+    event,
+    frames,
+    payment,
+    report,
+    response,
+    write,
+)
 
 ALL = (Features, Storage, Aggregates, Inference)
 
@@ -313,6 +327,52 @@ def test_habit_of_a_payer_survives_a_restart(store):
     write(store, inferred(store, [payment(f"t{n}", 100) for n in range(10)]).cut(NOON))
     again = inferred(store, [payment("odd", 50_000)])
     assert again.unwritten_scores()["odd"].score > 0.5
+
+
+def scored(store, transaction: str, now: int, retention_ms: int = 7 * DAY_MS) -> Inference:
+    """A payment that arrived at a moment by the clock of then, scored and written."""
+    append(Log(store), [payment(transaction)], now)
+    stream = Inference(store, retention_ms)
+    stream.process(Batch([frames(Log(store))[-1]]), now)
+    write(store, stream.cut(now))
+    return stream
+
+
+@pytest.mark.parametrize("days", [1, 7, 12, 29])
+def test_scores_and_labels_are_found_as_long_as_their_events_are_retained(store, days):
+    then, retention_ms = NOON - days * DAY_MS, 30 * DAY_MS
+    stream = scored(store, "old", then, retention_ms)
+    stream.process(batch_of(store, [report("old")], then), then)
+    write(store, stream.cut(then))
+    append(Log(store), [event()], NOON)
+    assert find_labels(store, ["old"], NOON, 30) == [1]
+    assert find_scores(store, ["old"], NOON, 30)[0] is not None
+    late = Inference(store, retention_ms)
+    late.process(batch_of(store, [report("old", 0)], NOON), NOON)
+    assert late.model.legitimate == 1  # learned from what the payment looked like then
+
+
+@pytest.mark.parametrize("leap", [3 * DAY_MS, 40 * DAY_MS])
+def test_scores_and_labels_are_found_after_the_clock_was_ahead_for_a_moment(store, leap):
+    append(Log(store), [event()], NOON + leap)  # from here on arrival stands still until the clock comes there
+    scored(store, "t", NOON)
+    stream = Inference(store)
+    stream.process(batch_of(store, [report("t")], NOON), NOON)
+    write(store, stream.cut(NOON))
+    for now in (NOON, NOON + DAY_MS, NOON + leap + DAY_MS):
+        assert find_scores(store, ["t"], now)[0] is not None
+        assert find_labels(store, ["t"], now) == [1]
+        assert [e.y for e in examples(store, now, 7)] == [1]
+
+
+def test_label_that_came_while_the_clock_was_ahead_gives_way_to_a_later_one(store):
+    scored(store, "t", NOON)
+    stream = Inference(store)
+    stream.process(batch_of(store, [report("t", 1)], NOON), NOON)
+    write(store, stream.cut(NOON + 3 * DAY_MS))  # the clock leaps between the event and the checkpoint, and back
+    stream.process(batch_of(store, [report("t", 0)], NOON + MINUTE_MS), NOON + MINUTE_MS)
+    write(store, stream.cut(NOON + MINUTE_MS))
+    assert find_labels(store, ["t"], NOON + DAY_MS) == [0]
 
 
 def test_append_helper_and_batch_agree_on_order(store, log):

@@ -10,6 +10,7 @@ import msgspec
 
 from pipeline import keys
 from pipeline.events import rfc3339
+from pipeline.log import Head
 from pipeline.models import demand, fraud
 from pipeline.store import Command, Store
 from pipeline.streams.stream import UNDECODABLE, Batch, Cut, Outcome, Stream, is_canary
@@ -18,7 +19,8 @@ DAY_MS = 86_400_000
 WEEK_S = 7 * 86_400
 CITY = "city"
 _CACHED = 200_000
-_CHECKED_DAYS = 8
+DAYS = 7  # of retention, where nothing else is set
+_DAYS_AT_ONCE = 10
 VERSIONS_KEPT = 50
 _LEARNED = 4_096
 MAX_QUANTITY = 1e9
@@ -83,9 +85,10 @@ class Inference(Stream):
 
     name = "inference"
 
-    def __init__(self, store: Store, retention_ms: int = 168 * 3_600_000) -> None:
+    def __init__(self, store: Store, retention_ms: int = DAYS * DAY_MS) -> None:
         super().__init__(store)
-        self._retention_ms = retention_ms
+        self._retention_ms, self._days = retention_ms, -(-retention_ms // DAY_MS)
+        self._arrived = 0  # the latest arrival, epoch ms
         self.model = fraud.Fraud()
         self.demand = demand.Demand()
         self._promoted: deque[Promoted] = deque()
@@ -126,6 +129,7 @@ class Inference(Stream):
             i: batch.data(i) for i, event in enumerate(batch.events) if event is not None and event.event_type in typed
         }
         self._load_rows(batch, data)
+        self._arrived = batch.arrivals[-1]
         for index, event in enumerate(batch.events):
             if event is None:
                 outcome.dead.append((index, UNDECODABLE))
@@ -145,11 +149,8 @@ class Inference(Stream):
         reports = [i for i in data if batch.events[i].event_type == "fraud_report"]  # type: ignore[union-attr]
         reported = [str(t) for i in reports if (t := data[i].get("transaction_id")) is not None]
         asked = [t for t in reported if t not in self._scores and t not in self._writing[0]]
-        self._reported = {
-            t: score
-            for t, score in zip(asked, find_scores(self.store, asked, batch.arrivals[-1]), strict=True)
-            if score
-        }
+        found = find_scores(self.store, asked, batch.arrivals[-1], self._days)
+        self._reported = {t: score for t, score in zip(asked, found, strict=True) if score}
         payees = {_payee(data[i]) for i in payments} | {score.payee for score in self._reported.values()}
         self._habits.load({batch.events[i].user_id for i in payments})  # type: ignore[union-attr]
         self._payees.load(payees)
@@ -206,7 +207,7 @@ class Inference(Stream):
             days.add(key)
             final.append(("HSETNX", key, transaction, _pack(score)))  # the first score of a payment stands
         for transaction, label in labels.items():
-            key = f"{keys.LABELS}{now // DAY_MS}"
+            key = f"{keys.LABELS}{self._arrived // DAY_MS}"
             days.add(key)
             final.append(("HSET", key, transaction, label))
         for (zone, step), count in requests.items():
@@ -275,24 +276,36 @@ def _stored(store: Store, key: str, row: type[T]) -> T:
     return msgspec.msgpack.decode(raw, type=row) if raw else row()
 
 
-def find_scores(store: Store, transactions: list[str], now: int) -> list[Score | None]:
-    """The stored scores of transactions, None where there is none within the days that are kept."""
-    found = _find(store, keys.SCORES, transactions, now)
+def find_scores(store: Store, transactions: list[str], now: int, days: int = DAYS) -> list[Score | None]:
+    """The stored scores of transactions, None where there is none within the `days` of the retention."""
+    found = _find(store, keys.SCORES, transactions, now, days)
     return [msgspec.msgpack.decode(raw, type=Score) if raw else None for raw in found]
 
 
-def find_labels(store: Store, transactions: list[str], now: int) -> list[int | None]:
-    """The stored labels of transactions, None where none arrived."""
-    return [int(raw) if raw is not None else None for raw in _find(store, keys.LABELS, transactions, now)]
+def find_labels(store: Store, transactions: list[str], now: int, days: int = DAYS) -> list[int | None]:
+    """The stored labels of transactions, the latest of each, None where none arrived."""
+    found = _find(store, keys.LABELS, transactions, now, days)
+    return [int(raw) if raw is not None else None for raw in found]
 
 
-def _find(store: Store, prefix: str, transactions: list[str], now: int) -> list[bytes | None]:
-    if not transactions:
-        return []
-    today = now // DAY_MS
-    days = [today + 1 - i for i in range(_CHECKED_DAYS + 2)]
-    rows = store.many([("HMGET", f"{prefix}{day}", *transactions) for day in days])
-    return [next((row[i] for row in rows if row[i] is not None), None) for i in range(len(transactions))]
+def days_kept(store: Store, now: int, days: int) -> list[int]:
+    """The days of arrival that may have scores and labels, the latest first. Where the clock was ahead and is right again,
+    arrival stands still ahead of it."""
+    arrived = Head.unpack(store.call("GET", keys.HEAD)).last_arrival
+    return sorted({at // DAY_MS - i for at in (now, max(now, arrived)) for i in range(days + 2)}, reverse=True)
+
+
+def _find(store: Store, prefix: str, transactions: list[str], now: int, days: int) -> list[bytes | None]:
+    found: dict[str, bytes] = {}
+    checked = days_kept(store, now, days) if transactions else []
+    for at in range(0, len(checked), _DAYS_AT_ONCE):
+        if absent := [t for t in transactions if t not in found]:
+            names = [f"{prefix}{day}" for day in checked[at : at + _DAYS_AT_ONCE]]
+            for row in store.many([("HMGET", name, *absent) for name in names]):
+                for transaction, raw in zip(absent, row, strict=True):
+                    if raw is not None:
+                        found.setdefault(transaction, raw)
+    return [found.get(t) for t in transactions]
 
 
 def _text(data: dict[str, Any], name: str) -> str:
