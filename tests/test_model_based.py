@@ -1,8 +1,12 @@
-"""The model-based test: arbitrary orders of steps against a brute-force model, which finds each bug that is planted."""
+"""The model-based test: arbitrary orders of steps against a brute-force model, which finds each bug that is planted.
+
+NEXUS_EXAMPLES=1000 looks longer, and then a failure is shrunk to few steps too; that may take minutes.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 
 import pytest
@@ -12,32 +16,34 @@ from hypothesis.stateful import run_state_machine_as_test
 from pipeline import checkpoints
 from pipeline.log import Log
 from pipeline.store import Command, Store
+from pipeline.streams import aggregates
+from pipeline.streams.inference import Inference
 from pipeline.streams.storage import Storage
 from pipeline.streams.stream import Batch, Outcome
 from pipeline.windows import Windows
-from tests.model import Machine
+from tests.machine import Machine
 
 Plant = Callable[[Store, pytest.MonkeyPatch], None]
-QUIET = list(HealthCheck)
+EXAMPLES = os.environ.get("NEXUS_EXAMPLES")
 
 
-def check(store: Store, examples: int, steps: int, phases: tuple[Phase, ...] = tuple(Phase)) -> None:
+def check(store: Store, examples: int, shrink: bool = False) -> None:
     machine = type("Machine", (Machine,), {"store": store})
     chosen = settings(
         max_examples=examples,
-        stateful_step_count=steps,
+        stateful_step_count=25,
         deadline=None,
         derandomize=True,
         database=None,
-        phases=phases,
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
         report_multiple_bugs=False,
-        suppress_health_check=QUIET,
+        suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(machine, settings=chosen)
 
 
 def test_whatever_happens_in_whatever_order_each_event_takes_effect_once(store: Store) -> None:
-    check(store, examples=50, steps=25)
+    check(store, int(EXAMPLES or 50), shrink=EXAMPLES is not None)
 
 
 def rewrite(store: Store, script: str, old: str, new: str) -> None:
@@ -89,7 +95,7 @@ def forget_duplicates(store: Store, patch: pytest.MonkeyPatch) -> None:
     rewrite(
         store,
         "accept",
-        "redis.call('HSETNX', bucket_of(digest), digest, string.format('%.0f', base + #records)) == 1",
+        "redis.call('HSETNX', bucket_of(digest), digest, struct.pack('<I6I2', address, #records)) == 1",
         "true",
     )
 
@@ -118,22 +124,63 @@ def keep_the_epoch_when_taking_over(store: Store, patch: pytest.MonkeyPatch) -> 
     rewrite(store, "lease", "math.max(epoch + 1, now)", "math.max(epoch, 1)")
 
 
+def inference_forgets(store: Store, patch: pytest.MonkeyPatch) -> None:
+    cut = Inference.cut
+
+    def forgetful(self: Inference, now: int) -> object:
+        if self._scores:
+            self._scores.popitem()
+        return cut(self, now)
+
+    patch.setattr(Inference, "cut", forgetful)
+
+
+def inference_scores_twice(store: Store, patch: pytest.MonkeyPatch) -> None:
+    payment = Inference._payment
+
+    def twice(self: Inference, *event: object) -> None:
+        payment(self, *event)  # type: ignore[arg-type]
+        payment(self, *event)  # type: ignore[arg-type]
+
+    patch.setattr(Inference, "_payment", twice)
+
+
+def canary_counts(store: Store, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(aggregates, "CANARY_TYPE", "nothing")
+
+
+def canary_is_accepted(store: Store, patch: pytest.MonkeyPatch) -> None:
+    rewrite(store, "accept", "if math.floor(to / CANARY) % 2 == 1 then return end", "")
+
+
+def bridge_only_is_accepted_for_all(store: Store, patch: pytest.MonkeyPatch) -> None:
+    rewrite(store, "accept", "if to == 16 then bridge_only", "if false then bridge_only")
+
+
 @pytest.mark.parametrize(
-    "plant",
+    ("plant", "broken"),
     [
-        skip_an_event,
-        commit_effects_without_the_position,
-        commit_the_position_without_effects,
-        ignore_the_epoch,
-        forget_duplicates,
-        trim_past_the_slowest,
-        forget_how_far_a_user_is,
-        redrive_twice,
-        keep_the_epoch_when_taking_over,
+        (skip_an_event, Machine.accounts_are_whole),
+        (commit_effects_without_the_position, Machine.accounts_are_whole),
+        (commit_the_position_without_effects, Machine.each_event_is_stored_once),
+        (ignore_the_epoch, Machine.only_the_owner_writes),
+        (forget_duplicates, Machine.each_id_is_taken_once),
+        (trim_past_the_slowest, Machine.nothing_is_trimmed_that_a_stream_has_yet_to_read),
+        (forget_how_far_a_user_is, Machine.each_user_has_each_event_once),
+        (redrive_twice, Machine.each_letter_is_sent_again_once),
+        (keep_the_epoch_when_taking_over, Machine.only_the_owner_writes),
+        (inference_forgets, Machine.each_payment_is_scored_once),
+        (inference_scores_twice, Machine.each_payment_is_scored_once),
+        (canary_counts, Machine.each_event_is_counted_once),
+        (canary_is_accepted, Machine.accounts_are_whole),
+        (bridge_only_is_accepted_for_all, Machine.accounts_are_whole),
     ],
 )
-def test_a_planted_bug_is_found(store: Store, monkeypatch: pytest.MonkeyPatch, plant: Plant) -> None:
+def test_a_planted_bug_is_found_by_what_it_breaks(
+    store: Store, monkeypatch: pytest.MonkeyPatch, plant: Plant, broken: Callable[..., object]
+) -> None:
     plant(store, monkeypatch)
 
-    with pytest.raises(AssertionError):
-        check(store, examples=30, steps=25, phases=(Phase.generate,))
+    with pytest.raises(AssertionError) as caught:
+        check(store, examples=30)
+    assert broken.__name__ in [step.name for step in caught.traceback]
