@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
+from pipeline.drill_report import Report, accepted
 from pipeline.errors import NexusError, SettingError
 from pipeline.events import uuid7
 from pipeline.fault_proxy import FaultProxy
@@ -97,65 +98,6 @@ class Traffic:
             "user_id": f"drill-user-{number % USERS}",
             "data": {"screen": "drill", "element": str(number)},
         }
-
-
-@dataclass
-class Report:
-    """What the drill saw. Times in seconds; `moments` counts them from the beginning or the end of the fault."""
-
-    what: str
-    before: dict[str, Any] = field(default_factory=dict)
-    after: dict[str, Any] = field(default_factory=dict)
-    moments: dict[str, float | None] = field(default_factory=dict)
-    unexplained: int = 0  # the most at any look
-    most_queued: int = 0
-    outage: dict[str, Any] | None = None
-    own: Receipt = field(default_factory=Receipt)
-    own_states: dict[str, int] = field(default_factory=dict)
-    unanswered: int = 0
-    calm_p99_ms: float | None = None
-    fault_p99_ms: float | None = None
-
-    @property
-    def lost(self) -> int:
-        """Events of the drill's own that were acknowledged and are now neither delivered nor dead letters."""
-        settled = self.own_states.get("done", 0) + self.own_states.get("dead", 0)
-        return self.own.accepted + self.own.duplicates - settled
-
-    @property
-    def good(self) -> bool:
-        proven = self.outage is None or self.outage["unexplained"] == 0
-        return self.unexplained == 0 and self.lost == 0 and self.unanswered == 0 and proven
-
-    def lines(self) -> Iterator[str]:
-        def row(name: str, value: object) -> str:
-            return f"  {name:<34} {value}"
-
-        def delta(of: Callable[[dict[str, Any]], int]) -> int:
-            return of(self.after) - of(self.before)
-
-        yield f"drill: {self.what}"
-        yield row("accepted for the Python service", delta(_accepted))
-        yield row("  of these the drill's own", self.own.accepted + self.own.duplicates)
-        yield row("most that waited at once", self.most_queued)
-        yield row("delivered", delta(lambda health: int(health["streams"]["bridge"]["processed"])))
-        yield row("dead letters", delta(lambda health: int(health["streams"]["bridge"]["failed"])))
-        for name, seconds in self.moments.items():
-            yield row(name, "never" if seconds is None else f"{seconds:.1f} s")
-        if self.outage is not None:
-            o = self.outage
-            yield row("outage, as the ledger has it", f"{o['began']} to {o['ended']}: {o['reason']}")
-            yield row("  queued, delivered, dead", f"{o['queued']}, {o['delivered']}, {o['dead']}")
-            yield row("  users affected", o["users"])
-            yield row("  caught up with in", f"{o['catch_up_s']} s, {o['catch_up_rate'] or '-'} events/s")
-        if self.calm_p99_ms is not None and self.fault_p99_ms is not None:
-            yield row("ingest p99 before, during", f"{self.calm_p99_ms:.1f} ms, {self.fault_p99_ms:.1f} ms")
-        yield row(
-            "receipts of the drill's own", ", ".join(f"{n} {s}" for s, n in sorted(self.own_states.items())) or "-"
-        )
-        yield row("lost", self.lost)
-        yield row("unexplained", self.unexplained)
-        yield "passed" if self.good else "FAILED"
 
 
 class Drill:
@@ -257,11 +199,10 @@ class Drill:
         return noticed
 
     def _recover(self, report: Report, over: float) -> None:
-        """Until the service is online and what had waited when the fault was over is through; then the traffic
-        stops."""
+        """Until the service is online and what had waited when the fault was over is through; then the traffic stops."""
         self._until(self._healthy, 120.0, "the service online again")
         report.moments["online again after"] = time.monotonic() - over
-        goal = _accepted(self._health())
+        goal = accepted(self._health())
         self._until(lambda: self._settled(self._account(report)) >= goal, _CATCH_UP_S, "the backlog delivered")
         report.moments["caught up after"] = time.monotonic() - over
         self._traffic.stop()
@@ -270,12 +211,19 @@ class Drill:
     def _finish(self, report: Report) -> None:
         """The accounts afterwards, the ledger's record, and the receipt of each event of the drill's own."""
         report.after = self._account(report)
-        outages = self._get("/api/ml/bridge/outages?limit=5")["outages"]
-        report.outage = next((o for o in outages if o["caught_up"] and o["began"] >= report.before["at"]), None)
+        if (
+            report.moments.get("circuit open after") is not None
+        ):  # its record is complete a moment after the backlog is empty
+            self._until(lambda: self._outage(report) is not None, 30.0, "the outage's record complete")
+        report.outage = self._outage(report)
         report.own, report.unanswered = self._traffic.total, self._traffic.unanswered
         for event_id in self._traffic.ids:
             state = self._bridge_state(event_id)
             report.own_states[state] = report.own_states.get(state, 0) + 1
+
+    def _outage(self, report: Report) -> dict[str, Any] | None:
+        outages = self._get("/api/ml/bridge/outages?limit=5")["outages"]
+        return next((o for o in outages if o["caught_up"] and o["began"] >= report.before["at"]), None)
 
     def _bridge_state(self, event_id: str) -> str:
         """What an event's receipt says of the bridge; asked again while Nexus cannot tell."""
@@ -334,10 +282,6 @@ class Drill:
             if time.monotonic() > deadline:
                 raise Failed(f"{what}: not within {seconds:g} s")
             time.sleep(_LOOK_S)
-
-
-def _accepted(health: dict[str, Any]) -> int:
-    return int(health["totals"]["accepted"]) + int(health["totals"]["bridge_only"])
 
 
 def _p99(values: Sequence[float]) -> float | None:

@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from pipeline import drill
-from pipeline.drill import Drill, Failed, Report, duration
+from pipeline.drill import Drill, Failed, duration
+from pipeline.drill_report import Report
 from pipeline.fault_proxy import FaultProxy
 from pipeline.settings import load
 from tests.helpers import FakePartner, Part, clean_environment, free_port, until
