@@ -11,8 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import wait
 from typing import IO, Any, TypeVar
 
 from pipeline import keys
@@ -55,6 +54,7 @@ from pipeline.sync import synchronise
 VERSION = "0.1.0"
 SWITCH_INTERVAL_S = 0.0005  # default 5 ms: a request would wait that long behind the pipeline's thread
 _FREEZE_S = 5.0
+_STOP_LOOK_S = 0.25  # who waits for the bridge looks so often whether all is being stopped
 _IDLE_S = 300.0
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -260,6 +260,10 @@ class Runtime:
         run."""
         return self.bridge.wait_for(end, timeout_s)
 
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
     def pause(self, seconds: float) -> None:
         """Sleep, but not beyond the stop."""
         self._stop.wait(seconds)
@@ -271,11 +275,13 @@ class Runtime:
             work.close()
             raise PartnerTimeout("the bridge does not run")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(float(self.live["PYTHON_SERVICE_TIMEOUT"]) / 1000 + 5.0)
-        except (FutureTimeout, CancelledError) as error:  # cancelled: the bridge is being stopped
-            future.cancel()
-            raise PartnerTimeout("the bridge did not get to it in time") from error
+        deadline = time.monotonic() + float(self.live["PYTHON_SERVICE_TIMEOUT"]) / 1000 + 5.0
+        while not future.done() and not self.stopping and (left := deadline - time.monotonic()) > 0:
+            wait((future,), min(left, _STOP_LOOK_S))
+        if future.done() and not future.cancelled():
+            return future.result()
+        future.cancel()
+        raise PartnerTimeout("the bridge is being stopped, or did not get to it in time")
 
     def aside(self, name: str, body: Callable[[], None]) -> None:
         """Run something that nobody waits for in a thread of its own."""
