@@ -131,6 +131,8 @@ def _read_cursor(cursor: str | None) -> tuple[int, int]:
         return 0, 0
     try:
         at, offset = struct.unpack("<BQ", base64.urlsafe_b64decode(cursor + "==="))
+        if offset >= 1 << 32:
+            raise ValueError("no list is that long")
     except (ValueError, struct.error) as error:
         raise BadRequest("invalid_cursor", "cursor takes what an earlier answer gave as 'cursor'") from error
     return int(at), int(offset)

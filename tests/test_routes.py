@@ -677,7 +677,7 @@ def test_redrive_sends_again_by_id_or_by_stream_and_reason_and_names_what_it_cou
     assert client.get(f"{INGEST}?check=health").json["unexplained"] == 0
 
 
-@pytest.mark.parametrize("query", ["stream=other", "limit=0", "cursor=x"])
+@pytest.mark.parametrize("query", ["stream=other", "limit=0", "cursor=x", "cursor=AP__________"])
 def test_dead_letters_query_of_another_form_is_400(client, query):
     assert_error(client.get(f"/api/ml/dead-letters?{query}"), 400)
 
