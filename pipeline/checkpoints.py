@@ -90,12 +90,12 @@ def advance(progress: Progress, now: int) -> list[Command]:
     """The commands that move a stream's checkpoint and account."""
     key, at = keys.CHECKPOINT + progress.stream, progress.position
     commands: list[Command] = [
-        ("HSET", key, "segment", at.segment, "offset", at.offset, "index", at.index, "ordinal", at.ordinal, "at", now)
+        ("HSET", key, "segment", at.segment, "offset", at.offset, "index", at.index, "ordinal", at.ordinal, "at", now),
+        ("LPUSH", keys.JOURNAL + progress.stream, _JOURNAL.pack(at.ordinal, now)),  # of canaries too, which count nowhere
+        ("LTRIM", keys.JOURNAL + progress.stream, 0, JOURNAL_LENGTH - 1),
     ]
     if progress.processed:
         commands.append(("HINCRBY", key, "processed", progress.processed))
-        commands.append(("LPUSH", keys.JOURNAL + progress.stream, _JOURNAL.pack(at.ordinal, now)))
-        commands.append(("LTRIM", keys.JOURNAL + progress.stream, 0, JOURNAL_LENGTH - 1))
     if progress.dead:
         commands.append(("HINCRBY", key, "dead", len(progress.dead)))
         for letter in progress.dead:

@@ -1,0 +1,77 @@
+"""Receipts of what is not like other events: canaries, events for the bridge alone, and what a trim has taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask.testing import FlaskClient
+
+from pipeline.events import canary, rfc3339, uuid7
+from pipeline.frames import ALL_STREAMS, CANARY, Position
+from pipeline.log import Request
+from pipeline.runtime import Runtime
+from tests.conftest import Start, client_of
+from tests.faults import HEALTH, INGEST, settled
+from tests.faults import routes as over
+from tests.helpers import LOCAL, STREAMS, FakePartner, event, frames, until
+
+BRIDGE = "/api/ml/bridge/python"
+
+
+def receipt(client: FlaskClient, event_id: str) -> Any:
+    answer = client.get(f"/api/ml/events/{event_id}")
+    assert answer.status_code == 200, answer.json
+    return answer.json
+
+
+def states(client: FlaskClient, event_id: str) -> dict[str, str]:
+    return {name: row["state"] for name, row in receipt(client, event_id)["streams"].items()}
+
+
+def test_receipt_of_a_canary_says_what_each_stream_did_and_when(
+    nexus: Runtime, client: FlaskClient, partner: FakePartner
+) -> None:
+    partner.supports = ("batch", "canary")
+    until(lambda: "canary" in nexus.bridge.partner.supports, "the partner's capabilities")
+    sent = canary(uuid7(nexus.clock()), nexus.clock())
+    nexus.log.accept([Request([sent], "nexus", ALL_STREAMS | CANARY)], nexus.clock())
+    nexus.taken()
+    until(lambda: set(states(client, sent.event_id).values()) == {"done"}, "every stream to have passed it")
+    passed = rfc3339(nexus.clock())
+    assert client.post(INGEST, json={"events": [event()]}).status_code == 202  # whose commit comes later
+    settled(over(client), STREAMS)
+
+    found = receipt(client, sent.event_id)
+    assert found["event"]["event_type"] == "nexus.canary"
+    assert all(row["at"] is not None and row["at"] <= passed for row in found["streams"].values()), found
+    assert client.get(HEALTH).json["totals"]["accepted"] == 1
+
+
+def test_receipt_of_an_event_for_the_bridge_alone_says_that_the_others_were_not_asked(
+    client: FlaskClient, partner: FakePartner
+) -> None:
+    posted = {"action": "send_batch", "events": [event(event_id="alone")]}
+    assert client.post(BRIDGE, json=posted).status_code == 200
+    assert partner.ids == ["alone"]
+
+    found = receipt(client, "alone")["streams"]
+    assert found["bridge"]["state"] == "done"
+    assert found["bridge"]["at"] is not None
+    assert {(found[name]["state"], found[name]["at"]) for name in LOCAL} == {("not_addressed", None)}
+
+
+def test_receipt_of_an_event_for_the_bridge_alone_is_pending_while_the_partner_is_away(start_nexus: Start) -> None:
+    client = client_of(start_nexus())
+    assert client.post(BRIDGE, json={"action": "send_batch", "events": [event(event_id="alone")]}).status_code == 202
+
+    assert states(client, "alone")["bridge"] in ("pending", "retrying")
+
+
+def test_receipt_ends_with_the_retention_of_its_event(nexus: Runtime, client: FlaskClient) -> None:
+    assert client.post(INGEST, json={"events": [event(event_id="gone")]}).status_code == 202
+    settled(over(client), STREAMS)
+    first = frames(nexus.log, Position())[0]
+    nexus.store.call("UNLINK", "ml:{p}:log:" + str(first.address >> 24))
+    nexus.log.drop_tail()
+
+    assert client.get("/api/ml/events/gone").status_code == 404
