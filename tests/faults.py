@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +95,15 @@ def settled(send: Send, streams: tuple[str, ...] = LOCAL) -> None:
 
 
 def recount(send: Send, acknowledged: list[str]) -> tuple[int, int]:
-    """How many acknowledged events are lost, and how many effects are doubled or too few, over all local streams."""
+    """How many acknowledged events are lost, and how many effects are doubled or too few, over all local streams: counted
+    again from the stored events and the dead letters, which must be the very ones that the accounts tell of."""
     settled(send)
-    ids: list[str] = []
-    users: Counter[str] = Counter()
-    cursor: str | None = None
-    while True:
-        _, body = send("GET", "/api/ml/events?limit=1000" + (f"&cursor={cursor}" if cursor else ""), None)
-        ids += [e["event_id"] for e in body["events"]]
-        users.update(e["user_id"] for e in body["events"])
-        if (cursor := body["cursor"]) is None:
-            break
+    stored = list(_pages(send, "/api/ml/events?limit=1000", "events"))
+    letters = list(_pages(send, "/api/ml/dead-letters?limit=1000", "dead_letters"))
+    ids = [e["event_id"] for e in stored]
+    dead = {name: [row["event"].get("event_id") for row in letters if row["stream"] == name] for name in LOCAL}
+    taken = {name: len(set(ids) - set(dead[name])) for name in LOCAL}
+    users = Counter(e["user_id"] for e in stored if e["event_id"] not in dead["features"])
     _, health = send("GET", HEALTH, None)
     now = time.time_ns() // 1_000_000
     span = f"since={now - 12 * HOUR_MS}&until={now + 12 * HOUR_MS}"
@@ -120,13 +118,28 @@ def recount(send: Send, acknowledged: list[str]) -> tuple[int, int]:
     held = until(counts, "the features to be served") if users else {}
     off = {
         "stored twice": len(ids) - len(set(ids)),
-        "counters": counted - len(ids),
+        "counters": counted - taken["aggregates"],
         "unexplained": health["unexplained"],
         **{user: held[user] - count for user, count in users.items()},
-        **{n: (row := health["streams"][n])["processed"] + row["failed"] - len(ids) for n in LOCAL},
+        **{f"processed by {n}": health["streams"][n]["processed"] - taken[n] for n in LOCAL},
+        **{f"dead in {n}": health["streams"][n]["failed"] - len(dead[n]) for n in LOCAL},
     }
     print({what: number for what, number in off.items() if number})  # shown where a test fails
     return len(set(acknowledged) - set(ids)), sum(map(abs, off.values()))
+
+
+def _pages(send: Send, path: str, name: str) -> Iterator[dict[str, Any]]:
+    cursor: str | None = None
+    while True:
+        _, body = send("GET", path + (f"&cursor={cursor}" if cursor else ""), None)
+        yield from body[name]
+        if (cursor := body["cursor"]) is None:
+            return
+
+
+def stored_events(send: Send) -> dict[str, dict[str, Any]]:
+    """All stored events by id."""
+    return {e["event_id"]: e for e in _pages(send, "/api/ml/events?limit=1000", "events")}
 
 
 def sha_of(store: Store, script: str) -> str:
@@ -140,10 +153,13 @@ class Fault:
     def __init__(self, record: Callable[[str, object], None]) -> None:
         self._record = record
 
-    def seen(self, name: str, shows: str, recovered_s: float | None, lost: int, doubled: int) -> None:
-        """What the user saw of a fault, how long until all was as before (s), and what the recount found."""
+    def seen(
+        self, name: str, shows: str, recovered_s: float | None, lost: int, doubled: int, as_dead_letters: int = 0
+    ) -> None:
+        """What the user saw of a fault, how long until all was as before (s), and what the recount found; of what was lost,
+        how many are dead letters, so that the user was told."""
         row = {"fault": name, "shows": shows, "recovered_s": recovered_s, "lost": lost, "doubled": doubled}
-        self._record("fault", json.dumps(row))
+        self._record("fault", json.dumps(row | {"as_dead_letters": as_dead_letters}))
 
 
 class Proxy:

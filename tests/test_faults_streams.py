@@ -19,9 +19,11 @@ from pipeline.streams import runner as runner_module
 from pipeline.streams import straggler as straggler_module
 from pipeline.streams.aggregates import Aggregates
 from pipeline.streams.runner import Runner
+from pipeline.streams.storage import Storage
+from pipeline.streams.stream import Outcome
 from tests.conftest import Start, client_of, quick
-from tests.faults import HEALTH, INGEST, Fault, Load, Send, recount, routes, settled
-from tests.helpers import HOUR_MS, LOCAL, Valkey, append, event, until
+from tests.faults import HEALTH, INGEST, Fault, Load, Send, recount, routes, settled, stored_events
+from tests.helpers import DAY_MS, HOUR_MS, LOCAL, Valkey, append, event, payment, report, until
 
 Record = Callable[[str, object], None]
 
@@ -70,8 +72,10 @@ def test_code_that_throws_at_one_event_buries_that_event_alone(
     assert streams["aggregates"]["processed"] == total - 1
     assert all(streams[name]["processed"] == total for name in LOCAL if name != "aggregates")
     assert send("GET", HEALTH, None)[1]["unexplained"] == 0
+    lost, doubled = recount(send, [*load.acknowledged, poison["event_id"]])
+    assert (lost, doubled) == (0, 0)
     shows = "the event is a dead letter of that stream, with the error; the stream says behind meanwhile"
-    Fault(record_property).seen("a stream throws at one event", shows, took_s, 0, 0)
+    Fault(record_property).seen("a stream throws at one event", shows, took_s, lost, doubled)
 
 
 def test_canary_at_which_code_throws_is_passed_over_and_counts_nowhere(
@@ -148,7 +152,8 @@ def test_code_that_hangs_at_one_event_is_replaced_and_the_event_buried(
     send = routes(client_of(nexus))
     with Load(send) as load:
         began = time.monotonic()
-        assert send("POST", INGEST, {"events": [event("poison")]})[0] == 202
+        poison = event("poison")
+        assert send("POST", INGEST, {"events": [poison]})[0] == 202
         until(lambda: accounts(send)["aggregates"]["failed"] == 1, "the dead letter")
         until(lambda: nexus.runner.states()["aggregates"][0] == "running", "the stream to be back in the group")
         took_s = time.monotonic() - began
@@ -161,8 +166,10 @@ def test_code_that_hangs_at_one_event_is_replaced_and_the_event_buried(
     assert all(streams[name]["processed"] == total for name in LOCAL if name != "aggregates")
     assert send("GET", HEALTH, None)[1]["unexplained"] == 0
     assert "hung" in send("GET", "/api/ml/dead-letters", None)[1]["dead_letters"][0]["reason"]
+    lost, doubled = recount(send, [*load.acknowledged, poison["event_id"]])
+    assert (lost, doubled) == (0, 0)
     shows = "the stream says behind; after the watchdog's time it is replaced, the event a dead letter"
-    Fault(record_property).seen("a stream hangs at one event (watchdog at 0.5 s)", shows, took_s, 0, 0)
+    Fault(record_property).seen("a stream hangs at one event (watchdog at 0.5 s)", shows, took_s, lost, doubled)
 
 
 def test_a_group_begins_with_its_foremost_streams_and_those_behind_skip_nothing(store: Store, nexus: Runtime) -> None:
@@ -204,8 +211,14 @@ def test_a_frame_that_cannot_be_decoded_becomes_dead_letters_and_the_others_are_
     assert send("GET", HEALTH, None)[1]["unexplained"] == 0
     stored = [e["event_id"] for e in send("GET", "/api/ml/events", None)[1]["events"]]
     assert stored == [e["event_id"] for events in (frames[0], frames[2]) for e in events]
-    shows = "its events are dead letters of every stream, the others are processed"
-    Fault(record_property).seen(f"a frame of the log is damaged ({damage})", shows, took_s, 0, 0)
+    lost, doubled = recount(send, [e["event_id"] for events in frames for e in events])
+    assert (lost, doubled) == (4, 0)  # what stood in the frame is gone, and that is told
+    shows = "its events are dead letters of every stream and cannot be recovered; the others are processed"
+    what = {
+        "version": "a frame of the log is of a version that nobody knows",
+        "header": "a frame of the log is overwritten",
+    }
+    Fault(record_property).seen(f"{what[damage]} (4 events)", shows, took_s, lost, doubled, as_dead_letters=4)
 
 
 def test_garbage_that_somebody_appends_to_the_log_hides_no_event(
@@ -249,9 +262,53 @@ def test_clock_that_jumps_back_and_forward_loses_nothing(
             settled(send)
             assert send("GET", HEALTH, None)[1]["unexplained"] == 0
 
-    arrivals = [e["received_at"] for e in send("GET", "/api/ml/events?limit=1000", None)[1]["events"]]
-    assert arrivals  # event times jump with the clock; arrival never runs back
+    stored = stored_events(send)
+    arrivals = [stored[event_id]["received_at"] for event_id in load.acknowledged]  # in the order of the log
+    assert arrivals == sorted(arrivals)
     lost, doubled = recount(send, load.acknowledged)
     assert (lost, doubled) == (0, 0)
     shows = "nothing; arrival times never run back"
     Fault(record_property).seen("the clock jumps by hours", shows, time.monotonic() - began, lost, doubled)
+
+
+def test_payment_is_found_after_the_clock_was_days_ahead_for_a_moment(jumpy: tuple[Runtime, list[int]]) -> None:
+    nexus, off = jumpy
+    send = routes(client_of(nexus))
+    off[0] = 3 * DAY_MS
+    assert send("POST", INGEST, {"events": [event()]})[0] == 202
+    off[0] = 0
+    assert send("POST", INGEST, {"events": [payment("t-9")]})[0] == 202
+    assert send("POST", INGEST, {"events": [report("t-9")]})[0] == 202
+    settled(send)
+    until(lambda: nexus.store.call("KEYS", keys.LABELS + "*"), "the checkpoint")
+
+    status, found = send("GET", "/api/ml/predictions/fraud/t-9", None)
+    assert (status, found["label"]) == (200, 1)
+
+
+def test_event_that_a_stream_skips_is_unexplained_and_health_says_so(
+    start_nexus: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skipped: list[str] = []
+    process = Storage.process
+
+    def skip_one(self: Storage, batch: Any, now: int) -> Outcome:
+        outcome = process(self, batch, now)
+        if not skipped and not batch.to & CANARY:
+            skipped.append(batch.events[-1].event_id)
+            self._pending[next(reversed(self._pending))].pop()
+            outcome.done -= 1
+        return outcome
+
+    monkeypatch.setattr(Storage, "process", skip_one)
+    send = routes(client_of(start_nexus()))
+    with Load(send) as load:
+        load.more(100)
+
+    settled(send)
+    status, health = send("GET", HEALTH, None)
+    assert (status, health["unexplained"], health["status"]) == (200, 1, "degraded")
+    assert load.acknowledged.count(skipped[0]) == 1
+    assert skipped[0] not in stored_events(send)
+    lost, _ = recount(send, load.acknowledged)
+    assert lost == 1
