@@ -89,9 +89,10 @@ def commit(store: Store, epoch: int, commands: Iterable[Command]) -> None:
 def advance(progress: Progress, now: int) -> list[Command]:
     """The commands that move a stream's checkpoint and account."""
     key, at = keys.CHECKPOINT + progress.stream, progress.position
+    # The journal has every commit, also of canaries, which count nowhere: receipts say when they were made.
     commands: list[Command] = [
         ("HSET", key, "segment", at.segment, "offset", at.offset, "index", at.index, "ordinal", at.ordinal, "at", now),
-        ("LPUSH", keys.JOURNAL + progress.stream, _JOURNAL.pack(at.ordinal, now)),  # of canaries too, which count nowhere
+        ("LPUSH", keys.JOURNAL + progress.stream, _JOURNAL.pack(at.ordinal, now)),
         ("LTRIM", keys.JOURNAL + progress.stream, 0, JOURNAL_LENGTH - 1),
     ]
     if progress.processed:
