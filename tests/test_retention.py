@@ -1,0 +1,141 @@
+"""Retention: what it lets go of and when, by arrival and for want of memory, and never what a stream has yet to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from pipeline import checkpoints, retention
+from pipeline import log as log_module
+from pipeline.checkpoints import Progress
+from pipeline.frames import Position
+from pipeline.lease import Lease
+from pipeline.log import Log
+from pipeline.retention import Retention
+from pipeline.store import Store
+from tests.helpers import HOUR_MS, MINUTE_MS, NOON, STREAMS, Clock, append, event, frames
+
+EVENTS, APART_MS = 24, HOUR_MS // 4
+END = NOON + EVENTS * APART_MS  # six hours of events lie before it
+FULL = retention.TRIM_AT + 0.05
+
+
+@pytest.fixture
+def lease(store: Store) -> Lease:
+    held = Lease(store, "test", Clock(NOON), lambda: True)
+    assert held.take()
+    return held
+
+
+@pytest.fixture
+def filled(store: Store, log: Log, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> Log:
+    """A log with an event every quarter of an hour, two to a segment, which every stream has read."""
+    monkeypatch.setattr(log_module, "SEGMENT_BYTES", 600)
+    for n in range(EVENTS):
+        append(log, [event(event_id=f"e{n}")], NOON + n * APART_MS)
+    read_up_to(store, lease, EVENTS)
+    return log
+
+
+def read_up_to(store: Store, lease: Lease, ordinal: int, streams: Sequence[str] = STREAMS) -> None:
+    """The checkpoints of streams that have read so many events."""
+    log = Log(store)
+    before = checkpoints.read(store, STREAMS)
+    last = next((f for f in frames(log, Position(log.head().first_segment)) if f.after().ordinal == ordinal), None)
+    for stream in streams:
+        progress = Progress(stream, last.after() if last else Position(), ordinal - before[stream].ordinal)
+        checkpoints.commit(store, lease.epoch, checkpoints.advance(progress, NOON))
+
+
+def kept(log: Log) -> list[int]:
+    """How long before END what is still there arrived, oldest first, in ms."""
+    log.drop_tail()
+    return [END - frame.received_at for frame in frames(log, Position(log.head().first_segment))]
+
+
+def test_what_arrived_before_the_retention_goes_and_all_else_stays(store: Store, filled: Log, lease: Lease) -> None:
+    report = Retention(filled, lease, 3 * HOUR_MS).run(END, 0.0)
+
+    assert report["trimmed"] > 0
+    assert not report["held_back"]
+    assert set(kept(filled)) >= {n * APART_MS for n in range(1, 13)}  # all of the last three hours
+    assert max(kept(filled)) < 3 * HOUR_MS + HOUR_MS  # a segment goes as a whole
+    assert checkpoints.audit(store).unexplained == 0
+    assert filled.locate(["e0", f"e{EVENTS - 1}"])[0] is None
+    assert filled.locate([f"e{EVENTS - 1}"])[0] is not None
+
+
+def test_event_time_does_not_matter(log: Log, store: Store, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "SEGMENT_BYTES", 600)
+    for _ in range(6):
+        append(log, [event(timestamp=NOON - 100 * HOUR_MS)], NOON)  # long past, and only just arrived
+    read_up_to(store, lease, 6)
+
+    assert Retention(log, lease, 3 * HOUR_MS).run(NOON + MINUTE_MS, 0.0)["trimmed"] == 0
+
+
+def test_a_run_lets_go_of_so_many_segments_at_most(filled: Log, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "MAX_SEGMENTS", 3)
+    job = Retention(filled, lease, HOUR_MS)
+
+    assert [job.run(END + n, 0.0)["trimmed"] for n in range(2)] == [3, 3]
+
+
+def test_store_short_of_memory_is_given_room_one_segment_a_run_and_only_until_there_is(
+    filled: Log, lease: Lease
+) -> None:
+    job = Retention(filled, lease, 1000 * HOUR_MS)
+    before = filled.head().first_segment
+
+    assert [job.run(END + n, FULL)["trimmed"] for n in range(3)] == [1, 1, 1]
+    assert job.run(END + 3, retention.TRIM_AT)["trimmed"] == 0
+    assert filled.head().first_segment == before + 3
+
+
+def test_memory_alone_does_not_hold_up_what_is_too_old_anyway(filled: Log, lease: Lease) -> None:
+    assert Retention(filled, lease, 3 * HOUR_MS).run(END, FULL)["trimmed"] > 3
+
+
+@pytest.mark.parametrize("slowest", STREAMS)
+@pytest.mark.parametrize("memory_used", [0.0, FULL, 1.0])
+def test_what_the_slowest_stream_has_yet_to_read_stays_however_old_and_however_full_the_store_is(
+    store: Store, lease: Lease, log: Log, monkeypatch: pytest.MonkeyPatch, slowest: str, memory_used: float
+) -> None:
+    monkeypatch.setattr(log_module, "SEGMENT_BYTES", 600)
+    for n in range(EVENTS):
+        append(log, [event(event_id=f"e{n}")], NOON + n * APART_MS)
+    read_up_to(store, lease, EVENTS, [stream for stream in STREAMS if stream != slowest])
+    job = Retention(log, lease, HOUR_MS)
+
+    assert job.run(END, memory_used) == {"trimmed": 0, "held_back": True}
+
+    read_up_to(store, lease, 11, [slowest])
+    runs = [job.run(END + n, memory_used) for n in range(1, 15)]
+    assert sum(run["trimmed"] for run in runs) > 0
+    assert runs[-1] == {"trimmed": 0, "held_back": True}
+    log.drop_tail()
+    left = log.read(checkpoints.read(store, [slowest])[slowest])[0]
+    assert left.ordinal == 11  # the next one that it has to read
+    assert checkpoints.audit(store).unexplained == 0
+
+
+def test_one_run_is_sat_out_after_a_leap_of_the_clock_which_may_leap_back(filled: Log, lease: Lease) -> None:
+    job = Retention(filled, lease, 24 * HOUR_MS)
+    job.run(END, 0.0)
+    ahead = END + 99 * HOUR_MS
+
+    assert job.run(ahead, 0.0)["trimmed"] == 0
+    assert job.run(END + 10_000, 0.0)["trimmed"] == 0  # it was a leap: nothing is lost
+    assert len(kept(filled)) == EVENTS
+
+    assert job.run(ahead, 0.0)["trimmed"] == 0
+    assert job.run(ahead + 10_000, 0.0)["trimmed"] > 0  # it stays there, so that is the time
+
+
+def test_instance_without_the_lease_lets_go_of_nothing(store: Store, filled: Log) -> None:
+    standby = Lease(store, "standby", Clock(NOON), lambda: False)
+    assert not standby.take()
+
+    assert Retention(filled, standby, HOUR_MS).run(END, FULL) == {"trimmed": 0, "held_back": False}
+    assert len(kept(filled)) == EVENTS

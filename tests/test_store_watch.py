@@ -1,0 +1,101 @@
+"""The store watch: ingest refuses from 85 % of the memory limit and below 64 MiB of free disk, and opens again by itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from flask.testing import FlaskClient
+
+from pipeline.runtime import Runtime
+from pipeline.store_watch import MIN_FREE_DISK, REFUSE_AT
+from tests.conftest import Start, client_of, runtimes
+from tests.faults import HEALTH, INGEST, routes, settled
+from tests.helpers import Valkey, event, until
+
+
+class Disk(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+@pytest.fixture
+def embedded(tmp_path: Path) -> Iterator[Runtime]:
+    """A Nexus whose store is where the embedded one would be."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    server = Valkey(folder).start()
+    starts = runtimes("", tmp_path)
+    start: Start = next(starts)
+    yield start()
+    next(starts, None)
+    server.kill()
+
+
+def post(client: FlaskClient, count: int = 1) -> tuple[int, str | None, str | None]:
+    """Status, Retry-After and error code of some events posted."""
+    answer = client.post(INGEST, json={"events": [event() for _ in range(count)]})
+    return answer.status_code, answer.headers.get("Retry-After"), (answer.json or {}).get("error", {}).get("code")
+
+
+def limit_memory(server: Valkey, share: float) -> None:
+    """Set the limit so that this share of it is used; 0: no limit."""
+    used = int(server.client.info("memory")["used_memory"])
+    server.client.config_set("maxmemory", int(used / share) if share else 0)
+
+
+def is_full(nexus: Runtime) -> bool:
+    return bool(nexus.serving.store_watch.status["status"] == "full")
+
+
+def test_ingest_refuses_from_its_share_of_the_memory_limit_on_and_opens_again_by_itself(embedded: Runtime) -> None:
+    client, server = client_of(embedded), Valkey(embedded.settings.data_dir)
+    assert post(client, 5)[0] == 202
+    limit_memory(server, REFUSE_AT + 0.05)  # the store itself would take more
+    until(lambda: is_full(embedded), "the store to show as full")
+    before = embedded.log.head()
+
+    status, retry_after, code = post(client, 5)
+    assert (status, code) == (503, "store_full")
+    assert int(retry_after or 0) >= 1
+    assert embedded.log.head() == before  # nothing of the batch was taken, not even its count
+    assert "of the memory limit is used" in embedded.serving.store_watch.status["detail"]
+    settled(routes(client))  # what had been accepted is processed all the same
+    assert client.get("/api/ml/events").status_code == 200
+
+    limit_memory(server, REFUSE_AT - 0.15)
+    until(lambda: post(client)[0] == 202, "ingest to open again")
+    assert not is_full(embedded)
+    assert client.get(HEALTH).json["unexplained"] == 0
+
+
+def test_ingest_refuses_while_the_disk_is_nearly_full_and_opens_again_by_itself(
+    embedded: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, real = client_of(embedded), shutil.disk_usage
+    free = [MIN_FREE_DISK - 1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Disk(real(folder).total, 0, free[0]))
+    until(lambda: is_full(embedded), "the store to show as full")
+
+    status, retry_after, code = post(client, 5)
+    assert (status, code) == (503, "store_full")
+    assert int(retry_after or 0) >= 1
+    assert f"ingest refuses below {MIN_FREE_DISK >> 20}" in embedded.serving.store_watch.status["detail"]
+    assert embedded.log.head().accepted == 0
+
+    free[0] = MIN_FREE_DISK
+    until(lambda: post(client)[0] == 202, "ingest to open again")
+    assert not is_full(embedded)
+
+
+def test_disk_of_a_store_elsewhere_is_not_this_machines(start_nexus: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(1, 1, 0))
+    nexus = start_nexus()
+    nexus.serving.store_watch.look()
+
+    assert not is_full(nexus)
+    assert post(client_of(nexus))[0] == 202
