@@ -64,13 +64,19 @@ class Account:
 
 @dataclass(slots=True)
 class Audit:
-    """One consistent look at the log's head, the lease, and every stream's account."""
+    """One consistent look at the log's head, the lease, and every stream's account; `at` by the store's own clock."""
 
+    at: int
     head: Head
     epoch: int
     holder: str
     lease_expires: int
     accounts: dict[str, Account]
+
+    @property
+    def owned(self) -> bool:
+        """Some instance holds the lease."""
+        return self.epoch > 0 and self.lease_expires > self.at
 
     @property
     def unexplained(self) -> int:
@@ -133,7 +139,8 @@ def read(store: Store, streams: Sequence[str]) -> dict[str, Position]:
 def audit(store: Store) -> Audit:
     """Every stream's account, from the counters themselves, in one consistent read."""
     answer = store.run("audit", (keys.HEAD, keys.LOG, keys.CHECKPOINT, keys.OWNER), keys.STREAMS)
-    store.saw_time(int(answer[2]))
+    now = int(answer[2])
+    store.saw_time(now)
     head = Head.unpack(answer[0])
     owner = _pairs(answer[1])
     accounts = {}
@@ -141,7 +148,7 @@ def audit(store: Store) -> Audit:
         processed, dead, at, pending, segment, offset, index, ordinal = (int(v) for v in row)
         accepted = head.accepted + (head.bridge_only if stream == "bridge" else 0)
         accounts[stream] = Account(accepted, processed, dead, pending, at, Position(segment, offset, index, ordinal))
-    return Audit(head, int(owner.get("epoch", 0)), owner.get("holder", ""), int(owner.get("expires", 0)), accounts)
+    return Audit(now, head, int(owner.get("epoch", 0)), owner.get("holder", ""), int(owner.get("expires", 0)), accounts)
 
 
 def _pairs(flat: Any) -> dict[str, str]:

@@ -14,9 +14,10 @@ TTL_MS = 10_000
 
 class Lease:
     """One instance's hold on the partition. `seizes`: the holder before is known to be dead, so that its lease need not
-    be waited for."""
+    be waited for. Without a `clock` (epoch ms) time is the store's: the clocks of two hosts may differ by more than a
+    lease lasts."""
 
-    def __init__(self, store: Store, holder: str, clock: Callable[[], int], seizes: Callable[[], bool]) -> None:
+    def __init__(self, store: Store, holder: str, clock: Callable[[], int] | None, seizes: Callable[[], bool]) -> None:
         self.holder = holder
         self._store, self._clock, self._seizes = store, clock, seizes
         self._lock = threading.Lock()
@@ -50,4 +51,5 @@ class Lease:
             return self.epoch != 0
 
     def _run(self, action: str) -> int:
-        return int(self._store.run("lease", (keys.OWNER,), (action, self.holder, self._clock(), TTL_MS, self.epoch)))
+        now = self._clock() if self._clock is not None else 0
+        return int(self._store.run("lease", (keys.OWNER,), (action, self.holder, now, TTL_MS, self.epoch)))

@@ -79,7 +79,7 @@ class Runtime:
         self.log = Log(self.store)
         self._folder_lock: IO[str] | None = None
         holder = f"{socket.gethostname()}:{settings.data_dir.resolve()}"
-        self.lease = Lease(self.store, holder, clock, self._last_here)
+        self.lease = Lease(self.store, holder, None, self._last_here)
         self.backlog = Backlog(lambda: self.bridge.ordinal)
         make: dict[str, Callable[[], Stream]] = {
             "features": lambda: Features(self.store, FEATURES, retention_ms, lambda: self.lease.epoch, self.backlog),

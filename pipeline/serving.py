@@ -89,7 +89,7 @@ class Serving:
         except StoreError as error:
             return 503, self._without_store(error)
         states = nexus.stream_states()
-        owned = audit.epoch > 0 and audit.lease_expires > nexus.clock()
+        owned = audit.owned
         local_ok = all(
             (states[name][0] == "running" or (nexus.runner.state == "standby" and owned))
             and lags.get(name, 0.0) < _BEHIND_S

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
 from pipeline import checkpoints, keys
 from pipeline.checkpoints import DeadLetter, Progress, advance, audit, commit
 from pipeline.errors import Fenced
-from pipeline.frames import Position
+from pipeline.frames import ALL_STREAMS, CANARY, Position
 from pipeline.lease import TTL_MS, Lease
 from tests.helpers import NOON, STREAMS, Clock, append, event, frames
 
@@ -136,3 +138,39 @@ def test_emptied_store_can_be_taken_at_once_whatever_its_former_holder_tried_bef
     assert not lease.renew()
     assert not lease.renew()
     assert other.take()
+
+
+def test_lease_is_not_taken_away_by_an_instance_whose_clock_differs(store):
+    """Instances have no clock of their own in it: the store's is the one that they share."""
+    first, second = (Lease(store, name, None, lambda: False) for name in ("first", "second"))
+    assert first.take()
+    assert not second.take()
+    assert first.renew()
+    seconds, micros = store.call("TIME")
+    now = int(seconds) * 1000 + int(micros) // 1000
+    found = audit(store)
+    assert now < found.lease_expires <= now + TTL_MS
+    assert (found.owned, abs(found.at - now) < 5_000) == (True, True)
+    store.call("HSET", keys.OWNER, "expires", now)
+    assert not audit(store).owned
+    assert second.take()
+
+
+def test_lease_written_by_a_clock_since_set_back_is_not_waited_for(store):
+    clock = Clock()
+    first, second = (Lease(store, name, clock, lambda: False) for name in ("first", "second"))
+    assert first.take()
+    clock.advance(-TTL_MS // 2)  # by less than a term: it is live
+    assert not second.take()
+    clock.advance(-TTL_MS)
+    assert second.take()
+
+
+def test_every_move_is_in_the_journal_also_over_what_counts_nowhere(store, log, epoch):
+    """Else a canary's receipt would tell the time of a later event's commit."""
+    append(log, [event()], NOON, to=ALL_STREAMS | CANARY)
+    append(log, [event()], NOON)
+    for seconds, frame in enumerate(frames(log)):
+        commit(store, epoch, advance(Progress("features", frame.after(), seconds), NOON + seconds * 1000))
+    kept = [struct.unpack("<QQ", raw) for raw in store.call("LRANGE", f"{keys.JOURNAL}features", 0, -1)]
+    assert kept == [(2, NOON + 1000), (1, NOON)]
