@@ -1,5 +1,5 @@
 # The commands of Nexus; the first one makes .venv, and the later ones only when requirements.txt has changed.
-.PHONY: help run demo test bench chaos lint clean browser
+.PHONY: help run demo test bench chaos faults lint clean browser
 .DEFAULT_GOAL := help
 .SILENT:
 MAKEFLAGS += --no-builtin-rules
@@ -20,6 +20,7 @@ help:
 	echo 'make test   every test (ARGS="-k name" for some)'
 	echo 'make bench  the benchmarks'
 	echo 'make chaos  load while parts are killed and stopped, then an audit (ARGS="--kills 200")'
+	echo 'make faults writes docs/faults.md anew: each fault, what it shows, how long it lasts'
 	echo 'make lint   ruff and mypy'
 	echo 'make clean  removes .venv and caches; data and logs stay'
 
@@ -45,6 +46,9 @@ $(PEERS):
 
 chaos: $(STAMP)
 	exec $(VENV) -m chaos $(ARGS)
+
+faults: $(STAMP)
+	exec $(VENV) -m chaos.table $(ARGS)
 
 lint: $(STAMP)
 	$(VENV) -m ruff check .
