@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from pipeline import checkpoints
 from pipeline import events as event_forms
 from pipeline.canary import Canary
 from pipeline.errors import BadRequest, TooLarge
@@ -39,9 +40,10 @@ class Actions:
         nexus.bridge.wait_for(taken.end, self._timeout_s())
         settled = self._settled(taken)
         refused = self._refused(verdicts, taken, settled)
+        queued = taken.taken - settled + self._still_waiting(verdicts, taken)
         answer = {
             "sent": settled - len(refused),
-            "queued": taken.taken - settled,
+            "queued": queued,
             "duplicates": len(taken.duplicates),
             "rejected": verdicts.rejected + refused,
             "event_ids": verdicts.event_ids,
@@ -49,7 +51,7 @@ class Actions:
         }
         if not verdicts.kept:
             return 422, _with_error(answer)
-        return (200 if settled == taken.taken else 202), answer
+        return (202 if queued else 200), answer
 
     def hybrid_process(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Events to both systems; answers when the result is readable, or when the time is up."""
@@ -104,6 +106,17 @@ class Actions:
     def _settled(self, taken: Taken) -> int:
         """How many of the events taken the bridge has behind it."""
         return min(taken.taken, max(0, self._nexus.bridge.reached() - (taken.end - taken.taken)))
+
+    def _still_waiting(self, verdicts: Verdicts, taken: Taken) -> int:
+        """How many of the duplicates are so because they were posted before, and still wait for the bridge."""
+        duplicates = set(taken.duplicates)
+        again = {verdicts.kept[i].event_id for i in duplicates}
+        again -= {event.event_id for i, event in enumerate(verdicts.kept) if i not in duplicates}
+        if not again:
+            return 0
+        at = checkpoints.read(self._nexus.store, ["bridge"])["bridge"]
+        reached = (at.segment << 24 | at.offset) * 8192 + at.index
+        return sum(place is not None and place >= reached for place in self._nexus.log.locate(list(again)))
 
     def _why_queued(self) -> str:
         bridge = self._nexus.bridge

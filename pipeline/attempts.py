@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 
 from pipeline import keys
-from pipeline.errors import PartnerError, PartnerStatus
+from pipeline.errors import BadRequest, PartnerStatus
 from pipeline.events import rfc3339
 from pipeline.log import Log
-from pipeline.partner import Delivery, kind_of
+from pipeline.replies import KINDS, Delivery, kind_of
 from pipeline.store import Command, Store
 
 KEPT = 10_000
@@ -25,7 +25,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Attempt(msgspec.Struct, omit_defaults=True):
-    """One call, or the calls for one event each that followed directly. `first` and `last` are ordinals, `at` epoch
+    """One call, or calls for one event each that followed directly and went alike. `first` and `last` are ordinals, `at` epoch
     ms."""
 
     at: int
@@ -67,14 +67,13 @@ def lane_of(body: bytes, lanes: int) -> int:
     return zlib.crc32(user_of(body)) % lanes
 
 
-def made(at: int, delivery: Delivery, events: int, first: int, last: int, lane: int, lanes: int) -> Attempt:
-    """The record of a call that began at `at`."""
+def made(delivery: Delivery, first: int, last: int, lane: int, lanes: int) -> Attempt:
+    """The record of a call."""
     error = delivery.error
-    status = error.status_code if isinstance(error, PartnerStatus) else delivery.status
     return Attempt(
-        at,
-        events,
-        status if not isinstance(error, PartnerError) or isinstance(error, PartnerStatus) else None,
+        delivery.at,
+        delivery.events,
+        error.status_code if isinstance(error, PartnerStatus) else delivery.status,
         round(delivery.latency_ms, 2),
         None if error is None else kind_of(error),
         first,
@@ -96,29 +95,41 @@ def keep(attempts: list[Attempt]) -> list[Command]:
     return [("LPUSH", keys.ATTEMPTS, *[_encode(a) for a in attempts]), ("LTRIM", keys.ATTEMPTS, 0, KEPT - 1)]
 
 
-def latest(store: Store, limit: int) -> list[dict[str, Any]]:
-    """The latest attempts, newest first, as the route answers them."""
-    found = []
-    for raw in store.call("LRANGE", keys.ATTEMPTS, 0, limit - 1):
-        attempt = msgspec.structs.asdict(_decode(raw))
-        attempt["at"] = rfc3339(attempt["at"])
-        found.append(attempt)
+def latest(store: Store, limit: int, error: str | None = None, status: str | None = None) -> list[dict[str, Any]]:
+    """The latest attempts, newest first, as the route answers them; of one kind of error or one status alone. Raises
+    BadRequest."""
+    if error is not None and error not in KINDS:
+        raise BadRequest("invalid_error", f"error is {error!r}; it takes {', '.join(KINDS)}")
+    if status is not None and not (status.isdecimal() and len(status) == 3):
+        raise BadRequest("invalid_status", f"status is {status!r}; it takes the HTTP status of an answer")
+    code = None if status is None else int(status)
+    found: list[dict[str, Any]] = []
+    for start in range(0, KEPT, _PAGE):
+        page = store.call("LRANGE", keys.ATTEMPTS, start, start + _PAGE - 1)
+        for attempt in map(_decode, page):
+            if error in (None, attempt.error) and code in (None, attempt.status):
+                found.append({**msgspec.structs.asdict(attempt), "at": rfc3339(attempt.at)})
+            if len(found) == limit:
+                return found
+        if len(page) < _PAGE:
+            break
     return found
 
 
 def of_event(store: Store, ordinal: int, body: bytes, received_at: int) -> tuple[list[Attempt], bool]:
     """The attempts that held an event, newest first, and whether the log reaches back to the event's arrival."""
     found: list[Attempt] = []
+    seen: set[bytes] = set()  # kept twice where a commit's answer was lost
     for start in range(0, KEPT, _PAGE):
         page = store.call("LRANGE", keys.ATTEMPTS, start, start + _PAGE - 1)
         for raw in page:
             attempt = _decode(raw)
-            if attempt.at < received_at:
+            if attempt.at + attempt.latency_ms < received_at:  # they are kept in the order in which they ended
                 return found, True
-            if attempt.first <= ordinal <= attempt.last and (
-                attempt.lanes == 1 or lane_of(body, attempt.lanes) == attempt.lane
-            ):
+            mine = attempt.lanes == 1 or lane_of(body, attempt.lanes) == attempt.lane
+            if attempt.first <= ordinal <= attempt.last and mine and raw not in seen:
                 found.append(attempt)
+                seen.add(raw)
         if len(page) < _PAGE:
             return found, start + len(page) < KEPT
     return found, False

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WAIT_S = 5.0
 SOURCE = "nexus"
-_SLACK_S = 1.0
+_SLACK_S, _LOOK_S = 1.0, 0.25
 
 
 class NotTried(Exception):
@@ -69,8 +69,10 @@ class Canary:
             def wait() -> str:
                 if not taken:
                     raise NotReached("not tried: the log did not take the canary")
-                if not nexus.runner.wait_for(name, taken[0].end, WAIT_S):
-                    raise NotReached(f"the {name} stream did not reach the canary within {WAIT_S:g} s")
+                deadline = time.monotonic() + WAIT_S
+                while not nexus.runner.wait_for(name, taken[0].end, min(_LOOK_S, deadline - time.monotonic())):
+                    if nexus.stopping or time.monotonic() >= deadline:
+                        raise NotReached(f"the {name} stream did not reach the canary within {WAIT_S:g} s")
                 return "processed"
 
             return wait
@@ -101,7 +103,7 @@ class Canary:
         if "canary" not in bridge.partner.supports:
             if not partner_always:
                 raise NotTried("the Python service does not say that it takes canaries")
-            delivery = nexus.in_bridge(bridge.partner.send([body]))
+            delivery = nexus.in_bridge(bridge.partner.send([body]))[0]
             if delivery.error is not None:
                 raise delivery.error
             if delivery.rejected:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from flask import Blueprint, Flask, Response
 
+from pipeline.replies import KINDS
 from pipeline.wire import bodies, data, operating
 
 if TYPE_CHECKING:
@@ -73,7 +74,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         },
         body=(bodies.ActionBody,),
     ),
-    ("GET", "/api/ml/bridge/attempts"): _one("The latest calls of the Python service", operating.Attempts, _LIMIT),
+    ("GET", "/api/ml/bridge/attempts"): _one(
+        "The latest calls of the Python service",
+        operating.Attempts,
+        ("error", {"enum": list(KINDS)}, "with which kind of error"),
+        ("status", _INT, "with which HTTP status"),
+        _LIMIT,
+    ),
     ("GET", "/api/ml/bridge/outages"): _one("Outages of the Python service, newest first", operating.Outages, _LIMIT),
     ("GET", "/api/ml/events"): _one(
         "Stored events by user, type, session, source and time",

@@ -11,8 +11,6 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -20,55 +18,28 @@ import certifi
 import httpx
 import msgspec
 
-from pipeline.circuit import MAX_RETRY_AFTER_S
-from pipeline.errors import PartnerContract, PartnerError, PartnerStatus, PartnerTimeout, PartnerUnreachable
+from pipeline.errors import PartnerError, PartnerStatus, PartnerTimeout, PartnerUnreachable
 from pipeline.health import Health, judge
+from pipeline.replies import (
+    Delivery,
+    failure,
+    read_json,
+    read_object,
+    refusal,
+    retryable,
+    target_of,
+    verdicts,
+    words,
+)
 from pipeline.settings import masked
 
 MAX_BODY_BYTES = 4 << 20
 MAX_REDIRECTS = 3
+LACKS_MS = 300_000  # after so long, good health is reason to try again what was found lacking
 _SINGLE_ANSWER = 1 << 16  # bytes; of an answer to one event the status is what counts
-_KEPT_BODY_CHARS = 500
+_KEPT_BODY = 1 << 13  # bytes of a health answer that are passed on as they are
 _SINGLES_MS = 1000.0  # how long events are sent one by one before it is looked whether that is still wanted
-_FINAL = (400, 405, 406, 409, 410, 411, 413, 414, 415, 422, 431, 451)
-_WITHOUT_BATCH = (404, 405, 501)
-_decode = msgspec.json.Decoder().decode
-
-
-@dataclass(slots=True)
-class Delivery:
-    """What became of events sent. The first `done` of them are settled: taken, or (index, reason) in `rejected`.
-
-    `error` is why the rest are not: None when there is no rest, or no more than a second was to be spent. `status`
-    and `answer` are the last call's, `slowest_ms` the longest call's; `sent_bytes` and `got_bytes` count bodies.
-    """
-
-    status: int | None = None
-    latency_ms: float = 0.0
-    slowest_ms: float = 0.0
-    answer: str = ""
-    done: int = 0
-    rejected: list[tuple[int, str]] = field(default_factory=list)
-    error: PartnerError | None = None
-    sent_bytes: int = 0
-    got_bytes: int = 0
-
-
-def retryable(error: PartnerError) -> bool:
-    """May the same request succeed later? Timeouts, connections, 5xx and 429 may. Nor is an event to blame for a wrong
-    address or password (401, 403, 404, a redirect): such calls are made again too, until somebody has put it right."""
-    return not (isinstance(error, PartnerStatus) and error.status_code in _FINAL)
-
-
-def kind_of(error: PartnerError) -> str:
-    """The error's kind as the attempt log names it."""
-    if isinstance(error, PartnerTimeout):
-        return "timeout"
-    if isinstance(error, PartnerUnreachable):
-        return "connect"
-    if isinstance(error, PartnerStatus):
-        return "status"
-    return "contract" if isinstance(error, PartnerContract) else "error"
+_WITHOUT_ROUTE = (404, 405, 410, 501)
 
 
 class Partner:
@@ -79,7 +50,9 @@ class Partner:
         self._client: httpx.AsyncClient | None = None  # building one costs 20 ms: it is kept
         self._said: frozenset[str] = frozenset()
         self.lacks: dict[str, str] = {}  # what it says it supports but does not, and how that was found out
+        self._lacked_at = 0
         self._known_url = ""
+        self._took_batch = False  # the partner at this address has taken events of a batch
 
     @property
     def url(self) -> str:
@@ -92,15 +65,26 @@ class Partner:
 
     def remembered(self) -> dict[str, Any]:
         """The capabilities as they are kept in the store."""
-        return {"url": self._known_url, "supports": sorted(self._said), "lacks": self.lacks}
+        return {
+            "url": self._known_url,
+            "supports": sorted(self._said),
+            "lacks": dict(self.lacks),
+            "lacked_at": self._lacked_at,
+        }
 
     def recall(self, kept: dict[str, Any]) -> None:
         """Take over capabilities found out earlier; the next health check looks again."""
         self._known_url, self._said, self.lacks = str(kept["url"]), frozenset(kept["supports"]), dict(kept["lacks"])
+        self._lacked_at = int(kept.get("lacked_at", 0))
 
     def rediscover(self) -> None:
         """Forget what was found lacking: after a recovery it may be another version that answers."""
-        self.lacks = {}
+        self.lacks, self._took_batch = {}, False
+
+    def _lack(self, url: str, what: str, why: str) -> None:
+        """Of the partner at `url`, which need not be the one that is called from now on."""
+        if url == self._url():
+            self.lacks, self._lacked_at = {**self.lacks, what: why}, self._clock()
 
     @property
     def unknown(self) -> bool:
@@ -127,108 +111,103 @@ class Partner:
             return Health("offline", error.message, url, now)
         took = (time.perf_counter() - began) * 1000
         try:
-            body = _decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            body = raw.decode(errors="replace")[:_KEPT_BODY_CHARS]
+            body = read_json(raw)
+        except ValueError:
+            body = words(raw)
         if 200 <= status < 300:
             self._learn(url, body)
         verdict, reason = judge(status, took, body, self._timeout_ms())
-        return Health(verdict, reason, url, now, status, took, body, self.supports)
+        if self.lacks and verdict == "online" and not 0 <= now - self._lacked_at < LACKS_MS:
+            self.rediscover()
+        kept = body if len(raw) <= _KEPT_BODY else words(raw)
+        return Health(verdict, reason, url, now, status, took, kept, self.supports)
 
     def _learn(self, url: str, body: Any) -> None:
         if url != self._known_url:
-            self._known_url, self.lacks = url, {}
+            self._known_url = url
+            self.rediscover()
         listed = body.get("supports") if isinstance(body, dict) else None
         self._said = frozenset(s for s in listed if isinstance(s, str)) if isinstance(listed, list) else frozenset()
 
-    async def send(self, events: Sequence[bytes]) -> Delivery:
-        """Deliver stored events (JSON each), in order, as far as it goes. Raises nothing: the delivery tells."""
-        if "batch" in self.supports and (delivery := await self._send_batch(events)) is not None:
-            return delivery
-        return await self._send_singly(events)
+    async def send(self, events: Sequence[bytes]) -> list[Delivery]:
+        """Deliver stored events (JSON each), in order, as far as it goes: at least the first, and up to the first
+        error. Raises nothing: the deliveries tell."""
+        url = self._url()
+        if "batch" not in self.supports or (batch := await self._send_batch(url, events)) is None:
+            return await self._send_singly(events)
+        if len(events) > 1 or batch.error is None or retryable(batch.error):
+            return [batch]
+        # Refused though it was alone. Perhaps it is the batch that is refused: the route that all partners have tells.
+        single = await self._send_singly(events)
+        error = single[0].error
+        if error is None and not self._took_batch:
+            self._lack(url, "batch", f"{batch.error.message}; POST /events took the same event")
+        return [batch] if isinstance(error, PartnerStatus) and error.status_code in _WITHOUT_ROUTE else single
 
-    async def _send_batch(self, events: Sequence[bytes]) -> Delivery | None:
+    async def _send_batch(self, url: str, events: Sequence[bytes]) -> Delivery | None:
         """All in one call; None when it turned out that the partner cannot do that."""
         body = b'{"events":[' + b",".join(events) + b"]}"
-        delivery = Delivery(sent_bytes=len(body))
         key = event_id(events[0]) if len(events) == 1 else f"{event_id(events[0])}+{len(events)}+{event_id(events[-1])}"
-        began = time.perf_counter()
-        try:
-            status, headers, raw = await self._call("POST", "/events/batch", body, {"Idempotency-Key": key})
-        except PartnerError as error:
-            delivery.error = error
-            return delivery
-        finally:
-            delivery.latency_ms = delivery.slowest_ms = (time.perf_counter() - began) * 1000
-        delivery.status, delivery.answer, delivery.got_bytes = status, _words(raw), len(raw)
-        if status in _WITHOUT_BATCH:
-            self.lacks["batch"] = f"POST /events/batch answered {status}"
+        delivery, raw = await self._post("/events/batch", body, key, len(events))
+        status = delivery.status
+        if status in _WITHOUT_ROUTE:
+            self._lack(url, "batch", f"POST /events/batch answered {status}")
             return None
-        if not 200 <= status < 300:
-            delivery.error = _failure("POST /events/batch", status, headers, raw)
+        if delivery.error is not None:
             return delivery
         try:
-            delivery.rejected = _verdicts(raw, len(events))
-        except (msgspec.DecodeError, UnicodeDecodeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            delivery.rejected = verdicts(raw, len(events))
+        except ValueError as error:
             # What it did with them is unknown: each is sent by itself, under its own id, where the status says all.
-            self.lacks["batch"] = f"POST /events/batch answered {status} with something else than agreed: {error}"
+            self._lack(url, "batch", f"POST /events/batch answered {status} with something else than agreed: {error}")
             return None
-        delivery.done = len(events)
+        self._took_batch = self._took_batch or len(delivery.rejected) < len(events)
         return delivery
 
-    async def _send_singly(self, events: Sequence[bytes]) -> Delivery:
-        delivery = Delivery()
-        for index, event in enumerate(events):
-            began = time.perf_counter()
-            delivery.sent_bytes += len(event)
-            try:
-                headers = {"Idempotency-Key": event_id(event)}
-                delivery.status, answered, raw = await self._call("POST", "/events", event, headers, _SINGLE_ANSWER)
-            except PartnerError as error:
-                delivery.error, delivery.status = error, None
-                return delivery
-            finally:
-                took = (time.perf_counter() - began) * 1000
-                delivery.latency_ms += took
-                delivery.slowest_ms = max(delivery.slowest_ms, took)
-            delivery.answer = _words(raw)
-            delivery.got_bytes += len(raw)
-            if not 200 <= delivery.status < 300:
-                refusal = _failure("POST /events", delivery.status, answered, raw)
-                if retryable(refusal):
-                    delivery.error = refusal
-                    return delivery
-                delivery.rejected.append((index, refusal.message))
-            elif b'"rejected"' in raw and (reason := _refusal(raw)) is not None:
-                delivery.rejected.append((index, reason))
-            delivery.done = index + 1
-            if delivery.latency_ms > _SINGLES_MS:
+    async def _send_singly(self, events: Sequence[bytes]) -> list[Delivery]:
+        """Calls for one event each, up to the first error or until it is time to look about."""
+        made: list[Delivery] = []
+        spent_ms = 0.0
+        for event in events:
+            one, raw = await self._post("/events", event, event_id(event), 1, _SINGLE_ANSWER)
+            if one.error is None and (reason := refusal(raw)) is not None:
+                one.rejected = [(0, reason)]
+            if made and not (one.error or one.rejected or made[-1].rejected):
+                made[-1].add(one)
+            else:
+                made.append(one)
+            spent_ms += one.latency_ms
+            if one.error is not None or spent_ms > _SINGLES_MS:
                 break
-        return delivery
+        return made
+
+    async def _post(
+        self, path: str, body: bytes, key: str, events: int, most: int = MAX_BODY_BYTES
+    ) -> tuple[Delivery, bytes]:
+        """One call with events, and the answer's body; anything but a 2xx answer is the delivery's error."""
+        delivery, raw = Delivery(self._clock(), events, sent_bytes=len(body)), b""
+        began = time.perf_counter()
+        try:
+            delivery.status, headers, raw = await self._call("POST", path, body, {"Idempotency-Key": key}, most)
+            delivery.answer, delivery.got_bytes = words(raw), len(raw)
+            if not 200 <= delivery.status < 300:
+                delivery.error = failure(f"POST {path}", delivery.status, headers, raw)
+        except PartnerError as error:
+            delivery.error = error
+        delivery.latency_ms = delivery.slowest_ms = (time.perf_counter() - began) * 1000
+        return delivery, raw
 
     async def features(self, user_id: str) -> dict[str, Any] | None:
         """The partner's features of a user from its own route, None where it knows none."""
         status, headers, raw = await self._call("GET", f"/features/{quote(user_id, safe='')}")
         if status == 404:
             return None
-        return self._object("GET /features", status, headers, raw)
+        return read_object("GET /features", status, headers, raw)
 
     async def predict(self, body: bytes) -> dict[str, Any]:
         """The partner's own prediction."""
         status, headers, raw = await self._call("POST", "/predict", body)
-        return self._object("POST /predict", status, headers, raw)
-
-    @staticmethod
-    def _object(what: str, status: int, headers: httpx.Headers, raw: bytes) -> dict[str, Any]:
-        if not 200 <= status < 300:
-            raise _failure(what, status, headers, raw)
-        try:
-            answer = _decode(raw)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise PartnerContract(f"{what} answered {status}, but not JSON") from error
-        if not isinstance(answer, dict):
-            raise PartnerContract(f"{what} answered {status} with something else than an object")
-        return answer
+        return read_object("POST /predict", status, headers, raw)
 
     async def _call(
         self,
@@ -249,7 +228,7 @@ class Partner:
             async with asyncio.timeout(timeout_s):
                 for _ in range(MAX_REDIRECTS + 1):
                     status, answered, raw = await self._exchange(method, url, body, sent, most)
-                    target = _target(url, method, status, answered)
+                    target = target_of(url, method, path, status, answered)
                     if target is None:
                         return status, answered, raw
                     url = target
@@ -259,7 +238,8 @@ class Partner:
         except (httpx.ConnectError, OSError) as error:
             raise PartnerUnreachable(f"no connection to {masked(base)}: {error}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise PartnerUnreachable(f"{method} {path} broke off: {str(error) or type(error).__name__}") from error
+            message = f"{method} {path} broke off: {str(error) or type(error).__name__}"
+            raise PartnerUnreachable(message, details={"broke_off": True}) from error
 
     async def _exchange(
         self, method: str, url: httpx.URL, body: bytes | None, headers: dict[str, str] | None, most: int
@@ -288,33 +268,6 @@ def _client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=None, limits=limits, follow_redirects=False, trust_env=False, verify=trusted)
 
 
-def _target(url: httpx.URL, method: str, status: int, headers: httpx.Headers) -> httpx.URL | None:
-    """Where a redirect leads, None for none. A POST is repeated where the status allows (307, 308), and events leave
-    for another host only if somebody sets its address."""
-    location = headers.get("Location")
-    if location is None or status not in ((301, 302, 303, 307, 308) if method == "GET" else (307, 308)):
-        return None
-    target = url.join(location)
-    if target.scheme not in ("http", "https") or target.host != url.host:
-        shown = masked(str(target))
-        raise PartnerStatus(f"{method} {url.path} is redirected to {shown}: set PYTHON_EVENT_API_URL to it", status)
-    return target
-
-
-def retry_after_s(headers: httpx.Headers, now: float | None = None) -> float | None:
-    """What a Retry-After header asks for, in seconds, bounded; None without a readable one."""
-    text = headers.get("Retry-After")
-    if text is None:
-        return None
-    if text.strip().isdigit():
-        return min(float(text), MAX_RETRY_AFTER_S)
-    try:
-        wanted = parsedate_to_datetime(text).timestamp() - (time.time() if now is None else now)
-    except (TypeError, ValueError):
-        return None
-    return min(max(wanted, 0.0), MAX_RETRY_AFTER_S)
-
-
 def event_id(event: bytes) -> str:
     """The id of a stored event, which begins with it (events.py), as a header can carry it: percent-encoded, in the
     form of RFC 5987, where it has more than visible ASCII."""
@@ -330,40 +283,3 @@ class _OnlyId(msgspec.Struct):
 
 
 _decode_id = msgspec.json.Decoder(_OnlyId).decode
-
-
-def _verdicts(raw: bytes, sent: int) -> list[tuple[int, str]]:
-    """The refused ones of a batch by index. Raises where the answer is not the agreed one."""
-    answer = _decode(raw)
-    rejected = [
-        (int(r["index"]), str(r.get("message") or r.get("code") or "refused")) for r in answer.get("rejected") or []
-    ]
-    if answer["accepted"] + answer.get("duplicates", 0) + len(rejected) != sent:
-        raise ValueError(f"its counts do not add up to the {sent} events sent")
-    if any(not 0 <= index < sent for index, _ in rejected) or len(dict(rejected)) < len(rejected):
-        raise ValueError("it rejects events that were not sent")
-    return rejected
-
-
-def _refusal(raw: bytes) -> str | None:
-    """Why a 2xx answer to one event says all the same that it was refused, None where it does not."""
-    try:
-        answer = _decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    refused = answer.get("rejected") if isinstance(answer, dict) else None
-    if not isinstance(refused, list) or not refused:
-        return None
-    first = refused[0]
-    return str(first.get("message") or first.get("code") or "refused") if isinstance(first, dict) else str(first)
-
-
-def _failure(what: str, status: int, headers: httpx.Headers, raw: bytes) -> PartnerStatus:
-    said = _words(raw)
-    error = PartnerStatus(f"{what} answered {status}{': ' + said if said else ''}", status)
-    error.details["retry_after_s"] = retry_after_s(headers)
-    return error
-
-
-def _words(raw: bytes) -> str:
-    return raw[:_KEPT_BODY_CHARS].decode(errors="replace").strip()

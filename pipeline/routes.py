@@ -124,7 +124,8 @@ def _routes(nexus: Runtime) -> Blueprint:
 
     @api.get("/api/ml/bridge/attempts")
     def attempts() -> Response:
-        return answer({"attempts": latest_attempts(nexus.store, limit(100))})
+        error, status = request.args.get("error"), request.args.get("status")
+        return answer({"attempts": latest_attempts(nexus.store, limit(100), error, status)})
 
     @api.get("/api/ml/bridge/outages")
     def outages() -> Response:

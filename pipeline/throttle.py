@@ -22,12 +22,13 @@ class Throttle:
 
     def __init__(self) -> None:
         self.lanes, self.events = 1, MOST_EVENTS
+        self._most = MOST_EVENTS  # less at a partner that called more too large
         self._quickest: float | None = None
         self._sum, self._count, self._decisions = 0.0, 0, 0
 
     def restart(self) -> None:
         """Begin gently: the partner has just come back."""
-        self.lanes = 1
+        self.lanes, self._most = 1, MOST_EVENTS
         self._forget()
 
     def went_well(self, full: bool, latency_ms: float, timeout_ms: float) -> None:
@@ -37,7 +38,7 @@ class Throttle:
         if latency_ms > timeout_ms / 2:
             self._resize(self.events // 2)
             return
-        if self.events < MOST_EVENTS and latency_ms < timeout_ms * _QUICK_SHARE:
+        if self.events < self._most and latency_ms < timeout_ms * _QUICK_SHARE:
             self._resize(self.events * 2)
             return
         self._sum += latency_ms
@@ -65,8 +66,13 @@ class Throttle:
         if timed_out:
             self._resize(min(self.events, events) // 2)
 
+    def too_large(self, events: int) -> None:
+        """So many events were too large a call: it would be again, however quick the smaller ones are."""
+        self._most = max(1, min(self._most, events // 2))
+        self._resize(self.events)
+
     def _resize(self, events: int) -> None:
-        events = max(1, min(MOST_EVENTS, events))
+        events = max(1, min(self._most, events))
         if events != self.events:
             self.events = events
             self._forget()

@@ -146,8 +146,8 @@ class Misbehaving:
                 found.setdefault(user, []).append(event_id)
             return found
 
-        wanted = per_user((e["user_id"], e["event_id"]) for e in posted if e["event_id"] in set(self.applied))
-        mine = {e["event_id"] for e in posted}
+        applied, mine = set(self.applied), {e["event_id"] for e in posted}
+        wanted = per_user((e["user_id"], e["event_id"]) for e in posted if e["event_id"] in applied)
         return per_user((u, i) for u, i in zip(self.users, self.applied, strict=True) if i in mine) == wanted
 
     def posts(self, path: str = "/events") -> list[Asked]:

@@ -3,25 +3,19 @@ words."""
 
 from __future__ import annotations
 
-import json
 import ssl
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from pipeline import checkpoints
 from pipeline.runtime import Runtime
 from tests import misbehaving as partners
-from tests.conftest import Start
+from tests.bridging import INTERVAL_S, TIMEOUT_MS, post, reconcile, run, settled, take
 from tests.helpers import event, until
 from tests.misbehaving import Behaviour, Misbehaving
-
-INTERVAL_S = 1.0
-TIMEOUT_MS = 400
 
 
 @pytest.fixture
@@ -38,47 +32,16 @@ def make() -> Iterator[Callable[..., Misbehaving]]:
         server.close()
 
 
-def run(start_nexus: Start, server: Misbehaving, **environment: Any) -> Runtime:
-    values = {"PYTHON_SERVICE_TIMEOUT": TIMEOUT_MS, **environment}
-    nexus = start_nexus(PYTHON_EVENT_API_URL=server.url, **values)
-    until(lambda: nexus.bridge.health is not None, "the first health check")
-    return nexus
-
-
-def post(nexus: Runtime, count: int, users: int = 7, **more: Any) -> list[dict[str, Any]]:
-    """Events through the ingest, in frames of ten."""
-    events = [event(user=f"user_{i % users}", **more) for i in range(count)]
-    for at in range(0, count, 10):
-        status, answer = nexus.ingest.post(json.dumps(events[at : at + 10]).encode(), "application/json", "", {})
-        assert (status, answer["accepted"]) == (202, len(events[at : at + 10]))
-    return events
-
-
-def settled(nexus: Runtime, deadline_s: float = 30.0) -> checkpoints.Account:
-    """The bridge's account once nothing waits any more; at every look on the way nothing is unexplained."""
-
-    def look() -> checkpoints.Account | None:
-        audit = checkpoints.audit(nexus.store)
-        assert audit.accounts["bridge"].unexplained == 0
-        return audit.accounts["bridge"] if audit.accounts["bridge"].pending == 0 else None
-
-    return until(look, "an empty backlog", deadline_s)
-
-
-def reconcile(nexus: Runtime, server: Misbehaving, posted: list[dict[str, Any]], dead: int = 0) -> None:
-    account = settled(nexus)
-    ids = [e["event_id"] for e in posted]
-    applied = [i for i in server.applied if i in set(ids)]
-    assert account.dead == dead
-    assert len(applied) == len(set(applied)) == len(ids) - dead
-    assert server.in_order(posted)
-
-
 def caught_up(nexus: Runtime) -> dict[str, Any] | None:
     """The latest outage, once it is over and done with."""
     latest = nexus.bridge.ledger.latest
     return latest[0] if latest and latest[0]["caught_up"] else None
 
+
+# Of these the partner applied nothing: each event arrives there once.
+APPLIES_NOTHING = (
+    "answers 500", "answers 503 with Retry-After", "answers 429 with Retry-After", "answers 401", "redirects elsewhere",
+)  # fmt: skip
 
 # Faults that pass: what the partner does to POSTs meanwhile, and to health checks where they fail too.
 PASSING: dict[str, tuple[Behaviour, Behaviour | None]] = {
@@ -120,6 +83,8 @@ def test_a_fault_that_passes_loses_nothing_and_applies_nothing_twice(fault, star
     until(lambda: nexus.partner_status()["status"] == "online", "the partner online")
     resent = sum(n - 1 for n in server.seen.values())
     print(f"| {fault} | {noticed_s:.2f} | {opened_s:.2f} | {time.monotonic() - back:.2f} | 0 | 0 | {resent} |")
+    out_of_time = any(error["kind"] == "timeout" for error in nexus.bridge.errors)  # on a loaded machine
+    assert resent == 0 or fault not in APPLIES_NOTHING or out_of_time
     assert delivering_s < 2 * INTERVAL_S + TIMEOUT_MS / 1000
     outage = until(lambda: caught_up(nexus), "the outage caught up with")
     assert (outage["unexplained"], outage["dead"], outage["delivered"]) == (0, 0, outage["queued"])
@@ -142,6 +107,7 @@ def test_a_partner_that_is_gone_is_noticed_at_once_and_served_when_it_is_back(st
     back = time.monotonic()
     reconcile(nexus, server, posted)
     took_s = time.monotonic() - back
+    assert max(server.seen.values()) == 1
     print(f"| refuses connections | {opened_s:.2f} | {opened_s:.2f} | {took_s:.2f} | 0 | 0 | 0 |")
     assert took_s < 2 * INTERVAL_S + 1
 
@@ -164,8 +130,7 @@ def test_a_batch_refused_for_one_event_leaves_that_one_alone_in_the_dead_letters
     nexus = run(start_nexus, server)
     posted = post(nexus, 60, data={"amount": 3})
     bad = event(user="user_3", data={"amount": -1})
-    assert nexus.ingest.post(json.dumps([bad]).encode(), "application/json", "", {})[0] == 202
-    posted += [bad, *post(nexus, 60, data={"amount": 3})]
+    posted += [*take(nexus, bad), *post(nexus, 60, data={"amount": 3})]
     reconcile(nexus, server, posted, dead=1)
     receipt = nexus.lookups.receipt(bad["event_id"])["streams"]["bridge"]
     assert receipt["state"] == "dead"
@@ -237,18 +202,14 @@ def test_https_is_trusted_by_the_certificate_in_ssl_cert_file(start_nexus, make,
 
 
 def test_idempotency_keys_stay_the_same_when_a_call_is_made_again(start_nexus, make):
-    server = make()
+    server = make(supports=("batch",))  # no canary that may be in a call before the event
     nexus = run(start_nexus, server)
     server.on_post = partners.loses_answers
     posted = post(nexus, 1)
     until(lambda: len(server.posts()) >= 3, "several tries")
     server.on_post = partners.answer_well
     reconcile(nexus, server, posted)
-    # A periodic canary may be called out too, alone or in the same call.
-    tries = Counter(asked.headers["idempotency-key"] for asked in server.posts())
-    held = {key: n for key, n in tries.items() if posted[0]["event_id"] in key}
-    assert len(held) == 1
-    assert sum(held.values()) >= 2
+    assert {asked.headers["idempotency-key"] for asked in server.posts()} == {posted[0]["event_id"]}
 
 
 def test_capabilities_are_found_out_again_after_a_recovery(start_nexus, make):

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pipeline import attempts, checkpoints, health, keys, outages
+from pipeline import checkpoints, keys, outages
 from pipeline.circuit import Circuit
 from pipeline.runtime import Runtime, wall_clock
 from pipeline.streams.gate import Gate
@@ -153,102 +153,6 @@ def test_an_idle_circuit_closes_by_a_health_check(start_nexus, server):
     until(lambda: nexus.bridge.circuit.state == "closed", "the circuit closed")
 
 
-def test_attempts_are_listed_newest_first_with_what_was_answered(start_nexus, server):
-    nexus = start(start_nexus, server)
-    post(nexus, event(), event())
-    settled(nexus)
-    server.on_post = partners.says(503, {"detail": "later"})
-    post(nexus, event())
-    until(lambda: nexus.bridge.errors_total >= 2, "failed attempts")
-    server.on_post = partners.answer_well
-    settled(nexus)
-    client = client_of(nexus)
-    rows = client.get("/api/ml/bridge/attempts").get_json()["attempts"]
-    assert [row["at"] for row in rows] == sorted((row["at"] for row in rows), reverse=True)
-    assert {"at", "events", "status", "latency_ms", "error"} <= rows[0].keys()
-    assert (rows[0]["status"], rows[0]["error"]) == (200, None)
-    failed = [row for row in rows if row["error"]]
-    assert (failed[0]["status"], failed[0]["error"], failed[0]["events"]) == (503, "status", 1)
-    assert "later" in failed[0]["detail"]
-    assert len(client.get("/api/ml/bridge/attempts?limit=1").get_json()["attempts"]) == 1
-
-
-def test_the_attempt_log_is_bounded(start_nexus, server, monkeypatch):
-    monkeypatch.setattr(attempts, "KEPT", 5)
-    nexus = start(start_nexus, server)
-    for _ in range(8):
-        assert nexus.actions.send_batch({"events": [event()]})[0] == 200
-    assert len(attempts.latest(nexus.store, 100)) == 5
-
-
-def test_a_receipt_tells_the_attempts_and_the_partners_answer(start_nexus, server):
-    nexus = start(start_nexus, server)
-    waits = event()
-    server.on_post = partners.says(503, {"detail": "later"})
-    post(nexus, waits)
-    until(lambda: nexus.bridge.errors_total >= 2, "failed attempts")
-    state = until(
-        lambda: (s := nexus.lookups.receipt(waits["event_id"])["streams"]["bridge"])["state"] == "retrying" and s,
-        "the event told to be retried",
-    )
-    assert (state["result"]["status"], state["result"]["error"]) == (503, "status")
-    server.on_post = partners.answer_well
-    settled(nexus)
-    state = nexus.lookups.receipt(waits["event_id"])["streams"]["bridge"]
-    assert state["state"] == "done"
-    assert state["attempts"] >= 3
-    assert (state["result"]["status"], state["result"]["events"]) == (200, 1)
-    assert json.loads(state["result"]["answer"])["accepted"] == 1
-
-
-def test_an_attempt_of_another_lane_is_not_the_events_own(store):
-    body = b'{"event_id":"a","event_type":"t","user_id":"u1"}'
-    mine = attempts.lane_of(body, 2)
-    rows = [attempts.Attempt(10 + lane, 3, 200, 1.0, None, 0, 9, lane, 2) for lane in (0, 1)]
-    store.many(attempts.keep(rows))
-    found, complete = attempts.of_event(store, 5, body, 0)
-    assert [a.lane for a in found] == [mine]
-    assert complete
-
-
-def test_health_history_outlives_a_restart(start_nexus, server):
-    first = start(start_nexus, server)
-    until(lambda: health.history(first.store), "a verdict kept")
-    since = until(lambda: first.bridge.status_since, "online since")
-    first.stop()
-    second = start(start_nexus, server)
-    until(lambda: second.bridge.health and second.bridge.health.status == "online", "online")
-    assert second.bridge.status_since == since
-    assert second.bridge_health()["history"][-1]["status"] == "online"
-
-
-@pytest.mark.parametrize(
-    ("behave", "status", "words"),
-    [
-        (partners.says(200, {"status": "healthy"}), "online", None),
-        (partners.says(200, {"status": "degraded"}), "degraded", "degraded"),
-        (partners.says(404), "degraded", "404"),
-        (partners.says(503), "offline", "503"),
-        (partners.slow(0.3), "degraded", "slow"),
-        (partners.hangs, "offline", "not answered"),
-        (partners.drips, "offline", "not answered"),
-    ],
-    ids=["online", "says degraded", "404", "503", "slow", "hangs", "drips"],
-)
-def test_health_is_judged_by_status_latency_and_body(behave, status, words, start_nexus, server):
-    if behave.__qualname__.startswith("slow"):
-
-        def slowly(s, asked, answer):
-            s.stopped.wait(0.3)
-            partners.healthy(s, asked, answer)
-
-        behave = slowly
-    server.on_health = behave
-    nexus = start(start_nexus, server)
-    until(lambda: nexus.partner_status()["status"] == status, f"it is {status}")
-    assert words is None or words in str(nexus.partner_status()["reason"])
-
-
 def test_capabilities_are_remembered_over_a_restart(start_nexus, server):
     first = start(start_nexus, server)
     until(lambda: first.store.call("GET", keys.CAPABILITIES), "capabilities kept")
@@ -346,6 +250,19 @@ def test_send_batch_says_what_was_sent_queued_and_refused(start_nexus, server):
     assert set(answer["event_ids"]) <= set(server.applied)
     audit = checkpoints.audit(nexus.store)
     assert (audit.accounts["features"].accepted, audit.unexplained) == (30, 0)
+
+
+def test_events_sent_again_while_they_wait_are_told_to_be_queued(start_nexus, server):
+    nexus = start(start_nexus, server)
+    nexus.bridge.control("pause")
+    events = [event(), event()]
+    assert nexus.actions.send_batch({"events": events})[0] == 202
+    status, answer = nexus.actions.send_batch({"events": [*events, event(), events[0]]})
+    assert (status, answer["sent"], answer["queued"], answer["duplicates"]) == (202, 0, 3, 3)
+    nexus.bridge.control("resume")
+    settled(nexus)
+    status, answer = nexus.actions.send_batch({"events": events})
+    assert (status, answer["sent"], answer["queued"], answer["duplicates"]) == (200, 0, 0, 2)
 
 
 def test_hybrid_process_answers_degraded_while_the_partner_is_away(start_nexus, server):

@@ -89,10 +89,14 @@ def test_the_finished_beginning_of_a_window_can_be_committed():
     part = window.parts[0]
     assert truncated(window, Position(1, 0)).after == Position(1, 0)
     start, stop = part.next(7)
-    part.settled(start, stop - start, [(6, "no")])
+    assert (start, stop) == (0, 7)
+    part.settled([(6, "no")])
     begun = truncated(window, Position(1, 0))
     assert (len(begun.bodies), begun.after.ordinal, begun.after.index) == (7, 7, 2)
-    assert part.dead == [(6, "no")]
+    assert part.dead == [(6, "refused: no", 1)]
+    part.pull(9)
+    part.settled([])
+    assert truncated(window, Position(1, 0)).after.ordinal == 7
 
 
 def test_a_refused_slice_is_halved_until_the_bad_event_is_alone():
@@ -100,13 +104,29 @@ def test_a_refused_slice_is_halved_until_the_bad_event_is_alone():
     part, taken = window.parts[0], []
     while part.todo:
         start, stop = part.next(500)
-        if start <= 6 < stop:
-            part.refused("bad")
+        if (start, stop) == (6, 7):
+            part.give_up("bad")
+        elif start <= 6 < stop:
+            part.halve()
         else:
             taken += list(range(start, stop))
-            part.settled(start, stop - start, [])
-    assert part.dead == [(6, "bad")]
+            part.settled([])
+    assert part.dead == [(6, "bad", 1)]
     assert taken == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10]
+
+
+def test_an_event_that_is_pulled_is_the_next_and_no_other_is_lost():
+    [window] = windows([frame(0, 11)], 1, 1000)
+    part, taken = window.parts[0], list[int]()
+    part.next(4)
+    for index in (2, 9, 2, 0, 10):
+        part.pull(index)
+        assert part.todo[-1] == (index, index + 1)
+    while part.todo:
+        taken += range(*part.next(3))
+        part.settled([])
+    assert sorted(taken) == list(range(11))
+    assert taken[:4] == [10, 0, 2, 9]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ class Bridge:
         self._hungry = False  # it has looked for events since it was last woken
         self._polled = 0.0
         self._uncertain = 0  # the epoch under which the store last failed
+        self._stop: Callable[[], bool] = lambda: False
         self._begin(0, Position())
 
     @property
@@ -122,7 +123,7 @@ class Bridge:
         self.wake()
         while self.ordinal < ordinal:
             left = deadline - time.monotonic()
-            if left <= 0 or self.halted is not None:
+            if left <= 0 or self.halted is not None or self._stop():
                 return False
             if self.state == "standby":  # another instance does the work: its checkpoint tells
                 if checkpoints.read(self._store, [self.name])[self.name].ordinal >= ordinal:
@@ -140,12 +141,12 @@ class Bridge:
 
     async def run(self, stop: Callable[[], bool]) -> None:
         """Deliver until `stop`. Survives the store and the partner being away."""
-        self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
+        self._loop, self._wake, self._stop = asyncio.get_running_loop(), asyncio.Event(), stop
         self.partner.open()
         try:
             while not stop():
                 try:
-                    await self._run_epoch(stop)
+                    await self._run_epoch()
                 except (StoreError, Fenced) as error:
                     self.state, self.detail = "restarting", error.message
                     self._uncertain = self._uncertain or self._epoch
@@ -183,13 +184,15 @@ class Bridge:
         self.gate.open()
         self.sender.start()
 
-    async def _run_epoch(self, stop: Callable[[], bool]) -> None:
+    async def _run_epoch(self) -> None:
         """Deliver under one epoch of the lease, from the committed checkpoint on."""
         if self._uncertain and self._uncertain == self._lease.epoch:
             self._lease.raise_epoch()  # a commit whose answer never came may yet arrive: it is fenced off
         self._uncertain, epoch = 0, self._lease.epoch
         if not epoch:
             self.state, self.detail = "standby", "another instance runs the bridge"
+            self._notes, self.sender.attempts = [], []  # whoever runs it keeps what is to be kept
+            self.watch.kept()
             await self._look()
             return
         self._begin(epoch, checkpoints.read(self._store, [self.name])[self.name])
@@ -197,7 +200,7 @@ class Bridge:
         self.ledger.load()
         self.watch.load(self._store)
         try:
-            while not stop() and self._lease.epoch == epoch and self.sender.crashed is None:
+            while not self._stop() and self._lease.epoch == epoch and self.sender.crashed is None:
                 await self._step()
             if self.sender.crashed is not None:
                 raise self.sender.crashed
@@ -209,7 +212,7 @@ class Bridge:
         """One round: look at what was decided elsewhere, commit what is done, send what there is, rest."""
         if time.monotonic() - self._polled > _POLL_S:
             await self._look()
-        if await self.watch.new_address():
+        if self._live["ENABLE_PYTHON_BRIDGE"] and await self.watch.new_address(self._stop):
             self.circuit.asked_until = self.circuit.retry_at = 0
         self._keep_ledger()
         self._flush()
@@ -248,9 +251,10 @@ class Bridge:
 
     def _room(self) -> bool:
         """May another window be cut? Small ones wait for those under way: what arrives meanwhile goes into one call."""
-        if not any(window.unfinished for window in self._windows):
+        starved = self.sender.starved
+        if starved or not any(window.unfinished for window in self._windows):
             self._at_end = False
-        return len(self._windows) < DEPTH and not self._at_end
+        return len(self._windows) < (2 * DEPTH if starved else DEPTH) and not self._at_end
 
     async def _linger(self) -> None:
         """After a small window a moment's pause, so that the next one holds more than one request."""
@@ -262,7 +266,9 @@ class Bridge:
         """Cut the next window and send its parts off; False at the log's end, or while the number of lanes changes."""
         lanes, size = self.sender.share()
         if self._windows and self._windows[-1].lanes != lanes and any(w.unfinished for w in self._windows):
-            return False
+            if not self.sender.starved:
+                return False
+            lanes = self._windows[-1].lanes
         most = lanes * size
         if sum(len(frame.records) for frame in self._frames) < most:
             self._hungry = True
@@ -286,7 +292,6 @@ class Bridge:
     def _health_known(self, health: Health) -> None:
         """A health check is through: it may open the circuit together with a failed call, or let it try again."""
         now = self._clock()
-        self._notes += self.watch.commands(health)
         if health.status == "offline":
             changed = self.circuit.confirm(now, health.reason or "offline")
         elif health.status == "online":
@@ -336,30 +341,27 @@ class Bridge:
     def _enter(self, window: Window, count: int, progress: Progress) -> None:
         """Add the first `count` events of a window to the progress."""
         progress.position = window.after
-        dead = [(i, reason) for part in window.parts for i, reason in part.dead if i < count]
-        letters = [
-            self._letter(*window.event(index), window.bodies[index], f"refused: {reason}") for index, reason in dead
-        ]
+        dead = [dead for part in window.parts for dead in part.dead if dead[0] < count]
+        letters = [self._letter(*window.event(i), window.bodies[i], reason, tried) for i, reason, tried in dead]
         kept = [letter for letter in letters if letter is not None]
         progress.processed += count - len(kept) - window.canaries
-        broken = [self._letter(frame, at, frame.records[at][8:], DAMAGED) for frame, at in window.broken]
+        broken = [self._letter(frame, at, frame.records[at][8:], DAMAGED, 1) for frame, at in window.broken]
         progress.dead += [*kept, *[letter for letter in broken if letter is not None]]
 
-    def _letter(self, frame: Frame, at: int, body: bytes, reason: str) -> DeadLetter | None:
+    def _letter(self, frame: Frame, at: int, body: bytes, reason: str, tried: int) -> DeadLetter | None:
         """The dead letter of an event, None for a canary."""
         if frame.to & CANARY:
             self.canary_refusals = {frame.ordinal + at: reason}
             return None
         now, place = self._clock(), frame.place(at)
         return DeadLetter(
-            f"{self.name}-{place}", self.name, place, reason, 1, now, now, frame.source, frame.received_at, body
+            f"{self.name}-{place}", self.name, place, reason, tried, now, now, frame.source, frame.received_at, body
         )  # fmt: skip
 
     def _commit(self, progress: Progress) -> None:
-        commands, self._notes = self._notes, []
-        noted = bool(commands)
-        kept, self.sender.attempts = self.sender.attempts, []
-        commands += attempts.keep(kept)
+        """What is taken out to be kept counts as kept once it is: where the store fails, the next commit has it too."""
+        noted, tried = bool(self._notes), len(self.sender.attempts)
+        commands = [*self._notes, *self.watch.commands(), *attempts.keep(self.sender.attempts)]
         moved = progress.position != self._committed
         if moved:
             commands += self.ledger.progressed(progress)
@@ -368,6 +370,9 @@ class Bridge:
         if not commands:
             return
         checkpoints.commit(self._store, self._epoch, commands)
+        self._notes = []
+        self.watch.kept()
+        del self.sender.attempts[:tried]
         self.ledger.stale = self.ledger.stale or noted
         self._flushed_at = time.monotonic()
         if moved:

@@ -14,22 +14,23 @@ from dataclasses import dataclass, field
 
 from pipeline.attempts import lane_of
 from pipeline.frames import BRIDGE_ONLY, CANARY, Frame, Position
+from pipeline.streams.suspects import MAX_ATTEMPTS, Suspect
 
 MOST_BYTES = 8 << 20  # about so many in a window: what waits in memory is bounded, whatever the events' size
 
 
 @dataclass(slots=True)
 class Part:
-    """A window's events of one lane, in order. `todo` holds what is still to be sent, as (from, to) pairs, first one
-    last."""
+    """A window's events of one lane. `todo` holds what is still to be sent, as (from, to) pairs, the first one last."""
 
     lane: int
     lanes: int
     bodies: list[bytes]
     indexes: Sequence[int]  # their places in the window
     todo: list[tuple[int, int]]
-    dead: list[tuple[int, str]] = field(default_factory=list)  # index in the window, the partner's words
-    failures: int = 0  # calls in a row that failed
+    dead: list[tuple[int, str, int]] = field(default_factory=list)  # index in the window, reason, attempts
+    failures: int = 0  # calls for the first slice that failed, perhaps for what it holds
+    suspect: Suspect | None = None  # the first event, where it failed alone
 
     def next(self, most: int) -> tuple[int, int]:
         """The slice to send next, of at most so many events; it stays to be done until settled."""
@@ -39,21 +40,37 @@ class Part:
             self.todo.append((start, start + most))
         return self.todo[-1]
 
-    def settled(self, start: int, count: int, rejected: Sequence[tuple[int, str]]) -> None:
-        """The first events of the slice have been taken or (index in the slice, reason) refused."""
-        begin, stop = self.todo.pop()
-        if start + count < stop:
-            self.todo.append((begin + count, stop))
-        self.dead += [(self.indexes[start + index], reason) for index, reason in rejected]
+    def settled(self, rejected: Sequence[tuple[int, str]]) -> None:
+        """The slice has been taken, or (index in the slice, reason) refused."""
+        start, _ = self.todo.pop()
+        self.dead += [(self.indexes[start + index], f"refused: {reason}", 1) for index, reason in rejected]
+        self._passed(start)
 
-    def refused(self, reason: str) -> None:
-        """The slice was refused as a whole: halve it, or give up its only event."""
+    def halve(self) -> None:
+        """One event may spoil the slice: what is before it and behind it goes in calls of its own."""
         start, stop = self.todo.pop()
-        if stop - start == 1:
-            self.dead.append((self.indexes[start], reason))
-        else:
-            middle = (start + stop) // 2
-            self.todo += [(middle, stop), (start, middle)]
+        middle = (start + stop) // 2
+        self.todo += [(middle, stop), (start, middle)]
+
+    def give_up(self, reason: str) -> None:
+        """The slice's only event will never be taken."""
+        start, _ = self.todo.pop()
+        tried = self.suspect.failures if self.suspect is not None and self.suspect.index == start else 1
+        self.dead.append((self.indexes[start], reason, tried))
+        self._passed(start)
+
+    def pull(self, index: int) -> None:
+        """Let an event be the next, in a call of its own."""
+        rest: list[tuple[int, int]] = []
+        for start, stop in self.todo:
+            pieces = ((index + 1, stop), (start, index)) if start <= index < stop else ((start, stop),)
+            rest += [piece for piece in pieces if piece[0] < piece[1]]
+        self.todo = [*rest, (index, index + 1)]
+
+    def _passed(self, start: int) -> None:
+        if self.suspect is not None and self.suspect.index == start:
+            self.suspect = None
+        self.failures = min(self.failures, MAX_ATTEMPTS - 1)  # what is left is not above suspicion
 
 
 @dataclass(slots=True)
@@ -113,7 +130,7 @@ class Window:
         """How many of its events, from the first on, need no more sending."""
         if self.unfinished == 0:
             return len(self.bodies)
-        return self.parts[0].todo[-1][0] if self.lanes == 1 and self.parts[0].todo else 0
+        return min(self.parts[0].todo)[0] if self.lanes == 1 and self.parts[0].todo else 0
 
 
 def cut(

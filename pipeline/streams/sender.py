@@ -5,26 +5,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 
 from pipeline import attempts
-from pipeline.attempts import Attempt
+from pipeline.attempts import Attempt, user_of
 from pipeline.errors import PartnerError, PartnerStatus, PartnerTimeout
 from pipeline.health import SLOW_SHARE
 from pipeline.live_settings import LiveSettings
-from pipeline.partner import Delivery, Partner, kind_of, retryable
+from pipeline.partner import Partner
+from pipeline.replies import Delivery, kind_of, perhaps_its_events, retryable
 from pipeline.streams.delivery import Part, Window
 from pipeline.streams.gate import Gate
+from pipeline.streams.suspects import MAX_ATTEMPTS, PROOFS, Jury, Suspect
 from pipeline.streams.watch import Watch
 from pipeline.throttle import SINGLES_EVENTS, Throttle
 
 PROBE_EVENTS = 50  # in a call that tries whether the partner is back
+_SUSPECT_PAUSE_S = 1.0  # the most between two calls that tell the bad event from the good ones
+_TOO_LARGE = 413
 log = logging.getLogger(__name__)
+Lane = deque[tuple[Window, Part]]  # what is to be sent one after the other, every user's events in one of them
 
 
 class Sender:
-    """Of the bridge's event loop. `finished` is called when a part is through, or the sender has crashed."""
+    """Of the bridge's event loop. `finished` is called when a part is through, when the sender is in want of a window,
+    or has crashed."""
 
     def __init__(
         self,
@@ -42,7 +49,10 @@ class Sender:
         self.errors_total = 0
         self.attempts: list[Attempt] = []  # yet to be kept
         self.crashed: Exception | None = None
-        self._lanes: list[asyncio.Task[None]] = []
+        self.starved = False  # an event fails, and no other is at hand that could be tried in its stead
+        self._jury = Jury()
+        self._lanes: dict[int, Lane] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
 
     @property
     def batches(self) -> bool:
@@ -55,82 +65,153 @@ class Sender:
 
     def start(self) -> None:
         """For a new epoch."""
-        self.attempts, self.crashed, self._lanes = [], None, []
+        self.crashed, self.starved, self._lanes, self._tasks = None, False, {}, {}
 
     def send(self, window: Window) -> None:
         """Send a window's parts off, each after its lane's part of the window before."""
-        self._lanes = [task for task in self._lanes if not task.done()]
+        self.starved = False
         for part in window.parts:
-            name = f"lane-{part.lane}"
-            before = next((task for task in reversed(self._lanes) if task.get_name() == name), None)
-            self._lanes.append(asyncio.create_task(self._carry(window, part, before), name=name))
+            lane = self._lanes.setdefault(part.lane, deque())
+            lane.append((window, part))
+            if self.crashed is None and (part.lane not in self._tasks or self._tasks[part.lane].done()):
+                self._tasks[part.lane] = asyncio.create_task(self._drain(lane), name=f"lane-{part.lane}")
 
     async def finish(self, grace_s: float) -> None:
         """Let calls under way end."""
-        if self._lanes:
-            await asyncio.wait(self._lanes, timeout=grace_s)
+        if self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=grace_s)
 
     async def stop(self) -> None:
-        for task in self._lanes:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._lanes, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    async def _carry(self, window: Window, part: Part, before: asyncio.Task[None] | None) -> None:
+    async def _drain(self, lane: Lane) -> None:
+        """Send what is in a lane, until nothing is; after a crash nothing behind it goes out before it."""
         try:
-            if before is not None:
-                await asyncio.wait((before,))
-            while part.todo:
-                await self._gate.admission()
-                most = self.throttle.events
-                if self._gate.circuit.state == "half_open":
-                    most = min(most, PROBE_EVENTS if self.batches else 1)
-                start, stop = part.next(most)
-                began = self._clock()
-                delivery = await self._partner.send(part.bodies[start:stop])
-                self._settle(window, part, start, stop, delivery, began)
-            window.unfinished -= 1
+            while lane:
+                window, part = lane[0]
+                while part.todo:
+                    await self._gate.admission()
+                    await self._call(lane, *self._choose(lane))
+                lane.popleft()
+                window.unfinished -= 1
+                self._finished()
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001  raised again by the epoch's own loop
             self.crashed = error
-        self._finished()
+            self._finished()
 
-    def _settle(self, window: Window, part: Part, start: int, stop: int, delivery: Delivery, began: int) -> None:
-        """What a call's outcome means to its events, to the circuit and to the throttle."""
-        now, error, circuit = self._clock(), delivery.error, self._gate.circuit
+    def _choose(self, lane: Lane) -> tuple[Window, Part, int]:
+        """The part to send from, and how many events at most: the lane's first, or one of another user in the stead of
+        an event that fails, to see whether the partner takes that."""
+        window, part = lane[0]
+        suspect = part.suspect
+        if suspect is not None:
+            part.pull(suspect.index)
+            if self._jury.wants_another(suspect):
+                suspect.due = False
+                if (other := _another(lane, suspect)) is not None:
+                    return *other, 1
+                suspect.cleared.clear()
+                self.starved = True
+                self._finished()
+        most = self.throttle.events
+        if self._gate.circuit.state == "half_open":
+            most = min(most, PROBE_EVENTS if self.batches else 1)
+        return window, part, most
+
+    async def _call(self, lane: Lane, window: Window, part: Part, most: int) -> None:
+        start, stop = part.next(most)
+        for delivery in await self._partner.send(part.bodies[start:stop]):
+            self._settle(lane[0][1], window, part, delivery)
+
+    def _settle(self, accused: Part, window: Window, part: Part, delivery: Delivery) -> None:
+        """What a call's outcome means to its events, to the circuit and to the throttle. `accused`: the lane's first
+        part, in the stead of whose suspect the call may have been made."""
+        start, stop = part.next(delivery.events)
         first, last = window.ordinal(part.indexes[start]), window.ordinal(part.indexes[stop - 1])
-        self.attempts.append(attempts.made(began, delivery, stop - start, first, last, part.lane, part.lanes))
-        if delivery.done or error is None:
-            part.settled(start, delivery.done, delivery.rejected)
-        if error is not None and retryable(error):
-            self._failed(error, stop - start, now, began)
-            return
+        self.attempts.append(attempts.made(delivery, first, last, part.lane, part.lanes))
+        error, alone = delivery.error, stop - start == 1
+        instead = accused.suspect is not None and (part is not accused or start != accused.suspect.index)
+        if error is None:
+            self._settled(window, part, delivery)
+        elif retryable(error):
+            if perhaps_its_events(error):
+                self._blame(accused, part, error.message, instead)
+            self._failed(error, delivery, accused)
+        elif not alone:
+            part.halve()
+            if isinstance(error, PartnerStatus) and error.status_code == _TOO_LARGE:
+                self.throttle.too_large(delivery.events)
+            self._answered(delivery)
+        elif self._jury.believes_refusal():
+            part.give_up(f"refused: {error.message}")
+            self._answered(delivery)
+        else:
+            error.message = f"it refuses everything: {error.message}"
+            self._blame(accused, part, error.message, instead)
+            self._failed(error, delivery, accused)
+            if self._gate.circuit.confirm(self._clock(), error.message):
+                self._gate.changed()
+
+    def _settled(self, window: Window, part: Part, delivery: Delivery) -> None:
         timeout_ms = float(self._live["PYTHON_SERVICE_TIMEOUT"])
-        if error is not None:
-            part.refused(error.message)
-        elif self.batches:
-            self.throttle.went_well(stop - start >= self.throttle.events, delivery.latency_ms, timeout_ms)
-        elif delivery.done:
-            self.throttle.went_well(window.full, delivery.latency_ms / delivery.done, float("inf"))
+        part.settled(delivery.rejected)
+        if len(delivery.rejected) < delivery.events:
+            self._jury.took()
+            self._watch.took()
+        if self.batches:
+            self.throttle.went_well(delivery.events >= self.throttle.events, delivery.latency_ms, timeout_ms)
+        else:
+            self.throttle.went_well(window.full, delivery.latency_ms / delivery.events, float("inf"))
+        self._answered(delivery)
+
+    def _answered(self, delivery: Delivery) -> None:
+        """The partner does its work, whatever it said of the events."""
         if self._partner.unknown:
             self._watch.check_soon()
+        circuit, timeout_ms = self._gate.circuit, float(self._live["PYTHON_SERVICE_TIMEOUT"])
         failing = circuit.failures > 0
-        changed = circuit.succeeded(now, delivery.slowest_ms > timeout_ms * SLOW_SHARE, began)
+        changed = circuit.succeeded(self._clock(), delivery.slowest_ms > timeout_ms * SLOW_SHARE, delivery.at)
         if failing and circuit.failures == 0:
             self._watch.delivered()
+            self._partner.rediscover()
         if changed:
             if circuit.state == "open":
                 self._watch.failed("degraded", circuit.reason or "its calls are slow")
             self._gate.changed()
 
-    def _failed(self, error: PartnerError, events: int, now: int, began: int) -> None:
-        circuit = self._gate.circuit
+    def _blame(self, accused: Part, part: Part, reason: str, instead: bool) -> None:
+        """A call failed, and perhaps for what it held: close in on the event, or give it up."""
+        start, stop = part.todo[-1]
+        if instead:
+            self._jury.failed += 1
+            if accused.suspect is not None:
+                accused.suspect.cleared.add(user_of(part.bodies[start]))
+        elif stop - start > 1:
+            self._jury.failed += 1
+            part.failures += 1
+            if part.failures >= MAX_ATTEMPTS:
+                part.halve()
+        else:
+            now = time.monotonic()
+            suspect = part.suspect = part.suspect or Suspect(start, now)
+            if self._jury.condemns(suspect, now, self._watch.answers):
+                part.give_up(f"failed {suspect.failures} times: {reason}")
+
+    def _failed(self, error: PartnerError, delivery: Delivery, accused: Part) -> None:
+        now, circuit = self._clock(), self._gate.circuit
         first = circuit.failures == 0
-        asked = error.details.get("retry_after_s")
-        circuit.failed(now, error.message, asked, float(self._live["HEALTH_CHECK_INTERVAL"]), began)
-        self.throttle.failed(events, isinstance(error, PartnerTimeout))
+        suspect, longest_s = accused.suspect, float(self._live["HEALTH_CHECK_INTERVAL"])
+        closing_in = suspect.failures < 2 * PROOFS if suspect is not None else accused.failures >= MAX_ATTEMPTS
+        if closing_in and self._watch.answers:
+            longest_s = min(longest_s, _SUSPECT_PAUSE_S)
+        circuit.failed(now, error.message, error.details.get("retry_after_s"), longest_s, delivery.at)
+        self.throttle.failed(delivery.events, isinstance(error, PartnerTimeout) and delivery.events > 1)
         status = error.status_code if isinstance(error, PartnerStatus) else None
-        kind = kind_of(error)
+        kind, events = kind_of(error), delivery.events
         self.errors.appendleft({"at": now, "kind": kind, "status": status, "detail": error.message})
         self.errors_total += 1
         self._watch.failed("offline" if status is None else "degraded", error.message)
@@ -138,3 +219,16 @@ class Sender:
         if first and status is None:
             self._watch.check_soon()
         self._gate.changed()
+
+
+def _another(lane: Lane, suspect: Suspect) -> tuple[Window, Part] | None:
+    """Where an event of another user is now the next to be sent, the user's first: nobody's order suffers."""
+    first = lane[0][1]
+    passed = {*suspect.cleared, user_of(first.bodies[suspect.index])}
+    for window, part in lane:
+        for start, stop in sorted(part.todo):
+            for index in range(start, stop):
+                if user_of(part.bodies[index]) not in passed:
+                    part.pull(index)
+                    return window, part
+    return None

@@ -18,7 +18,9 @@ from pipeline.partner import Partner
 from pipeline.store import Command, Store
 
 _CHANGES = 20
+_MOST_NOTES = 200
 _JUST_MS = 500
+_LOOK_S = 0.25
 
 
 class Watch:
@@ -31,15 +33,22 @@ class Watch:
         self.changes: list[dict[str, Any]] = []  # of the verdict, newest first
         self._asked: Health | None = None  # the last check's own verdict
         self._failing: str | None = None  # why the latest real call failed, if it did
+        self._takes = False  # events were taken since the checks began to fail as the last one did
+        self._notes: list[Command] = []  # verdicts yet to be kept
         self._kept: dict[str, object] = {}
         self._before: str | None = None  # the verdict of the time before this process
         self._checking: asyncio.Task[Health] | None = None
 
+    @property
+    def answers(self) -> bool:
+        """The last check found it there."""
+        return self._asked is not None and self._asked.status != "offline"
+
     def load(self, store: Store) -> None:
         """Go on with the capabilities and the verdict that the store has."""
         raw = store.call("GET", keys.CAPABILITIES)
-        if raw:
-            self._kept = msgspec.json.decode(raw)
+        self._kept = msgspec.json.decode(raw) if raw else {}
+        if raw and self._asked is None:
             self._partner.recall(self._kept)
         if self.since is None:
             kept = verdicts.history(store)
@@ -54,58 +63,82 @@ class Watch:
 
     async def check(self) -> Health:
         """Ask the partner; callers at the same time share one check."""
-        if self._checking is None or self._checking.done():
-            self._checking = asyncio.create_task(self._check())
-        return await asyncio.shield(self._checking)
+        return await asyncio.shield(self._ask())
 
     def check_soon(self) -> None:
         """Ask the partner without waiting for it, unless it has just been asked."""
-        recent = self._asked is not None and self._clock() - self._asked.checked_at < _JUST_MS
-        if not recent and (self._checking is None or self._checking.done()):
+        if self._asked is None or not 0 <= self._clock() - self._asked.checked_at < _JUST_MS:
+            self._ask()
+
+    def _ask(self) -> asyncio.Task[Health]:
+        if self._checking is None or self._checking.done():
             self._checking = asyncio.create_task(self._check())
+        return self._checking
 
     async def _check(self) -> Health:
-        health = await self._partner.health()
+        health, before = await self._partner.health(), self._asked
         self._asked = health
+        if health.status != "offline" or before is None or before.status_code != health.status_code:
+            self._takes = False
         if health.status == "online" and self._failing is not None:
             health = replace(health, status="degraded", reason=f"its health check is fine, but {self._failing}")
-        self._show(replace(health), health.checked_at)
-        self._known(self._asked)
+        self._show(self._softened(replace(health)), health.checked_at)
         assert self.health is not None
+        self._note(self.health)
+        self._known(self._asked)
         return self.health
 
-    async def new_address(self) -> bool:
+    async def new_address(self, stop: Callable[[], bool]) -> bool:
         """Ask at once where the partner's address is new, before anything is sent there. True when it was."""
-        url = self._partner.url
-        if self._asked is not None and self._asked.url == url:
+        url, before = self._partner.url, self._asked
+        if before is not None and before.url == url:
             return False
-        changed = self._asked is not None
-        await self.check()
-        return changed
+        checking = self._ask()
+        while not checking.done() and not stop():
+            await asyncio.wait((checking,), timeout=_LOOK_S)
+        return before is not None and checking.done() and checking.result().url == url
+
+    def took(self) -> None:
+        """Events were taken, whatever the health checks say."""
+        if not self._takes:
+            self._takes = True
+            if self.health is not None and self.health.status == "offline" and self._failing is None:
+                self._show(self._softened(self.health))
 
     def delivered(self) -> None:
-        """A real call went well again after some that had not: the last check's verdict stands, unless it was
-        offline."""
+        """A real call went well again after some that had not: the last check's verdict stands, unless it found nobody
+        there."""
         self._failing = None
         if self.health is None or self._asked is None:
             return
-        back = self._asked if self._asked.status == "degraded" else replace(self._asked, status="online", reason=None)
-        self._show(replace(back))
+        gone = self._asked.status == "offline" and self._asked.status_code is None
+        back = replace(self._asked, status="online", reason=None) if gone else replace(self._asked)
+        self._show(self._softened(back))
 
     def failed(self, status: str, reason: str) -> None:
         """A real call failed. It is no better than the last check found it."""
-        self._failing = reason
+        self._failing, self._takes = reason, False
         if self.health is not None and not (self.health.status == "offline" and status == "degraded"):
             self._show(replace(self.health, status=status, reason=reason))
 
-    def commands(self, health: Health) -> list[Command]:
-        """What of a check is to be kept."""
-        commands = verdicts.remember(self.health or health)
+    def _softened(self, health: Health) -> Health:
+        """A partner that takes events is not offline."""
+        if health.status != "offline" or not self._takes:
+            return health
+        return replace(health, status="degraded", reason=f"it takes events, but {health.reason}")
+
+    def commands(self) -> list[Command]:
+        """What is to be kept: verdicts, and capabilities where they are not those that are. See `kept`."""
         found = self._partner.remembered()
-        if found != self._kept:
-            self._kept = {**found, "lacks": dict(self._partner.lacks)}
-            commands.append(("SET", keys.CAPABILITIES, msgspec.json.encode(found)))
-        return commands
+        if self._asked is None or found == self._kept:
+            return [*self._notes]
+        return [*self._notes, ("SET", keys.CAPABILITIES, msgspec.json.encode(found))]
+
+    def kept(self) -> None:
+        """The commands are in the store, or it is not for this instance to keep them."""
+        self._notes = []
+        if self._asked is not None:
+            self._kept = self._partner.remembered()
 
     def _show(self, health: Health, at: int | None = None) -> None:
         before = self.health.status if self.health is not None else self._before
@@ -113,4 +146,10 @@ class Watch:
             self.since = self._clock() if at is None else at
             entry = {"at": rfc3339(self.since), "status": health.status, "reason": health.reason}
             self.changes = [entry, *self.changes[: _CHANGES - 1]]
+            if at is None:
+                self._note(replace(health, checked_at=self.since))
         self.health = health
+
+    def _note(self, health: Health) -> None:
+        """To be kept, even if the store is away just now."""
+        self._notes = [*self._notes, *verdicts.remember(health)][-_MOST_NOTES:]

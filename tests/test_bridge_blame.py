@@ -1,0 +1,178 @@
+"""An event that the partner cannot bear holds up nobody else, and a partner that bears none loses no event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pipeline.streams import sender, suspects
+from pipeline.streams.sender import Sender
+from tests import misbehaving as partners
+from tests.bridging import post, reconcile, run, take
+from tests.conftest import Start, client_of
+from tests.helpers import event, until
+from tests.misbehaving import Answer, Asked, Behaviour, Misbehaving
+
+
+@pytest.fixture
+def server() -> Iterator[Misbehaving]:
+    made = Misbehaving(supports=("batch",))
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little proof, and short pauses on the way to it."""
+    monkeypatch.setattr(suspects, "PROOFS", 2)
+    monkeypatch.setattr(sender, "_SUSPECT_PAUSE_S", 0.05)
+
+
+def poisoned_by(bad: Behaviour) -> Behaviour:
+    """Does so to calls with an event that has `poison` in its data."""
+
+    def behave(server: Misbehaving, asked: Asked, answer: Answer) -> None:
+        poisoned = any(e["data"].get("poison") for e in asked.events)
+        (bad if poisoned else partners.answer_well)(server, asked, answer)
+
+    return behave
+
+
+POISONS: dict[str, Behaviour] = {
+    "500": partners.says(500, {"detail": "boom"}),
+    "hangs": partners.hangs,
+    "falls": lambda server, asked, answer: answer.close(),
+}
+
+
+@pytest.mark.parametrize("supports", [("batch",), None], ids=["batches", "singles"])
+@pytest.mark.parametrize("poison", POISONS)
+def test_one_event_that_the_partner_cannot_bear_is_a_dead_letter_and_all_others_arrive_in_order(
+    poison, supports, start_nexus, server
+):
+    server.supports, server.on_post = supports, poisoned_by(POISONS[poison])
+    nexus = run(start_nexus, server, PYTHON_SERVICE_TIMEOUT=150 if poison == "hangs" else 2_000)
+    nexus.bridge.control("pause")
+    posted = [*post(nexus, 20), *take(nexus, event(user="user_3", data={"poison": 1})), *post(nexus, 60)]
+    nexus.bridge.control("resume")
+    reconcile(nexus, server, posted, dead=1)
+    [letter] = client_of(nexus).get("/api/ml/dead-letters?stream=bridge").json["dead_letters"]
+    assert letter["event"]["data"] == {"poison": 1}
+    assert letter["attempts"] >= suspects.MAX_ATTEMPTS
+    assert {"500": "boom", "hangs": "not answered", "falls": "broke off"}[poison] in letter["reason"]
+
+
+def test_events_behind_it_that_arrive_later_prove_it_too(start_nexus, server):
+    server.on_post = poisoned_by(POISONS["500"])
+    nexus = run(start_nexus, server)
+    posted = take(nexus, event(user="user_3", data={"poison": 1}))
+    until(lambda: nexus.bridge.sender.starved, "no other event at hand")
+    posted += post(nexus, 10)
+    reconcile(nexus, server, posted, dead=1)
+
+
+def test_several_in_a_row_are_found_one_by_one(start_nexus, server):
+    server.on_post = poisoned_by(POISONS["500"])
+    nexus = run(start_nexus, server)
+    nexus.bridge.control("pause")
+    posted = [*post(nexus, 3, users=3, data={"poison": 1}), *post(nexus, 40)]
+    nexus.bridge.control("resume")
+    reconcile(nexus, server, posted, dead=3)
+
+
+def test_a_partner_that_fails_at_everything_while_its_health_is_fine_costs_no_event(start_nexus, server):
+    server.on_post = partners.says(500)
+    nexus = run(start_nexus, server)
+    posted = post(nexus, 60)
+    until(lambda: nexus.bridge.errors_total > 20, "many failures")
+    server.on_post = partners.answer_well
+    reconcile(nexus, server, posted)
+
+
+def test_an_event_that_nothing_can_be_held_against_is_given_up_after_long_at_good_health(
+    start_nexus, server, monkeypatch
+):
+    monkeypatch.setattr(suspects, "HOLD_S", 0.0)
+    server.on_post = poisoned_by(POISONS["500"])
+    nexus = run(start_nexus, server)
+    reconcile(nexus, server, take(nexus, event(data={"poison": 1})), dead=1)
+
+
+@pytest.mark.parametrize("status", [404, 405, 410])
+def test_a_wrong_address_buries_nothing(status, start_nexus, server):
+    server.supports, server.on_post = None, partners.says(status, b"<html>nginx</html>", content_type="text/html")
+    nexus = run(start_nexus, server)
+    posted = post(nexus, 20)
+    until(lambda: nexus.bridge.circuit.state == "open", "the circuit open")
+    server.on_post = partners.answer_well
+    reconcile(nexus, server, posted)
+
+
+@pytest.mark.parametrize("supports", [("batch",), None], ids=["batches", "singles"])
+def test_a_partner_that_refuses_everything_opens_the_circuit_after_a_few_dead_letters(supports, start_nexus, server):
+    server.supports, server.on_post = supports, partners.says(422, {"detail": "who are you"})
+    nexus = run(start_nexus, server)
+    posted = post(nexus, 40)
+    until(lambda: nexus.bridge.circuit.state == "open", "the circuit open")
+    assert "it refuses everything: " in str(nexus.bridge.circuit.reason)
+    assert "who are you" in str(nexus.partner_status()["reason"])
+    server.on_post = partners.answer_well
+    reconcile(nexus, server, posted, dead=suspects.MAX_REFUSALS)
+
+
+def test_many_bad_events_in_a_row_are_refused_one_by_one_at_a_partner_that_takes_the_others(start_nexus, server):
+    server.on_post = partners.refuses_batches_with(lambda e: e["data"].get("amount") == -1)
+    nexus = run(start_nexus, server)
+    nexus.bridge.control("pause")
+    posted = [*post(nexus, 12, users=1, data={"amount": -1}), *post(nexus, 30)]
+    nexus.bridge.control("resume")
+    reconcile(nexus, server, posted, dead=12)
+
+
+def test_batches_in_another_form_than_agreed_are_sent_as_single_events(start_nexus, server):
+    server.on_post = lambda s, asked, answer: (
+        answer.send(422, {"detail": [{"loc": ["body", "items"], "msg": "field required"}]})
+        if asked.path.endswith("/batch")
+        else partners.answer_well(s, asked, answer)
+    )
+    nexus = run(start_nexus, server)
+    reconcile(nexus, server, post(nexus, 50))
+    assert "field required" in nexus.bridge.partner.lacks["batch"]
+
+
+def test_calls_that_are_too_large_are_made_smaller_and_stay_so(start_nexus, server):
+    server.on_post = lambda s, asked, answer: (
+        answer.send(413) if len(asked.events) > 100 else partners.answer_well(s, asked, answer)
+    )
+    nexus = run(start_nexus, server)
+    nexus.bridge.control("pause")
+    posted = post(nexus, 1_500, users=40)
+    nexus.bridge.control("resume")
+    reconcile(nexus, server, posted)
+    refused = sum(len(asked.events) > 100 for asked in server.posts())
+    assert refused < len(server.posts()) / 3
+
+
+@pytest.mark.parametrize("crash_at", [0, 1])
+def test_what_stands_behind_a_lane_that_crashed_is_not_sent(crash_at, start_nexus: Start, server, monkeypatch):
+    nexus = run(start_nexus, server)
+    settle: Callable[..., Any] = Sender._settle
+    crashed: list[int] = []
+
+    def crash_once(*args: Any) -> None:
+        if len(server.posts()) > crash_at and not crashed:
+            crashed.append(len(server.posts()))
+            raise RuntimeError("a fault in the sender")
+        settle(*args)
+
+    nexus.bridge.control("pause")
+    posted = post(nexus, 60, users=2)
+    nexus.bridge.throttle.events = 10
+    monkeypatch.setattr(Sender, "_settle", crash_once)
+    nexus.bridge.control("resume")
+    reconcile(nexus, server, posted)
+    assert crashed == [crash_at + 1]
+    firsts = list(dict.fromkeys(e["event_id"] for asked in server.posts() for e in asked.events))
+    assert firsts == [e["event_id"] for e in posted]

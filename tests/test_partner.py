@@ -1,0 +1,198 @@
+"""The partner's client: what a call's answer means, redirects, capabilities found out and forgotten, odd bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+
+from pipeline.errors import PartnerStatus
+from pipeline.partner import LACKS_MS, Partner
+from pipeline.replies import perhaps_its_events, retry_after_s, retryable
+from tests import misbehaving as partners
+from tests.helpers import Clock
+from tests.misbehaving import Behaviour, Misbehaving
+
+T = TypeVar("T")
+BODIES = [b'{"event_id":"e%d","event_type":"t","user_id":"u%d"}' % (i, i % 3) for i in range(6)]
+NESTED = b"[" * 100_000
+
+
+@pytest.fixture
+def server() -> Iterator[Misbehaving]:
+    made = Misbehaving()
+    yield made
+    made.close()
+
+
+def using(url: Callable[[], str], clock: Clock, work: Callable[[Partner], Awaitable[T]]) -> T:
+    """What comes of some work with a client of its own, whose partner's health has been asked for."""
+
+    async def body() -> T:
+        partner = Partner(url, lambda: 400, clock)
+        try:
+            await partner.health()
+            return await work(partner)
+        finally:
+            await partner.close()
+
+    return asyncio.run(body())
+
+
+def batches(behave: Behaviour) -> Behaviour:
+    """Behaves so for batches alone."""
+    return lambda server, asked, answer: (
+        behave if asked.path.endswith("/batch") else partners.answer_well
+    )(server, asked, answer)  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_post_redirected_on_its_host_is_repeated_as_it_was(status, server, clock):
+    server.supports = None
+    server.on_post = partners.redirects(status, "/events/")
+    [delivery] = using(lambda: server.url, clock, lambda partner: partner.send(BODIES))
+    assert (delivery.error, delivery.events) == (None, len(BODIES))
+    assert server.applied == [f"e{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize(("status", "to"), [(301, "https://other.example/ml/events"), (303, "/ml/events")])
+def test_a_redirect_that_is_not_followed_says_which_address_to_set(status, to, server, clock):
+    server.supports = None
+    server.on_post = partners.says(status, None, [f"Location: {to}"])
+    [delivery] = using(lambda: server.url, clock, lambda partner: partner.send(BODIES))
+    base = to.removesuffix("/events") if to.startswith("http") else f"{server.url}/ml"
+    assert f"set PYTHON_EVENT_API_URL to {base}" in str(delivery.error).rstrip(".")
+    assert delivery.error is not None
+    assert retryable(delivery.error)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405, 410, 411, 429, 500, 503])
+def test_a_wrong_address_is_no_events_fault(status):
+    assert retryable(PartnerStatus("no", status))
+
+
+@pytest.mark.parametrize(("status", "may"), [(500, True), (502, True), (503, False), (429, False), (404, False)])
+def test_an_event_may_make_the_partner_fail_but_not_busy(status, may):
+    assert perhaps_its_events(PartnerStatus("no", status)) is may
+
+
+def test_a_partner_that_falls_over_a_call_may_do_so_for_what_it_held(server, clock):
+    server.on_post = lambda s, asked, answer: answer.close()
+    [fell] = using(lambda: server.url, clock, lambda partner: partner.send(BODIES))
+    server.leave()
+    [gone] = using(lambda: server.url, clock, lambda partner: partner.send(BODIES))
+    assert fell.error is not None
+    assert gone.error is not None
+    assert (perhaps_its_events(fell.error), perhaps_its_events(gone.error)) == (True, False)
+
+
+def test_a_passing_404_on_batches_is_forgotten_at_good_health_some_minutes_later(server, clock):
+    async def work(partner: Partner) -> list[bool]:
+        server.on_post = batches(partners.says(404))
+        await partner.send(BODIES)
+        server.on_post = partners.answer_well
+        found = ["batch" in partner.supports]
+        for ms in (LACKS_MS - 1, 1):
+            clock.advance(ms)
+            await partner.health()
+            found.append("batch" in partner.supports)
+        return found
+
+    assert using(lambda: server.url, clock, work) == [False, False, True]
+    assert len(server.applied) == 6
+
+
+def test_what_an_earlier_partner_lacks_is_not_held_against_the_one_now_at_its_place(server, clock):
+    other, urls = Misbehaving(), [server.url]
+
+    async def work(partner: Partner) -> dict[str, str]:
+        sending = asyncio.create_task(partner.send(BODIES))
+        await asyncio.wait((sending,))
+        return partner.lacks
+
+    def late(s: Misbehaving, asked: Any, answer: Any) -> None:
+        urls.append(other.url)
+        answer.send(404)
+
+    server.on_post = late
+    assert using(lambda: urls[-1], clock, work) == {}
+    assert len(other.applied) == 6
+    other.close()
+
+
+def test_a_lone_event_that_a_batch_is_refused_for_is_tried_by_itself(server, clock):
+    async def work(partner: Partner) -> Any:
+        return [await partner.send(BODIES[:1]), dict(partner.lacks), await partner.send(BODIES)]
+
+    server.on_post = batches(partners.says(422, {"detail": "field required: items"}))
+    first, lacks, rest = using(lambda: server.url, clock, work)
+    assert (first[0].error, len(first)) == (None, 1)
+    assert "field required" in lacks["batch"]
+    assert [d.events for d in rest] == [6]
+    assert len(server.applied) == 6
+    # Where batches have been taken before, the one event is strange, and not the partner.
+    server.on_post = partners.answer_well
+
+    async def again(partner: Partner) -> Any:
+        await partner.send(BODIES)
+        server.on_post = batches(partners.says(422, {"detail": "no"}))
+        return [await partner.send(BODIES[:1]), dict(partner.lacks)]
+
+    [only], lacks = using(lambda: server.url, clock, again)
+    assert (only.error, lacks) == (None, {})
+
+
+def test_a_refusal_stands_where_single_events_have_no_route(server, clock):
+    server.on_post = lambda s, asked, answer: answer.send(422 if asked.path.endswith("/batch") else 404)
+    [delivery] = using(lambda: server.url, clock, lambda partner: partner.send(BODIES[:1]))
+    assert isinstance(delivery.error, PartnerStatus)
+    assert delivery.error.status_code == 422
+
+
+def test_single_events_with_the_same_outcome_are_one_delivery_and_each_error_has_its_own(server, clock):
+    server.supports = None
+    server.refuse = lambda event: event["event_id"] in ("e2", "e4")
+    made = using(lambda: server.url, clock, lambda partner: partner.send(BODIES))
+    assert [(d.events, d.status, d.error is None) for d in made] == [(2, 200, True), (1, 422, False)]
+    server.on_post = lambda s, asked, answer: answer.send(200, s.apply(asked))
+    made = using(lambda: server.url, clock, lambda partner: partner.send(BODIES))
+    words = "I will not have this one"
+    assert [(d.events, d.rejected) for d in made] == [(2, []), (1, [(0, words)]), (1, []), (1, [(0, words)]), (1, [])]
+
+
+@pytest.mark.parametrize("raw", [NESTED, b'{"rejected":' + NESTED, b"\xff\xfe", b'{"accepted":{}}', b""])
+def test_no_bytes_that_a_partner_answers_break_the_client(raw, server, clock):
+    async def work(partner: Partner) -> list[Any]:
+        return [await partner.send(BODIES), (await partner.health()).status]
+
+    server.on_post = partners.says(200, raw)
+    [delivery], status = using(lambda: server.url, clock, work)
+    assert (delivery.error, delivery.events, status) == (None, 6, "online")
+    server.on_health = partners.says(200, raw)
+    [delivery], status = using(lambda: server.url, clock, work)
+    assert (delivery.error, delivery.events, status) == (None, 6, "online")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("7", 7.0), ("600", 60.0), ("9" * 400, 60.0), ("\xb2", None), ("", None), ("soon", None), ("-1", None),
+     ("Mon, 01 Jan 2024 00:00:10 GMT", 10.0), ("Sun, 31 Dec 2023 00:00:00 GMT", 0.0),
+     ("Mon, 01 Jan 99999 00:00:00 GMT", None)],
+)  # fmt: skip
+def test_retry_after_is_read_as_seconds_or_as_a_date_and_bounded(text, seconds):
+    headers = httpx.Headers([(b"Retry-After", text.encode("latin-1"))])
+    assert retry_after_s(headers, now=1_704_067_200.0) == seconds
+
+
+def test_a_large_health_answer_is_understood_but_not_passed_on_whole(server, clock):
+    server.on_health = partners.says(200, {"status": "degraded", "supports": ["batch"], "x": ["y" * 100] * 30_000})
+    health, supports = using(lambda: server.url, clock, lambda partner: _ask(partner))
+    assert (health.status, supports) == ("degraded", {"batch"})
+    assert len(health.body) <= 500
+
+
+async def _ask(partner: Partner) -> Any:
+    return await partner.health(), partner.supports
