@@ -310,6 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--nexus", help="its address; default as the settings say")
     parser.add_argument("--rate", type=float, default=40.0, help="events/s of the drill's own; 0: none; default 40")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does: the setting is put back
     try:
         settings = load()
         drill = Drill(given.nexus or f"http://{settings.nexus_host}:{settings.nexus_port}", given.rate, say)

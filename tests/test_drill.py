@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +18,7 @@ from pipeline.drill import Drill, Failed, duration
 from pipeline.drill_report import Report
 from pipeline.fault_proxy import FaultProxy
 from pipeline.settings import load
-from tests.helpers import FakePartner, Part, clean_environment, free_port, until
+from tests.helpers import ROOT, FakePartner, Part, clean_environment, free_port, until
 
 
 @pytest.fixture
@@ -63,6 +66,22 @@ def test_the_command_prints_the_report_and_exits_with_0(system, monkeypatch, cap
         monkeypatch.setenv(name, system[name])
     assert drill.main(["partner-down", "1s", "--rate", "100"]) == 0
     assert "unexplained                        0\npassed\n" in capsys.readouterr().out
+
+
+def test_a_drill_that_is_terminated_puts_the_setting_back(system, partner, tmp_path):
+    base = f"http://127.0.0.1:{system['NEXUS_PORT']}"
+
+    def setting() -> Any:
+        return httpx.get(f"{base}/api/ml/settings").json()["settings"]["PYTHON_EVENT_API_URL"]
+
+    with (tmp_path / "drill.log").open("w") as out:
+        command = [sys.executable, "-m", "pipeline.drill", "partner-down", "60s", "--nexus", base, "--rate", "0"]
+        process = subprocess.Popen(command, cwd=ROOT, env=system, stdout=out, stderr=out)
+    until(lambda: setting()["source"] == "store", "the drill's proxy in the partner's place")
+    process.terminate()
+    assert process.wait(30) == 1
+    assert (setting()["source"], setting()["value"]) == ("environment", partner.url)
+    assert "put back" in (tmp_path / "drill.log").read_text()
 
 
 def test_an_external_store_is_not_killed():
