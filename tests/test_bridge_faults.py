@@ -14,6 +14,7 @@ import pytest
 from pipeline.runtime import Runtime
 from tests import misbehaving as partners
 from tests.bridging import INTERVAL_S, TIMEOUT_MS, post, reconcile, run, settled, take
+from tests.faults import Fault
 from tests.helpers import event, until
 from tests.misbehaving import Behaviour, Misbehaving
 
@@ -30,6 +31,14 @@ def make() -> Iterator[Callable[..., Misbehaving]]:
     yield start
     for server in made:
         server.close()
+
+
+def tell(record: Any, fault: str, shows: str, took_s: float, server: Misbehaving, posted: list[dict[str, Any]]) -> None:
+    """For the table of faults: what of these events the partner never applied, and what it applied twice."""
+    mine = {e["event_id"] for e in posted}
+    applied = [i for i in server.applied if i in mine]
+    lost, doubled = len(mine - set(applied)), len(applied) - len(set(applied))
+    Fault(record).seen(f"the Python service {fault}", shows, took_s, lost, doubled)
 
 
 def caught_up(nexus: Runtime) -> dict[str, Any] | None:
@@ -59,7 +68,7 @@ PASSING: dict[str, tuple[Behaviour, Behaviour | None]] = {
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_a_fault_that_passes_loses_nothing_and_applies_nothing_twice(fault, start_nexus, make):
+def test_a_fault_that_passes_loses_nothing_and_applies_nothing_twice(fault, start_nexus, make, record_property):
     server = make()
     nexus = run(start_nexus, server)
     posted = post(nexus, 50)
@@ -69,7 +78,6 @@ def test_a_fault_that_passes_loses_nothing_and_applies_nothing_twice(fault, star
     began = time.monotonic()
     posted += post(nexus, 200)
     until(lambda: nexus.bridge.errors_total > 0, "the fault noticed")
-    noticed_s = time.monotonic() - began
     until(lambda: nexus.bridge.circuit.state != "closed", "the circuit open")
     opened_s = time.monotonic() - began
     assert nexus.partner_status()["status"] in ("offline", "degraded")
@@ -82,7 +90,8 @@ def test_a_fault_that_passes_loses_nothing_and_applies_nothing_twice(fault, star
     reconcile(nexus, server, posted)
     until(lambda: nexus.partner_status()["status"] == "online", "the partner online")
     resent = sum(n - 1 for n in server.seen.values())
-    print(f"| {fault} | {noticed_s:.2f} | {opened_s:.2f} | {time.monotonic() - back:.2f} | 0 | 0 | {resent} |")
+    shows = f"offline or degraded after {opened_s:.1f} s, an outage with its reason; its events wait in the log"
+    tell(record_property, fault, shows, time.monotonic() - back, server, posted)
     out_of_time = any(error["kind"] == "timeout" for error in nexus.bridge.errors)  # on a loaded machine
     assert resent == 0 or fault not in APPLIES_NOTHING or out_of_time
     assert delivering_s < 2 * INTERVAL_S + TIMEOUT_MS / 1000
@@ -91,7 +100,7 @@ def test_a_fault_that_passes_loses_nothing_and_applies_nothing_twice(fault, star
     assert outage["users"] == 7
 
 
-def test_a_partner_that_is_gone_is_noticed_at_once_and_served_when_it_is_back(start_nexus, make):
+def test_a_partner_that_is_gone_is_noticed_at_once_and_served_when_it_is_back(start_nexus, make, record_property):
     server = make()
     nexus = run(start_nexus, server)
     posted = post(nexus, 50)
@@ -108,7 +117,8 @@ def test_a_partner_that_is_gone_is_noticed_at_once_and_served_when_it_is_back(st
     reconcile(nexus, server, posted)
     took_s = time.monotonic() - back
     assert max(server.seen.values()) == 1
-    print(f"| refuses connections | {opened_s:.2f} | {opened_s:.2f} | {took_s:.2f} | 0 | 0 | 0 |")
+    shows = f"offline after {opened_s:.1f} s, an outage with its reason; its events wait in the log"
+    tell(record_property, "refuses connections", shows, took_s, server, posted)
     assert took_s < 2 * INTERVAL_S + 1
 
 
