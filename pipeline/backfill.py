@@ -7,12 +7,12 @@ goes on with all families: each event was counted in each family exactly once, b
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Protocol
 
 import msgspec
@@ -20,7 +20,7 @@ import msgspec
 from pipeline import checkpoints, keys
 from pipeline.definitions import Feature
 from pipeline.families import Family, pack_definitions
-from pipeline.frames import Frame, Position
+from pipeline.frames import PER_FRAME, REDRIVE, SHIFT, Frame, Position
 from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.fold import PREFIXES, Fold
@@ -35,11 +35,13 @@ log = logging.getLogger(__name__)
 
 
 class Host(Protocol):
-    """The features stream, as far as backfill deals with it; `lock` is held while it takes in a batch."""
+    """The features stream, as far as backfill deals with it; `lock` is held while it takes in a batch, and `writing` is true
+    from a cut until all of it is in the store."""
 
     store: Store
     fold: Fold
     lock: AbstractContextManager[object]
+    writing: bool
     backfill: Backfill | None
 
     @property
@@ -49,7 +51,11 @@ class Host(Protocol):
 
 
 class Backfill:
-    """Fills `families`, after which the stream serves `features` from all of `target`."""
+    """Fills `families`, after which the stream serves `features` from all of `target`.
+
+    Each filling has a mark of its own, which a restart goes on with: what an earlier one has left behind, or a definition that
+    was dropped and came again, is never counted on.
+    """
 
     def __init__(
         self,
@@ -60,12 +66,15 @@ class Backfill:
         retention_ms: int,
         epoch: Callable[[], int],
     ) -> None:
-        self.families = tuple(families)
-        self._stream, self._features, self._target, self._epoch = stream, tuple(features), tuple(target), epoch
-        ids = b"".join(sorted(family.id for family in families))
-        self.mark = hashlib.blake2b(ids, digest_size=3).hexdigest()
-        judges = [Windows(features, target, kind) for kind in PREFIXES]
-        self._fold = Fold(stream.store, (), families, retention_ms, self.mark.encode(), judges)
+        raw = stream.store.call("GET", keys.BACKFILL)
+        kept = msgspec.json.decode(raw) if raw else {}
+        self._ids = b"".join(sorted(family.id for family in families)).hex()
+        self.mark: str = kept["mark"] if kept.get("families") == self._ids else secrets.token_hex(3)
+        self.families = tuple(replace(family, mark=self.mark) for family in families)
+        self._target = tuple(replace(family, mark=self.mark) if family in families else family for family in target)
+        self._stream, self._features, self._epoch = stream, tuple(features), epoch
+        judges = [Windows(features, self._target, kind) for kind in PREFIXES]
+        self._fold = Fold(stream.store, (), self.families, retention_ms, self.mark.encode(), judges)
         horizon = max(family.windows[-1] for family in (*target, *stream.fold.families))
         for fold in (self._fold, stream.fold):  # both set the time to live of the same hashes
             for table in fold.tables.values():
@@ -92,8 +101,9 @@ class Backfill:
                 frames = [f for f in self._log.read(position, _READ_BYTES) if f.ordinal < self._stream.ordinal]
                 whole = [f for f in frames if f.after().ordinal <= self._stream.ordinal]
                 if not whole:
-                    self._take_over(position, now)
-                    return
+                    if self._take_over(position, now):
+                        return
+                    break
                 position = self._feed(whole, now)
                 if time.monotonic() - began > STEP_S:
                     break
@@ -122,7 +132,7 @@ class Backfill:
 
     def _feed(self, frames: list[Frame], now: int, upto: int | None = None) -> Position:
         for frame in frames:
-            if frame.to & _FEATURES_BIT:
+            if frame.to & _FEATURES_BIT and not frame.to & REDRIVE:  # what was sent again stands in its own place too
                 self.skipped += len(self._fold.process(Batch([frame]), now, upto).dead)
         return frames[-1].after()
 
@@ -130,30 +140,40 @@ class Backfill:
         store, epoch = self._stream.store, self._epoch()
         for chunk in self._fold.chunks(now):
             checkpoints.commit(store, epoch, chunk)
-        kept = msgspec.json.encode({"mark": self.mark, "position": astuple(position), "first": self._first})
-        checkpoints.commit(store, epoch, [*self._fold.paid(), ("SET", keys.BACKFILL, kept)])
+        kept = {"mark": self.mark, "families": self._ids, "position": astuple(position), "first": self._first}
+        checkpoints.commit(store, epoch, [*self._fold.paid(), ("SET", keys.BACKFILL, msgspec.json.encode(kept))])
         self._fold.written()
         self._position = position
         for table in self._fold.tables.values():
             table.evict(CACHED)
 
-    def _take_over(self, position: Position, now: int) -> None:
-        """Bring both folds to one ordinal, write both, and let the stream go on with all families."""
+    def _take_over(self, position: Position, now: int) -> bool:
+        """Bring both folds to one ordinal, write both, and let the stream go on with all families. False while rows of the
+        stream may be on their way into the store: the next step tries again."""
         stream = self._stream
         with stream.lock:
+            if stream.writing:
+                return False
+            until = ((position.segment << SHIFT) + min(position.offset, (1 << SHIFT) - 1)) * PER_FRAME
             while frames := [f for f in self._log.read(position, _READ_BYTES) if f.ordinal < stream.ordinal]:
-                position = self._feed(frames, now, stream.ordinal)
+                end, last = self._feed(frames, now, stream.ordinal), frames[-1]
+                until = last.place(stream.ordinal - last.ordinal)
+                if end.ordinal > stream.ordinal:
+                    break  # in the midst of a frame: should this fail, it is read again as a whole
+                position = end
             self._write(position, now)
             for chunk in stream.fold.chunks(now):
                 checkpoints.commit(stream.store, self._epoch(), chunk)
-            definitions = pack_definitions(self._features, self._target, self.mark)
+            target = [replace(f, until=until) if f in self.families else f for f in self._target]
+            definitions = pack_definitions(self._features, target, self.mark)
             checkpoints.commit(
                 stream.store, self._epoch(), [("SET", keys.DEFINITIONS, definitions), ("DEL", keys.BACKFILL)]
             )
-            stream.serve(self._features, self._target, after=stream.fold)
+            stream.serve(self._features, target, after=stream.fold)
             stream.fold.share((), self.mark)
             stream.backfill = None
         log.info("backfill ends", extra={"families": len(self.families), "skipped": self.skipped})
+        return True
 
 
 def forget_stale(store: Store, running: Backfill | None) -> None:

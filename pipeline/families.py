@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,18 +23,24 @@ TILES_PER_WINDOW = 60
 
 @dataclass(frozen=True)
 class Family:
-    """`windows` in ms, ascending; `reach[i]` is the greatest window (ms) that column i is read over, descending."""
+    """`windows` in ms, ascending; `reach[i]` is the greatest window (ms) that column i is read over, descending.
+
+    `mark` tells a family that was filled from the stored events apart from any of the same columns before it, whose tiles may
+    still be in the store. Events before the place `until` of the log were counted in it then.
+    """
 
     entity: Entity
     event_type: str | None
     windows: tuple[int, ...]
     columns: tuple[Column, ...]
     reach: tuple[int, ...]
+    mark: str = ""
+    until: int = field(default=0, compare=False)
 
     @cached_property
     def id(self) -> bytes:
         """3 bytes that stand in the store's fields: other columns or windows are another family, so no old tile is misread."""
-        text = repr((self.entity, self.event_type, self.windows, self.columns, self.reach))
+        text = repr((self.entity, self.event_type, self.windows, self.columns, self.reach)) + self.mark
         return hashlib.blake2b(text.encode(), digest_size=3).digest()
 
     @cached_property
@@ -71,16 +77,16 @@ class Family:
     def to_object(self) -> list[Any]:
         """As JSON; from_object is its inverse."""
         columns = [[c.kind, c.field, c.where, c.more] for c in self.columns]
-        return [self.entity, self.event_type, self.windows, columns, self.reach]
+        return [self.entity, self.event_type, self.windows, columns, self.reach, self.mark, self.until]
 
     @classmethod
     def from_object(cls, kept: Sequence[Any]) -> Family:
-        entity, event_type, windows, columns, reach = kept
+        entity, event_type, windows, columns, reach, *filled = kept
         made = [
-            Column(kind, field, (where[0], tuple(where[1])) if where else None, tuple(more))
-            for kind, field, where, more in columns
+            Column(kind, name, (where[0], tuple(where[1])) if where else None, tuple(more))
+            for kind, name, where, more in columns
         ]
-        return cls(entity, event_type, tuple(windows), tuple(made), tuple(reach))
+        return cls(entity, event_type, tuple(windows), tuple(made), tuple(reach), *filled)
 
 
 Need = tuple[Entity, str | None, Column, int]  # a column over a window, ms

@@ -30,7 +30,7 @@ from pipeline.errors import NexusError, Unprocessable
 from pipeline.events import CANARY_TYPE
 from pipeline.families import plan
 from pipeline.foreign import read_moment
-from pipeline.frames import Position
+from pipeline.frames import REDRIVE, Position
 from pipeline.log import Log
 from pipeline.reading import Values
 from pipeline.store import Store
@@ -88,7 +88,9 @@ class TrainingSet:
         position = Position(segment=self._log.head().first_segment)
         while frames := self._log.read(position):
             for frame in frames:
-                if frame.to & _FEATURES_BIT:
+                if (
+                    frame.to & _FEATURES_BIT and not frame.to & REDRIVE
+                ):  # what was sent again stands in its own place too
                     self._take(Batch([frame]), index, paid)
                 if bar is not None:
                     bar.update(len(frame.records))

@@ -11,7 +11,8 @@ import pytest
 from pipeline import checkpoints, keys
 from pipeline.backfill import Backfill
 from pipeline.catalogue import FEATURES
-from pipeline.checkpoints import Progress
+from pipeline.checkpoints import DeadLetter, Progress
+from pipeline.dead_letters import DeadLetters
 from pipeline.definitions import DAY, HOUR, Feature
 from pipeline.errors import Fenced
 from pipeline.frames import Position
@@ -20,6 +21,7 @@ from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.features import Features
 from pipeline.streams.stream import Batch
+from pipeline.training_set import Label, TrainingSet
 from tests.helpers import HOUR_MS, MINUTE_MS, NOON, Clock, append, event, frames, payment, report, response
 
 OLD = (
@@ -65,6 +67,20 @@ class Worker:
     def fill(self, now: int = NOON) -> None:
         while self.stream.backfill is not None:
             self.stream.backfill.step(now)
+
+    def bury(self) -> None:
+        """The next frame's one event becomes a dead letter, as one that the stream throws at."""
+        frame = frames(self.log, self.at)[0]
+        batch, self.at = Batch([frame]), frame.after()
+        place = batch.places[0]
+        letter = DeadLetter(
+            f"features-{place}", "features", place, "failed", 3, NOON, NOON, "test", NOON, batch.body(0)
+        )
+        progress = Progress("features", self.at, dead=[letter])
+        checkpoints.commit(self.store, self.lease.epoch, checkpoints.advance(progress, NOON))
+
+    def redrive(self) -> None:
+        assert DeadLetters(self.store, self.log).redrive(None, "features", None, NOON)["redriven"] == 1
 
 
 @pytest.fixture
@@ -180,7 +196,7 @@ def test_crash_at_any_commit_leaves_every_event_counted_once(store, lease, monke
     monkeypatch.setattr(checkpoints, "commit", broken)
     crashed = False
     try:
-        worker.checkpoint(skip_final=True)
+        worker.checkpoint()
         worker.fill()
         worker.checkpoint()
     except Fenced:
@@ -253,3 +269,180 @@ def test_built_in_features_added_to_a_running_store_equal_those_from_the_start(s
     users = ["u1", "u2"]
     assert worker.stream.values(users, NOON) == afresh(store, FEATURES).values(users, NOON)
     assert worker.stream.served == FEATURES
+
+
+EVENTS = Feature(name="events", aggregation="count", window_s=DAY, description="events")
+SUM = Feature(name="waited", aggregation="sum", event_type="ride_request_response", field="response_time", window_s=DAY,
+              description="s")  # fmt: skip
+
+
+def counts(stream: Features, user: str = "u1") -> dict[str, Any]:
+    return stream.values([user], NOON)[user]
+
+
+def test_definition_dropped_and_added_again_counts_every_event_once_also_of_idle_users(store, lease):
+    both = (OLD[0], EVENTS)
+    first = Worker(store, lease, both)
+    post(store, "u1", "u2")
+    first.feed()
+    first.checkpoint()
+    without = Worker(store, lease, OLD[:1])
+    post(store, "u2", n=1)
+    without.feed()
+    without.checkpoint()
+    again = Worker(store, lease, both)
+    again.fill()
+    again.checkpoint()
+    for user in ("u1", "u2"):
+        assert counts(again.stream, user) == counts(afresh(store, both), user)
+
+
+def test_catalogue_that_changes_while_it_is_filled_counts_every_event_once(store, lease, monkeypatch):
+    post(store, "u1", "u2", "u3")
+    first = Worker(store, lease, OLD[:1])
+    first.feed()
+    first.checkpoint()
+    second = Worker(store, lease, (OLD[0], EVENTS))
+    monkeypatch.setattr("pipeline.backfill._READ_BYTES", 500)
+    monkeypatch.setattr("pipeline.backfill.STEP_S", 0.0)
+    assert second.stream.backfill is not None
+    second.stream.backfill.step(NOON)
+    monkeypatch.undo()
+    three = (OLD[0], EVENTS, SUM)
+    third = Worker(store, lease, three)
+    third.fill()
+    third.checkpoint()
+    for user in ("u1", "u2", "u3"):
+        assert counts(third.stream, user) == counts(afresh(store, three), user)
+
+
+@pytest.mark.parametrize("chunks", range(4))
+def test_crash_while_a_dropped_definition_is_deleted_never_serves_what_is_left_of_it(store, lease, chunks):
+    both = (OLD[0], EVENTS)
+    users = [f"u{n}" for n in range(250)]  # more than one chunk
+    append(Log(store), [event(user=user, timestamp=NOON) for user in users], NOON)
+    first = Worker(store, lease, both)
+    first.feed()
+    first.checkpoint()
+    without = Worker(store, lease, OLD[:1])
+    append(Log(store), [event(user=user, timestamp=NOON) for user in users], NOON)
+    without.feed()
+    for _, chunk in zip(range(chunks), without.stream.cut(NOON).chunks, strict=False):
+        checkpoints.commit(store, lease.epoch, chunk)
+    again = Worker(store, lease, both)
+    again.feed()
+    again.fill()
+    assert {v["events"] for v in again.stream.values(users, NOON).values()} == {2}
+
+
+def test_dropped_definition_beside_a_new_one_is_not_served_from_what_is_left_of_it(store, lease):
+    post(store, "u1")
+    first = Worker(store, lease, (OLD[0], EVENTS))
+    first.feed()
+    first.checkpoint()
+    other = Worker(store, lease, (OLD[0], SUM))  # crashes before it is filled
+    post(store, "u1")
+    other.feed()
+    other.checkpoint()
+    again = Worker(store, lease, (OLD[0], EVENTS))
+    again.fill()
+    assert counts(again.stream) == counts(afresh(store, (OLD[0], EVENTS)))
+
+
+def test_backfill_does_not_take_over_while_rows_are_on_their_way(store, lease):
+    worker = grown(store, lease)
+    post(store, "u1")
+    worker.feed()
+    cut = worker.stream.cut(NOON)
+    assert worker.stream.backfill is not None
+    worker.stream.backfill.step(NOON)
+    assert worker.stream.backfill is not None
+    for chunk in cut.chunks:
+        checkpoints.commit(store, lease.epoch, chunk)
+    cut.done()
+    worker.stream.backfill.step(NOON)
+    assert worker.stream.backfill is None
+    assert answers(worker.stream, ["u1", "u2", "u3"]) == answers(afresh(store), ["u1", "u2", "u3"])
+
+
+def test_crash_of_a_takeover_in_the_midst_of_a_frame_loses_nothing(store, lease, monkeypatch):
+    """A stream that goes on alone, event by event, stands there."""
+    worker = grown(store, lease)
+    post(store, "u1")
+    frame = frames(worker.log, worker.at)[0]
+    worker.stream.process(Batch([frame], 0, single=True), NOON)
+    real = checkpoints.commit
+
+    def broken(store: Store, epoch: int, commands: Any) -> None:
+        if any(command[1] == keys.DEFINITIONS for command in commands):
+            raise Fenced("the process was killed here")
+        real(store, epoch, commands)
+
+    monkeypatch.setattr(checkpoints, "commit", broken)
+    with pytest.raises(Fenced):
+        worker.fill()
+    monkeypatch.setattr(checkpoints, "commit", real)
+    after = Worker(store, lease, NEW)
+    after.feed()
+    after.fill()
+    assert answers(after.stream, ["u1", "u2", "u3"]) == answers(afresh(store), ["u1", "u2", "u3"])
+
+
+def test_definition_that_is_not_served_yet_is_not_called_ready_by_an_instance_that_only_reads(store, lease):
+    grown(store, lease)
+    reader = Features(store, NEW)
+    reader.adopt(store.call("GET", keys.DEFINITIONS), fresh=False)
+    states = reader.states()
+    assert {name for name, state in states.items() if state == "ready"} == set(reader.definitions) - {"answers"}
+    assert states["slowest"] == "waiting"
+
+
+def test_user_is_known_throughout_while_backfill_takes_over(store, lease):
+    """A reader asks who is in memory, then for the others' hashes, then for values."""
+    worker = grown(store, lease)
+    worker.feed()
+    worker.stream.fold.tables["user"].load(["u1"])
+    assert worker.stream.absent(["u1"]) == []
+    worker.fill()
+    assert counts(worker.stream) == worker.stream.values(["u1"], NOON, hashes={})["u1"]
+
+
+@pytest.mark.parametrize("redriven", ["before", "meanwhile", "after"])
+def test_event_sent_again_counts_once_in_what_is_filled_whenever_it_is_sent(store, lease, redriven, monkeypatch):
+    worker = Worker(store, lease, OLD[:1])
+    append(Log(store), [event(user="u1", timestamp=NOON)], NOON)
+    worker.feed()
+    append(Log(store), [event(user="u1", timestamp=NOON)], NOON)
+    worker.bury()
+    if redriven == "before":
+        worker.redrive()
+        worker.feed()
+    worker.checkpoint()
+    worker = Worker(store, lease, (OLD[0], EVENTS))
+    if redriven == "meanwhile":
+        worker.redrive()
+        worker.feed()
+    worker.fill()
+    if redriven == "after":
+        assert counts(worker.stream) == {"touches": 1, "events": 2}
+        worker.redrive()
+        worker.bury()  # and once more
+        worker.redrive()
+        worker.feed()
+    assert counts(worker.stream) == {"touches": 2, "events": 2}
+    worker.checkpoint()
+    assert counts(Worker(store, lease, (OLD[0], EVENTS)).stream) == {"touches": 2, "events": 2}
+    maker = TrainingSet(Log(store), (OLD[0], EVENTS))
+    assert list(maker.join([Label({"user_id": "u1"}, NOON)])) == [{"touches": 2, "events": 2}]
+
+
+def test_dead_letter_of_after_a_filling_counts_in_every_definition_when_it_is_sent_again(store, lease):
+    worker = grown(store, lease)
+    worker.fill()
+    append(Log(store), [event(user="u1", timestamp=NOON)], NOON)
+    worker.bury()
+    before = counts(worker.stream)
+    worker.redrive()
+    worker.feed()
+    assert counts(worker.stream)["touches"] == before["touches"] + 1
+    assert counts(worker.stream)["events"] == before["events"] + 1

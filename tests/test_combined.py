@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import keys
+from pipeline import checkpoints, keys
 from pipeline.catalogue import FEATURES
+from pipeline.checkpoints import Progress
 from pipeline.completeness import Backlog
 from pipeline.events import rfc3339
 from pipeline.feature_health import FeatureHealth
@@ -265,6 +266,33 @@ def test_user_that_is_due_is_published_by_the_next_process_too(store, publisher)
     both.clock.now = NOON + 2 * HOUR_MS
     publish.publish()
     assert published(store, "u")["recent_rejections"] == 0
+
+
+def test_published_position_never_passes_a_user_whose_key_lags_behind(store, publisher):
+    """The publisher may look between a checkpoint's commit and what the stream does after it; then the process is killed."""
+    publish, both = publisher
+    both.take(response("u", timestamp=NOON))
+    cut = both.stream.cut(NOON)
+    for chunk in cut.chunks:
+        store.many(chunk)
+    at = frames(Log(store))[-1].after()
+    store.many([*cut.final, *checkpoints.advance(Progress("features", at, 1), NOON)])
+    publish.publish()
+    both.stream = Features(store)
+    both.stream.load(NOON)
+    publish.publish()
+    assert published(store, "u")["event_count_24h"] == 1
+
+
+def test_user_whose_event_comes_between_a_cut_and_its_writing_is_published_too(store, publisher):
+    publish, both = publisher
+    both.take(response("u", timestamp=NOON))
+    cut = both.stream.cut(NOON)
+    both.take(response("v", timestamp=NOON))
+    write(store, cut)
+    write(store, both.stream.cut(NOON))
+    publish.publish()
+    assert published(store, "v")["event_count_24h"] == 1
 
 
 def test_health_of_features_tells_nulls_values_out_of_range_and_age(store, publisher):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -54,7 +55,8 @@ class Features(Stream):
             threading.RLock()
         )  # held while the fold changes; backfill takes over between two batches
         self.backfill: Backfill | None = None
-        self._unsaved: bytes | None = None  # definitions that go with the next checkpoint
+        self.writing = False  # from a cut until it is written
+        self._unsaved: bytes | None = None  # definitions that go before the next checkpoint
         self.active: dict[str, None] = {}  # users with events since the last feature sync
         self.changed: dict[str, None] = {}  # users whose public key lags behind; the publisher takes them
         self.serve(self.wanted, plan(self.wanted))
@@ -79,14 +81,15 @@ class Features(Stream):
         fold = Fold(self.store, features, families, self._retention_ms)
         if after is not None:
             fold.take_over(after)
-        self.served, self.fold = tuple(features), fold
+        self.served, self.fold, self._unsaved = tuple(features), fold, None
         self.definitions = {feature.name: feature for feature in features}
 
     def load(self, now: int) -> None:
         """Take up the definitions that the store serves, see which of ours are new to it, and find the users whose public key
         an earlier process left behind: those between the published position and the checkpoint."""
         reached = checkpoints.read(self.store, [self.name])[self.name]
-        self.adopt(self.store.call("GET", keys.DEFINITIONS), fresh=reached.ordinal == 0)
+        stored = self.store.call("GET", keys.DEFINITIONS)
+        self.adopt(stored, fresh=stored is None and reached.ordinal == 0)
         self.fold.ordinal = reached.ordinal
         if self._epoch is not None:
             forget_stale(self.store, self.backfill)
@@ -103,7 +106,7 @@ class Features(Stream):
 
     def adopt(self, stored: bytes | None, fresh: bool) -> None:
         """Serve what the store has tiles for, and see what has to be filled for definitions that are new."""
-        self.backfill, self._unsaved = None, None
+        self.backfill = None
         if fresh:
             self.serve(self.wanted, plan(self.wanted))
             self._unsaved = pack_definitions(self.wanted, self.fold.families)
@@ -117,19 +120,20 @@ class Features(Stream):
         served = [feature if there.issuperset(needs_of(feature)) else old.get(feature.name) for feature in self.wanted]
         chosen = _closed([feature for feature in served if feature is not None])
         needed = {need for feature in chosen for need in needs_of(feature)}
-        kept = [family for family in families if family in target or needed.intersection(provides(family))]
+        kept = [family for family in families if family in target or (new and needed.intersection(provides(family)))]
         self.serve(chosen, kept)
         if new and self._epoch is not None:
             self.backfill = Backfill(self, self.wanted, target, new, self._retention_ms, self._epoch)
-        elif not new and (features, families) != (self.wanted, target):
-            self._unsaved = pack_definitions(self.wanted, target, filled)
+            new = list(self.backfill.families)
+        if (self._epoch is not None or not new) and (features, families) != (self.served, self.fold.families):
+            self._unsaved = pack_definitions(self.served, self.fold.families, filled)
         self.fold.share(new, filled)
 
     def states(self) -> dict[str, str]:
         """For each definition: "ready", or "backfilling NN%" while its history is being made; the old version serves meanwhile."""
         filling = self.backfill
-        if filling is None:
-            return {feature.name: "ready" for feature in self.wanted}
+        if filling is None:  # "waiting": for the instance that runs the pipeline
+            return {f.name: "ready" if self.definitions.get(f.name) == f else "waiting" for f in self.wanted}
         new = {need for family in filling.families for need in provides(family)}
         share = f"backfilling {filling.progress():.0%}"
         found = {f.name: share if new.intersection(needs_of(f)) else "ready" for f in self.wanted}
@@ -146,19 +150,21 @@ class Features(Stream):
 
     def cut(self, now: int) -> Cut:
         with self.lock:
-            fold = self.fold
+            fold, self.writing = self.fold, True
             dirty = list(fold.tables["user"].dirty)
-            chunks = self._locked(fold.chunks(now))
+            # Before the rows: what a definition that was dropped has in them is deleted there, and must not be served again.
+            definitions: list[Command] = [("SET", keys.DEFINITIONS, self._unsaved)] if self._unsaved is not None else []
+            self._unsaved = None
+            chunks = self._locked(chain([definitions] if definitions else [], fold.chunks(now)))
             final = fold.paid()
-            if self._unsaved is not None:
-                final.append(("SET", keys.DEFINITIONS, self._unsaved))
-                self._unsaved = None
+        # Before the commit: a publisher that sees the new checkpoint must find them here.
+        self.changed.update(dict.fromkeys(dirty))
 
         def written() -> None:
-            self.changed.update(dict.fromkeys(dirty))
             if len(self.active) < self._cached_users:
                 self.active.update(dict.fromkeys(dirty))
             with self.lock:
+                self.writing = False
                 self.fold.written()
                 for table in self.fold.tables.values():
                     table.evict(self._cached_users)
@@ -188,7 +194,7 @@ class Features(Stream):
             if entity is not None:
                 if entity.position:
                     found[i] = table.windows.values(entity, at)
-            elif hashes is None:
+            elif hashes is None or i not in hashes:  # it may have been in memory a moment ago
                 absent.append(i)
             elif hashes.get(i):
                 found[i] = table.windows.values(table.windows.load(as_hash(hashes[i])), at)
@@ -204,8 +210,9 @@ class Features(Stream):
     def entities(self, user_ids: Sequence[str]) -> dict[str, Entity]:
         """Users' tiles; empty ones for unknown users."""
         cached = self.fold.tables["user"].entities
-        stored = self.read(self.absent(user_ids))
-        return {i: cached.get(i) or stored.get(i) or self.windows.new() for i in user_ids}
+        found = {i: entity for i in user_ids if (entity := cached.get(i)) is not None}
+        found |= self.read([i for i in user_ids if i not in found])
+        return {i: found.get(i) or self.windows.new() for i in user_ids}
 
     def read(self, ids: Sequence[str], kind: Kind = "user") -> dict[str, Entity]:
         """Entities as the store has them; those without any event are left out."""

@@ -9,12 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import msgspec
+
 from pipeline import keys
 from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature, Malformed
 from pipeline.events import CANARY_TYPE
 from pipeline.extraction import Deltas
 from pipeline.families import Family
+from pipeline.frames import REDRIVE
 from pipeline.store import Command, Store
 from pipeline.streams.stream import UNDECODABLE, Batch, Outcome
 from pipeline.tiles import Entity
@@ -159,6 +162,8 @@ class Fold:
                     owner = merchant_of(data)
                 if owner is not None:
                     counted[kind].append((owner, index, deltas))
+        if batch.to & REDRIVE and any(family.until for family in self.families):
+            self._leave_out_filled(batch, counted)
         first = batch.first_ordinal
         for kind, table in self.tables.items():
             table.load({owner for owner, _, _ in counted[kind]})
@@ -204,11 +209,27 @@ class Fold:
             merchants[str(transaction)] = merchant
             self._paid.setdefault(f"{keys.PAID}{arrival // _DAY_MS}", {})[str(transaction)] = merchant
 
+    def _leave_out_filled(self, batch: Batch, counted: dict[Kind, list[tuple[str, int, Deltas]]]) -> None:
+        """Of dead letters that were sent again, what a backfill has counted already, where they stood at first."""
+        places, asked = list(batch.places), list(range(len(batch)))
+        while asked:
+            raws = self._store.call("HMGET", keys.REDRIVEN, *[f"<features-{places[i]}" for i in asked])
+            before = {i: msgspec.json.decode(raw)["id"] for i, raw in zip(asked, raws, strict=True) if raw is not None}
+            for i, letter in before.items():
+                places[i] = int(letter.rpartition("-")[2])
+            asked = list(before)
+        for kind, rows in counted.items():
+            until = [family.until for family in self.tables[kind].windows.families]
+            rows[:] = [(who, i, [d for d in deltas if until[d[0]] <= places[i]]) for who, i, deltas in rows]
+
     def chunks(self, now: int) -> Iterator[list[Command]]:
-        """What brings the store up to the entities that are dirty now; lazy, and empty once flush() has overtaken it."""
+        """What brings the store up to the entities that are dirty now; empty once another call has overtaken it."""
         for table in self.tables.values():
             self._cutting += [(table, owner, entity) for owner, entity in table.dirty.items()]
             table.dirty = {}
+        return self._chunks(now)
+
+    def _chunks(self, now: int) -> Iterator[list[Command]]:
         while some := [self._cutting.pop() for _ in range(min(_CHUNK, len(self._cutting)))]:
             commands: list[Command] = []
             for table, owner, entity in some:
