@@ -10,10 +10,11 @@ from typing import Any
 
 from flask import Flask, redirect
 from granian import Granian
-from granian.constants import Interfaces
+from granian.constants import HTTPModes, Interfaces
 from granian.log import LogLevels
 
 from pipeline import logs, processes, settings
+from pipeline.connections import Turns
 from pipeline.dashboard import create_dashboard
 from pipeline.errors import NexusError, SettingError
 from pipeline.hot_route import HotRoute
@@ -21,7 +22,8 @@ from pipeline.routes import register
 from pipeline.runtime import Runtime
 from pipeline.settings import Settings
 
-WEB_THREADS = 16
+CONNECTIONS = 512  # each may hold a thread, which is there only as long as it is needed
+TURNS = 16  # requests that are worked on at a time
 
 
 def create_app(nexus: Runtime) -> Flask:
@@ -31,7 +33,7 @@ def create_app(nexus: Runtime) -> Flask:
     register(app, nexus)
     create_dashboard(app)
     app.add_url_rule("/", "root", lambda: redirect("/nexus/"))
-    app.wsgi_app = HotRoute(app.wsgi_app, nexus)  # type: ignore[method-assign]
+    app.wsgi_app = Turns(HotRoute(app.wsgi_app, nexus), TURNS)  # type: ignore[method-assign]
     return app
 
 
@@ -69,8 +71,9 @@ def serve(chosen: Settings, level: str) -> None:
         chosen.nexus_host,
         chosen.nexus_port,
         interface=Interfaces.WSGI,
-        blocking_threads=WEB_THREADS,
-        backpressure=512,
+        http=HTTPModes.http1,  # a connection that says nothing is closed after 30 s; one that may be HTTP/2 never is
+        blocking_threads=CONNECTIONS,
+        backpressure=CONNECTIONS,
         workers_kill_timeout=25,
         log_level=LogLevels(level),
         log_enabled=False,

@@ -122,7 +122,7 @@ def serve() -> None:
         chosen.nexus_host,
         chosen.nexus_port,
         interface=Interfaces.WSGI,
-        blocking_threads=nexus_app.WEB_THREADS,
+        blocking_threads=nexus_app.CONNECTIONS,
         **options,
     ).serve()
 

@@ -55,7 +55,7 @@ VERSION = "0.1.0"
 SWITCH_INTERVAL_S = 0.0005  # default 5 ms: a request would wait that long behind the pipeline's thread
 _FREEZE_S = 5.0
 _STOP_LOOK_S = 0.25  # who waits for the bridge looks so often whether all is being stopped
-_IDLE_S = 300.0
+_IDLE_S, _IDLE_AT_STOP_S = 300.0, 8.0
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Runtime:
                 lambda: self.retention.run(self.clock(), self.serving.store_watch.memory_used),
             ),
             Job("memory", lambda: _FREEZE_S, tidy_memory),
-            Job("idle connections", lambda: 10.0, self._close_idle),
+            Job("idle connections", lambda: 2.0, self._close_idle),
         ]
         if self.settings.embedded and self.settings.store_fsync == "everysec":
             jobs.append(Job("sync to disk", lambda: 1.0, lambda: sync_to_disk(self.settings)))
@@ -332,8 +332,9 @@ class Runtime:
         self.demand_warming = city_warming(self, self.clock() // 1000)
 
     def _close_idle(self) -> int:
-        """No answer is waited for longer than the partner's timeout and what is added to it here."""
-        return close_idle(self.settings.nexus_port, _IDLE_S + float(self.live["PYTHON_SERVICE_TIMEOUT"]) / 1000)
+        """Every answer is due within the partner's timeout and what is added to it here."""
+        after_s = _IDLE_S + float(self.live["PYTHON_SERVICE_TIMEOUT"]) / 1000
+        return close_idle(self.settings.nexus_port, after_s, _IDLE_AT_STOP_S)
 
     def _run_bridge(self) -> None:
         async def body() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -258,6 +260,20 @@ def test_sigterm_answers_what_is_in_flight_ends_with_0_and_leaves_nothing_behind
     asking.join()
     assert [answer.status_code for answer in answers] == [202]
     assert not any(alive(pid) for pid in children)
+
+
+def test_stalled_uploads_hold_up_neither_the_others_nor_the_stop(system):
+    system.start_nexus()
+    with contextlib.ExitStack() as stalled:
+        for _ in range(64):
+            upload = stalled.enter_context(socket.create_connection(("127.0.0.1", system.nexus.port)))
+            upload.sendall(f"POST {INGEST} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n[".encode())
+        for _ in range(3):
+            assert system.nexus.http.get("/healthz", timeout=5).status_code == 200
+            assert system.nexus.http.post(INGEST, json=[event()], timeout=5).status_code == 202
+        began = time.monotonic()
+        assert system.nexus.stop() == 0
+        assert time.monotonic() - began < 18  # the supervisor's grace is 20 s
 
 
 def test_nexus_alone_takes_events_for_a_service_that_comes_later(system):
