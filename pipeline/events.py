@@ -88,14 +88,12 @@ class Stored(msgspec.Struct, omit_defaults=True):
 
 
 class Parsed(msgspec.Struct, gc=False):
-    """An accepted event before it has a place: its id, event time (epoch ms), stored JSON, what that says, and whether the
-    id was made here."""
+    """An accepted event before it has a place: its id, event time (epoch ms), stored JSON, and what that says."""
 
     event_id: str
     ts: int
     body: bytes
     stored: Stored
-    id_made: bool = False
 
 
 def parse(raw: Any, now: int) -> Parsed:
@@ -108,7 +106,6 @@ def parse(raw: Any, now: int) -> Parsed:
         _check_type(event_type)
     if not _is_name(user_id):
         raise _bad("user_id", user_id, "a string of 1 to 128 characters without spaces, control characters or /")
-    id_made = event_id is None
     if event_id is None:
         event_id = uuid7(now)
     elif not _is_name(event_id):
@@ -150,7 +147,7 @@ def parse(raw: Any, now: int) -> Parsed:
         raise Rejected("event", "not_unicode", f"texts are valid Unicode: {error}") from error
     if len(body) > MAX_EVENT_BYTES:
         raise Rejected("event", "too_large", f"an event is at most {MAX_EVENT_BYTES} bytes; this one has {len(body)}")
-    return Parsed(event_id, ts, body, stored, id_made)
+    return Parsed(event_id, ts, body, stored)
 
 
 def _check_type(event_type: Any) -> None:

@@ -85,6 +85,17 @@ def header_at(chunk: bytes, at: int, any_version: bool = False) -> tuple[Any, ..
     return header if sound else None
 
 
+def next_header(chunk: bytes, at: int, least: int, most: int) -> int:
+    """The offset, from `at` on, of the next header of this version with an ordinal between these; the chunk's end where
+    none stands."""
+    while (at := chunk.find(b"NX", at)) >= 0:
+        header = header_at(chunk, at)
+        if header is not None and least <= header[6] <= most:
+            return at
+        at += 1
+    return len(chunk)
+
+
 def parse_frames(chunk: bytes, segment: int, base: int) -> tuple[list[Frame], bool]:
     """The whole frames at the start of a chunk, and whether what follows them is no frame of this version."""
     frames: list[Frame] = []

@@ -2,6 +2,7 @@
 
 head            string  the log's end and its counters, packed (accept.lua)
 log:<n>         string  a segment of the log: frames, appended
+answered:<id>   string  the last answer of accept.lua to one sender, with the number of its request; for a minute
 segments        hash    n -> packed (first arrival, last arrival, bytes, first ordinal) of each sealed segment
 id:<b>          hash    a bucket of the id table: digest of the event id -> place of the event
 owner           hash    the lease: epoch, holder, expires
@@ -47,6 +48,7 @@ LOCAL_STREAMS = STREAMS[:4]
 
 HEAD = PREFIX + "head"
 LOG = PREFIX + "log:"
+ANSWERED = PREFIX + "answered:"
 SEGMENTS = PREFIX + "segments"
 ID = PREFIX + "id:"
 OWNER = PREFIX + "owner"

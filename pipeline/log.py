@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import struct
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,7 @@ from pipeline.frames import (
     Frame,
     Position,
     header_at,
+    next_header,
     parse_frames,
     record,
     split,
@@ -118,46 +121,42 @@ class Log:
         self._tail: dict[int, Frame] = {}  # by address, in order
         self._tail_events = 0
         self._tail_lock = threading.Lock()
+        self._answered = keys.ANSWERED + uuid.uuid4().hex
+        self._number = 0  # of the latest accept
+        self._accepting = threading.Lock()
 
     def accept(self, requests: Sequence[Request], now: int) -> list[Taken]:
         """Take the requests in one atomic step; `now` in epoch ms. Raises StoreUnavailable or StoreFull: nothing was taken.
 
-        Where the connection breaks before the answer, they are brought again until it is known: the ids tell what the store
-        had taken already. Only a store that stays away longer than that leaves it open.
+        Where the connection breaks before the answer, they are brought again until it is known: the store keeps its last
+        answer to this log. Only a store that stays away longer than that leaves it open.
         """
-        args: list[str | bytes | int] = [
-            now,
-            sum(r.rejected for r in requests),
-            SEGMENT_BYTES,
-            SEGMENT_MS,
-            len(requests),
-        ]
+        rejected = sum(r.rejected for r in requests)
+        args: list[str | bytes | int] = []
         records = [[record(event.ts, event.body) for event in request.events] for request in requests]
         for request, packed in zip(requests, records, strict=True):
             args += [request.to, request.source.encode(), len(packed)]
             args.append(b"".join([digest(event.event_id) for event in request.events]))
             args += packed
-        answer, again = self._accept(args)
+        with self._accepting:
+            self._number += 1
+            answer = self._accept([now, rejected, SEGMENT_BYTES, SEGMENT_MS, self._number, len(requests), *args])
         found = []
         for row, request, packed in zip(answer, requests, records, strict=True):
             taken = Taken(int(row[0]), row[1] + row[2], row[2], row[4:])
             if taken.taken:
                 self._remember(taken, int(row[3]), request, packed)
-            if again:  # an id that was made here is known to the store only if the first try got there
-                ours = {i for i in taken.duplicates if request.events[i].id_made}
-                taken.taken += len(ours)
-                taken.duplicates = [i for i in taken.duplicates if i not in ours]
             found.append(taken)
         return found
 
-    def _accept(self, args: list[str | bytes | int]) -> tuple[Any, bool]:
-        """The script's answer, and whether it took more than one try."""
-        names = (keys.HEAD, keys.LOG, keys.ID, keys.SEGMENTS)
+    def _accept(self, args: list[str | bytes | int]) -> Any:
+        """The script's answer, asked for again while it gets lost."""
+        names = (keys.HEAD, keys.LOG, keys.ID, keys.SEGMENTS, self._answered)
         lost: StoreUnavailable | None = None
         until = 0.0
         while True:
             try:
-                return self._store.run("accept", names, [*args, self._store.deadline(_PATIENCE_MS)]), lost is not None
+                return self._store.run("accept", names, [*args, self._store.deadline(_PATIENCE_MS)])
             except StoreUnavailable as error:
                 if lost is None and error.lost:
                     lost, until = error, time.monotonic() + _INSIST_S
@@ -212,16 +211,21 @@ class Log:
         if recent := self._recent(position, limit):
             return recent
         segment, offset = position.segment, position.offset
+        ordinal = position.ordinal - position.index if position.ordinal or segment == 1 else None  # None: not known
         while True:
             raw_head, chunk = self._store.many(
                 (("GET", keys.HEAD), ("GETRANGE", f"{keys.LOG}{segment}", offset, offset + limit - 1))
             )
             head = Head.unpack(raw_head)
+            if segment < head.first_segment:
+                ordinal = ordinal if segment + 1 == head.first_segment else None
+                segment, offset = head.first_segment, 0
+                continue
             frames, damaged = parse_frames(chunk, segment, offset)
             if frames:
                 return frames
             if damaged:
-                frame, offset = self._damage(segment, offset, position.ordinal)
+                frame, offset = self._damage(segment, offset, ordinal)
                 if frame is not None:
                     return [frame]
             elif len(chunk) == limit:
@@ -231,24 +235,24 @@ class Log:
             else:
                 return []
 
-    def _damage(self, segment: int, offset: int, ordinal: int) -> tuple[Frame | None, int]:
+    def _damage(self, segment: int, offset: int, ordinal: int | None) -> tuple[Frame | None, int]:
         """What stands at an address where no frame of this version does, as a broken frame of as many events as are
-        missing,
-        and the offset behind it. None where no event is missing: something else was written there."""
+        missing, and the offset behind it. None where no event is known to be missing: something else was written there.
+        """
         raw: bytes = self._store.call("GET", f"{keys.LOG}{segment}") or b""
-        head = self.head()
-        if header := header_at(raw, offset, any_version=True):
-            end, upto, to, received = offset + HEADER.size + header[4], header[6] + header[3], header[2], header[5]
+        head, sealed = self.head(), self.sealed()
+        if ordinal is None and segment - 1 in sealed:
+            ordinal = sealed[segment - 1][3]
+        header = header_at(raw, offset, any_version=True)
+        if header is not None and ordinal in (None, header[6]):
+            end, to, received, ordinal = offset + HEADER.size + header[4], header[2], header[5], int(header[6])
+            upto = ordinal + header[3]
         else:
-            end, to, received = offset + 1, ALL_STREAMS, head.last_arrival
-            while (end := raw.find(b"NX", end)) >= 0 and not header_at(raw, end):
-                end += 1
-            if end >= 0:
+            end, to, received = next_header(raw, offset + 1, ordinal or 0, head.ordinal), ALL_STREAMS, head.last_arrival
+            upto = sealed[segment][3] if segment in sealed else head.ordinal
+            if end < len(raw):
                 upto = HEADER.unpack_from(raw, end)[6]
-            else:
-                end = len(raw)
-                sealed = self._store.call("HGET", keys.SEGMENTS, segment)
-                upto = struct.unpack("<4Q", sealed)[3] if sealed else head.ordinal
+            ordinal = upto if ordinal is None else ordinal
         missing = upto - ordinal
         log.error(
             "log is damaged", extra={"segment": segment, "offset": offset, "bytes": end - offset, "events": missing}
@@ -279,26 +283,35 @@ class Log:
     def trim(self, segment: int, epoch: int) -> bool:
         """Let go of the oldest segment, the ids in it and its index; False while a stream has yet to read it. Raises
         Fenced."""
-        if not self._trimmable(segment):
+        self.finish_trim(epoch)
+        names = (keys.HEAD, keys.OWNER, keys.SEGMENTS, keys.SPANS, keys.LOG, keys.ROWS, keys.CHECKPOINT)
+        if not self._store.run("trim", names, (epoch, segment, *keys.STREAMS)):
             return False
-        position = Position(segment)
-        while frames := self.read(position):
-            if frames[0].address >> SHIFT != segment:
-                break
-            words: list[str | bytes | int] = [epoch]
+        self.drop_tail()
+        self.finish_trim(epoch)
+        return True
+
+    def finish_trim(self, epoch: int) -> None:
+        """Forget the ids of the segment that was let go of last, then the segment: where a crash left that undone."""
+        segment = self.head().first_segment - 1
+        raw: bytes | None = self._store.call("GET", f"{keys.LOG}{segment}")
+        if raw is None:
+            return
+        words: list[str | bytes | int] = []
+        at = 0
+        while at < len(raw):
+            frames, _ = parse_frames(raw[at:] if at else raw, segment, at)
             self._forget_redriven([frame for frame in frames if frame.to & REDRIVE])
             for frame in frames:
-                for index, packed in enumerate(frame.records):
-                    if not frame.broken and not frame.to & REDRIVE:
-                        words += [digest(_event_id(packed)), _PLACE.pack(frame.address.to_bytes(6, "little"), index)]
-            for at in range(1, len(words), _FORGET_WORDS):
-                self._store.run("forget", (keys.HEAD, keys.ID, keys.OWNER), [epoch, *words[at : at + _FORGET_WORDS]])
-            position = frames[-1].after()
-        names = (keys.HEAD, keys.OWNER, keys.SEGMENTS, keys.SPANS, keys.LOG, keys.ROWS, keys.CHECKPOINT)
-        trimmed = bool(self._store.run("trim", names, (epoch, segment, *keys.STREAMS)))
-        if trimmed:
-            self.drop_tail()
-        return trimmed
+                for index, packed in enumerate(frame.records if not frame.to & REDRIVE else ()):
+                    words += [digest(_event_id(packed)), _PLACE.pack(frame.address.to_bytes(6, "little"), index)]
+                at = frame.next - (segment << SHIFT)
+            if at < len(raw):  # what stands there is damaged
+                at = next_header(raw, at + 1, 0, sys.maxsize)
+        for start in range(0, max(1, len(words)), _FORGET_WORDS):
+            last = [f"{keys.LOG}{segment}"] if start + _FORGET_WORDS >= len(words) else []
+            names = (keys.HEAD, keys.ID, keys.OWNER, *last)
+            self._store.run("forget", names, [epoch, *words[start : start + _FORGET_WORDS]])
 
     def _forget_redriven(self, frames: Sequence[Frame]) -> None:
         """What is remembered of dead letters that were sent again in these frames goes with them."""
@@ -308,10 +321,10 @@ class Log:
             ids += [msgspec.json.decode(raw)["id"] for raw in kept if raw is not None]
             self._store.call("HDEL", keys.REDRIVEN, *ids)
 
-    def _trimmable(self, segment: int) -> bool:
-        """Every stream has read past the segment; the script decides, this spares forgetting ids in vain."""
+    def readers(self, segment: int) -> list[str]:
+        """The streams that have yet to read a segment, or are in it."""
         rows = self._store.many([("HGET", keys.CHECKPOINT + stream, "segment") for stream in keys.STREAMS])
-        return self.head().segment > segment and all(int(row or 1) > segment for row in rows)
+        return [stream for stream, row in zip(keys.STREAMS, rows, strict=True) if int(row or 1) <= segment]
 
     def sealed(self) -> dict[int, tuple[int, int, int, int]]:
         """The sealed segments: first and last arrival (epoch ms), bytes, and the ordinal behind their last event."""
@@ -320,11 +333,12 @@ class Log:
         return {int(segment): struct.unpack("<4Q", packed) for segment, packed in pairs}
 
     def arrivals(self, positions: Sequence[Position]) -> list[int | None]:
-        """When the frames at positions arrived (epoch ms), None at the log's end."""
+        """When the frames at positions arrived (epoch ms), None at the log's end and where it is damaged."""
         size = HEADER.size
         commands = [("GETRANGE", f"{keys.LOG}{p.segment}", p.offset, p.offset + size - 1) for p in positions]
         found = self._store.many(commands) if commands else []
-        return [HEADER.unpack(raw)[5] if len(raw) == size else None for raw in found]
+        headers = [header_at(raw, 0, any_version=True) for raw in found]
+        return [None if header is None else header[5] for header in headers]
 
     def locate(self, event_ids: Sequence[str]) -> list[int | None]:
         """The places of events by id, None where unknown."""

@@ -7,10 +7,12 @@ import struct
 import pytest
 
 from pipeline import checkpoints, keys
+from pipeline import log as log_module
 from pipeline.checkpoints import DeadLetter, Progress, advance, audit, commit
 from pipeline.errors import Fenced
 from pipeline.frames import ALL_STREAMS, CANARY, Position
 from pipeline.lease import TTL_MS, Lease
+from pipeline.log import Log
 from tests.helpers import NOON, STREAMS, Clock, append, event, frames
 
 
@@ -174,3 +176,37 @@ def test_every_move_is_in_the_journal_also_over_what_counts_nowhere(store, log, 
         commit(store, epoch, advance(Progress("features", frame.after(), seconds), NOON + seconds * 1000))
     kept = [struct.unpack("<QQ", raw) for raw in store.call("LRANGE", f"{keys.JOURNAL}features", 0, -1)]
     assert kept == [(2, NOON + 1000), (1, NOON)]
+
+
+@pytest.mark.parametrize("bad", range(6), ids=lambda n: f"frame {n}")
+@pytest.mark.parametrize("index", [0, 2])
+def test_conservation_holds_for_a_stream_that_stands_before_a_damaged_frame(store, log, epoch, monkeypatch, bad, index):
+    monkeypatch.setattr(log_module, "SEGMENT_BYTES", 2_000)  # two or three frames
+    for _ in range(6):
+        append(log, [event() for _ in range(4)], NOON)
+    whole = frames(log)
+    assert log.head().segment > 1
+    frame = whole[bad]
+    segment, offset = frame.address >> 24, frame.address & 0xFFFFFF
+    store.call("SETRANGE", f"{keys.LOG}{segment}", offset, b"garbage NX, and no frame of any version at all")
+    for stream in STREAMS:
+        done = frame.ordinal + index
+        commit(store, epoch, advance(Progress(stream, Position(segment, offset, index, done), done), NOON))
+    found = audit(store)
+    assert {account.pending for account in found.accounts.values()} == {24 - frame.ordinal - index}
+    assert found.unexplained == 0
+
+
+def test_conservation_holds_before_two_damaged_frames_and_garbage_behind_the_last_one(store, log, epoch):
+    for _ in range(4):
+        append(log, [event() for _ in range(3)], NOON)
+    for frame in frames(log)[1:3]:
+        store.call("SETRANGE", f"{keys.LOG}1", frame.address & 0xFFFFFF, bytes(57))
+    first = frames(Log(store))[0]
+    for stream in STREAMS:
+        commit(store, epoch, advance(Progress(stream, first.after(), 3), NOON))
+    assert audit(store).unexplained == 0
+    store.call("APPEND", f"{keys.LOG}1", b"garbage" * 20)
+    for stream in STREAMS:
+        commit(store, epoch, advance(Progress(stream, frames(log)[-1].after(), 9), NOON))
+    assert audit(store).unexplained == 0

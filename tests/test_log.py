@@ -17,10 +17,17 @@ from pipeline.errors import Fenced, StoreUnavailable
 from pipeline.events import decode
 from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, Position, record
 from pipeline.lease import Lease
-from pipeline.log import Log, Request
+from pipeline.log import Log, Request, Taken
 from pipeline.store import Store
 from tests.faults import Proxy, sha_of
 from tests.helpers import HOUR_MS, NOON, STREAMS, append, event, frames, parsed, until
+
+GARBAGE = b"garbage, and no frame of any version at all"
+
+
+def start_of(taken: Taken) -> Position:
+    """Where the frame that a request made begins."""
+    return Position(taken.address >> 24, taken.address & 0xFFFFFF, 0, taken.end - taken.taken)
 
 
 def ids_in(log: Log) -> list[str]:
@@ -189,11 +196,25 @@ def test_answer_lost_on_its_way_is_asked_for_again_and_nothing_is_taken_twice(st
     log = Log(through)
     append(log, [event()], NOON)
     proxy.swallow(sha_of(through, "accept"))
-    taken = append(log, [event(**given), event(**given)], NOON)
+    events = parsed([event(**given), event(event_id="known"), event(**given)], NOON)
+    append(Log(store), [event(event_id="known")], NOON)
+    taken = log.accept([Request(events, "test", rejected=4)], NOON)[0]
     assert proxy.struck.is_set()
-    assert (taken.taken, len(taken.duplicates)) == ((2, 0) if given else (0, 2))
-    assert log.head().accepted == 3
+    assert (taken.taken, taken.duplicates) == (2, [1])
+    assert [len(frame.records) for frame in frames(log, start_of(taken))] == [2]
+    head = log.head()
+    assert (head.accepted, head.duplicates, head.rejected, head.ordinal) == (4, 1, 4, 4)
     proxy.close()
+
+
+def test_request_that_reaches_the_store_after_a_later_one_of_its_sender_takes_nothing(store, log):
+    append(log, [event(event_id="a")], NOON)
+    append(log, [event(event_id="b")], NOON)
+    log._number = 0  # as if its sender had given it up before
+    with pytest.raises(StoreUnavailable, match="LATE"):
+        append(log, [event(event_id="c")], NOON)
+    assert ids_in(log) == ["a", "b"]
+    assert append(Log(store), [event(event_id="c")], NOON).taken == 1  # each sender has numbers of its own
 
 
 def test_fetch_gives_one_event_with_arrival_source_and_event_time(log):
@@ -283,6 +304,79 @@ def test_trimmed_segment_takes_its_ids_along_and_they_can_be_used_again(store, l
     assert ids_in(log) == [f"e{n}" for n in range(len(first), 12)]
     assert append(log, [event(event_id=first[0])], NOON + 99).taken == 1
     assert checkpoints.audit(store).unexplained == 0
+
+
+@pytest.mark.parametrize(("script", "nth"), [("trim", 1), ("forget", 1), ("forget", 2)])
+def test_trim_that_dies_midway_leaves_no_event_whose_id_can_be_taken_again(
+    store, log, small_segments, monkeypatch, script, nth
+):
+    monkeypatch.setattr(log_module, "_FORGET_WORDS", 2)
+    for n in range(12):
+        append(log, [event(event_id=f"e{n}")], NOON + n)
+    lease = lease_of(store)
+    pass_all(store, log, lease)
+    names = [e for e in ids_in(log) if log.locate([e])[0] >> 37 == 1]
+    assert len(names) > 1
+    run = store.run
+    times = 0
+
+    def dying(name: str, *args: object) -> object:
+        nonlocal times
+        times += name == script
+        if times == nth:
+            raise StoreUnavailable("killed here")
+        return run(name, *args)
+
+    monkeypatch.setattr(store, "run", dying)
+    with pytest.raises(StoreUnavailable):
+        log.trim(1, lease.epoch)
+    monkeypatch.setattr(store, "run", run)
+
+    after = Log(store)
+    taken = [name for name in names if append(after, [event(event_id=name)], NOON + 50).taken]
+    retained = Position(after.head().first_segment)
+    found = [decode(record[8:])["event_id"] for frame in frames(after, retained) for record in frame.records]
+    assert len(found) == len(set(found))
+    assert found == ids_in(after)  # nor does a reader that stands further back see them
+    assert set(taken) <= set(found[-len(names) :])
+
+    pass_all(store, after, lease)
+    while after.trim(after.head().first_segment, lease.epoch):
+        pass
+    assert [n for n in range(1, after.head().segment) if store.call("EXISTS", f"{keys.LOG}{n}")] == []
+    assert sum(store.call("HLEN", name) for name in store.call("KEYS", keys.ID + "*")) == after.head().ids
+    assert checkpoints.audit(store).unexplained == 0
+
+
+def test_nothing_is_trimmed_of_an_empty_log(store, log):
+    assert not log.trim(1, lease_of(store).epoch)
+
+
+def test_damage_at_the_beginning_of_the_oldest_segment_makes_no_event_of_those_long_gone(store, log, small_segments):
+    for n in range(40):
+        append(log, [event(event_id=f"e{n}")], NOON + n)
+    lease = lease_of(store)
+    pass_all(store, log, lease)
+    for segment in range(1, 8):
+        assert log.trim(segment, lease.epoch)
+    held = [frame.address for frame in frames(log)]
+    store.call("SETRANGE", f"{keys.LOG}8", 0, GARBAGE)
+    store.call("SETRANGE", f"{keys.LOG}9", 0, GARBAGE)
+    store.call("SETRANGE", f"{keys.LOG}10", 2, bytes([99]))
+    seen = frames(Log(store), Position(8))
+    assert [frame.address for frame in seen] == held[1:]  # how many stood in the first one nobody knows
+    assert {len(frame.records) for frame in seen} == {1}
+    assert [frame.broken for frame in seen].count(True) == 2
+    assert Log(store).trim(8, lease.epoch)
+
+
+def test_damaged_frame_is_gone_on_with_from_the_middle(store, log):
+    append(log, [event() for _ in range(5)], NOON)
+    [sound] = frames(log)
+    store.call("SETRANGE", f"{keys.LOG}1", 2, bytes([99]))
+    log.drop_tail()
+    [frame] = log.read(Position(1, 0, 2, 2))
+    assert (frame.broken, frame.ordinal, len(frame.records), frame.after()) == (True, 0, 5, sound.after())
 
 
 def test_segment_that_one_stream_has_yet_to_read_is_not_trimmed(store, log, small_segments):

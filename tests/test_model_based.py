@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from pipeline import checkpoints
-from pipeline.log import Log
 from pipeline.store import Command, Store
 from pipeline.streams import aggregates
 from pipeline.streams.inference import Inference
@@ -101,7 +100,6 @@ def forget_duplicates(store: Store, patch: pytest.MonkeyPatch) -> None:
 
 
 def trim_past_the_slowest(store: Store, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Log, "_trimmable", lambda self, segment: self.head().segment > segment)
     rewrite(store, "trim", "then return 0 end\nend", "then end\nend")
 
 

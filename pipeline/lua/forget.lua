@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- Forget: drop the ids of events whose segment is about to be trimmed.
+-- Forget: drop the ids of events whose segment was let go of by trim.lua; with the last of them the segment itself.
 --
--- KEYS 1 head   2 prefix of id buckets   3 owner
+-- KEYS 1 head   2 prefix of id buckets   3 owner   4 the segment, with the last ids
 -- ARGV 1 epoch, then digest, place ...
 if redis.call('HGET', KEYS[3], 'epoch') ~= ARGV[1] then
   return redis.error_reply('FENCED another writer holds the lease')
@@ -19,4 +19,5 @@ for i = 2, #ARGV, 2 do
   end
 end
 redis.call('SETRANGE', KEYS[1], 8 * 12, struct.pack('<I8', ids))
+if KEYS[4] then redis.call('UNLINK', KEYS[4]) end
 return ids

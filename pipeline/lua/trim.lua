@@ -1,5 +1,7 @@
 #!lua flags=allow-oom
--- Trim: let go of the oldest segment and all that belongs to it, unless a stream has yet to read it.
+-- Trim: let go of the oldest segment and its index, unless a stream has yet to read it. From then on its events are no
+-- longer retained; the segment itself stays until forget.lua has dropped their ids, so that a crash in between leaves
+-- no event in the log whose id can be taken again.
 --
 -- KEYS 1 head   2 owner   3 sealed segments   4 spans   5 prefix of segments   6 prefix of rows   7 prefix of checkpoints
 -- ARGV 1 epoch   2 segment, then the streams
@@ -8,6 +10,7 @@ if redis.call('HGET', KEYS[2], 'epoch') ~= ARGV[1] then
   return redis.error_reply('FENCED another writer holds the lease')
 end
 local raw, segment = redis.call('GET', KEYS[1]), tonumber(ARGV[2])
+if not raw then return 0 end
 local open = struct.unpack('<I8', raw)
 local first = struct.unpack('<I8', raw, 8 * 17 + 1)
 if segment ~= first or segment >= open then return 0 end
@@ -17,7 +20,7 @@ for i = 3, #ARGV do
   local reading = tonumber(at[1] or 1)
   if reading < segment or (reading == segment and tonumber(at[2] or 0) < length) then return 0 end
 end
-redis.call('UNLINK', KEYS[5] .. ARGV[2], KEYS[6] .. ARGV[2])
+redis.call('UNLINK', KEYS[6] .. ARGV[2])
 redis.call('HDEL', KEYS[3], ARGV[2])
 redis.call('HDEL', KEYS[4], ARGV[2])
 redis.call('SETRANGE', KEYS[1], 8 * 17, struct.pack('<I8', segment + 1))
