@@ -34,7 +34,7 @@ _KILLED = {
 _STOPPED = {
     "worker": "requests wait or time out; clients send again",
     "service": "the partner shows as offline after its timeout; Nexus goes on, the bridge's backlog is the log",
-    "store": "requests wait, after 5 s they are answered 503",
+    "store": "requests wait; beyond some seconds they are answered 503 with Retry-After",
 }
 _TESTS = ("test_faults_*.py", "test_bridge_faults.py")
 _BYTES_OF = 20_000  # events
@@ -55,8 +55,8 @@ the tests `tests/test_faults_*.py` and `tests/test_bridge_faults.py`, which `mak
 
 ## Bytes
 
-What the store spends, as `GET /api/ml/events/ingest?check=health` says after {events} events of {users} users. Its size of an event is
-that of the log and its index; of a user that of feature tiles, payment habit and public features.
+What the store spends, as `GET /api/ml/events/ingest?check=health` says after {events} events of {users} users. An event's bytes are
+those of the log and its index; a user's those of feature tiles, payment habit and public features.
 
 | | bytes |
 |---|---|

@@ -199,7 +199,9 @@ def _read(reader: Any) -> Asked | None:
     while line := reader.readline().strip():
         name, _, value = line.decode().partition(":")
         headers[name.lower()] = value.strip()
-    return Asked(method, path, headers, reader.read(int(headers.get("content-length", 0))), time.monotonic())
+    size = int(headers.get("content-length", 0))
+    body = reader.read(size)
+    return Asked(method, path, headers, body, time.monotonic()) if len(body) == size else None  # its sender has gone
 
 
 # ------------------------------------------------------------------------------------------- behaviours
