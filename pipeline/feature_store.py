@@ -98,7 +98,9 @@ class FeatureStore:
 
     def past(self, user_id: str, as_of: int, known_at: int | None = None, before: int | None = None) -> Values:
         """Nexus's features as of a past moment (epoch ms), folded from the stored events; empty for an unknown user."""
-        return offline.past(self._events, self.stream.windows, user_id, as_of, known_at, before)
+        tables = self.stream.fold.tables
+        judges = [table.windows for kind, table in tables.items() if kind != "user"]
+        return offline.past(self._events, tables["user"].windows, user_id, as_of, known_at, before, judges)
 
     def partner(self, user_ids: Sequence[str]) -> dict[str, Partner]:
         """What the Python service has in its public keys."""

@@ -6,7 +6,7 @@ log. Every aggregation merges exactly and in any order, so the result is the one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -28,8 +28,11 @@ def past(
     as_of: int,
     known_at: int | None = None,
     before: int | None = None,
+    judges: Sequence[Windows] = (),
 ) -> Values:
-    """A user's features as of a moment (epoch ms); empty where no event of the user counts. `before` is a place in the log."""
+    """A user's features as of a moment (epoch ms); empty where no event of the user counts. `before` is a place in the log.
+
+    What one of the `judges`, the windows of payees and zones, cannot take counts for no user either."""
     entity = windows.new()
     query = Query(user_id=user_id, since=as_of - windows.horizon_ms, until=as_of)
     cursor, seen = None, False
@@ -37,17 +40,20 @@ def past(
         page, cursor = events.find(query, _PAGE, cursor)
         for found in page:
             if (known_at is None or found.received_at <= known_at) and (before is None or found.place < before):
-                seen |= fold(windows, entity, found.event, found.ts, as_of)
+                seen |= fold(windows, entity, found.event, found.ts, as_of, judges)
         if cursor is None:
             return windows.values(entity, as_of) if seen else {}
 
 
-def fold(windows: Windows, entity: Entity, event: Event, ts: int, as_of: int) -> bool:
+def fold(windows: Windows, entity: Entity, event: Event, ts: int, as_of: int, judges: Sequence[Windows] = ()) -> bool:
     """Count one stored event; False for one that the stream did not count either."""
     if event.event_type == CANARY_TYPE:
         return False
-    data: Mapping[str, object] = _decode(event.data) if event.event_type in windows.event_types else {}
+    read = any(event.event_type in some.event_types for some in (windows, *judges))
+    data: Mapping[str, object] = _decode(event.data) if read else {}
     try:
+        for judge in judges:
+            judge.extract(event, data, ts)
         deltas = windows.extract(event, data, ts)
     except Malformed:
         return False  # the stream has made it a dead letter

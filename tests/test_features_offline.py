@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.catalogue import FEATURES
-from pipeline.definitions import Entity
+from pipeline.definitions import DAY, Entity, Feature
 from pipeline.demo import City
+from pipeline.feature_store import FeatureStore
 from pipeline.ingest import judge
 from pipeline.log import Log, Request
 from pipeline.offline import past
@@ -20,7 +21,7 @@ from pipeline.streams.storage import EventStore, Storage
 from pipeline.streams.stream import Batch
 from pipeline.training_set import Label, TrainingSet
 from pipeline.windows import Windows
-from tests.helpers import DAY_MS, HOUR_MS, NOON, append, event, frames, payment, report, response, write
+from tests.helpers import DAY_MS, HOUR_MS, NOON, append, batch_of, event, frames, payment, report, response, write
 
 on_a_store = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 USERS = ("u1", "u2")
@@ -81,7 +82,7 @@ def with_streams(store: Store) -> tuple[Features, Storage, EventStore]:
     return features, storage, EventStore(store, Log(store), storage.unwritten)
 
 
-@on_a_store
+@settings(on_a_store, max_examples=200)
 @given(steps)
 def test_offline_value_at_an_events_log_position_equals_the_one_committed_online_there(store, steps):
     store.call("FLUSHALL")
@@ -145,6 +146,22 @@ def test_reported_fraud_counts_for_the_payee_of_the_payment_also_after_a_restart
     append(log, [report("t1"), report("t9")], NOON)
     again.process(Batch([frames(log)[-1]]), NOON)
     assert again.values(["m"], NOON, "merchant")["m"]["payee_fraud_rate_30d"] == 0.5
+
+
+def test_event_that_a_feature_of_payees_cannot_take_counts_in_no_past_value_of_users_either(store):
+    count = Feature(name="n", aggregation="count", window_s=DAY, description="events")
+    tips = Feature(name="tips", aggregation="sum", event_type="payment", field="tip", entity="merchant", window_s=DAY,
+                   description="tips")  # fmt: skip
+    features, storage = Features(store, (count, tips)), Storage(store)
+    for stream in (features, storage):
+        stream.load(NOON)
+    batch = batch_of(store, [payment("t", data={"tip": "much", "merchant_id": "m"}), response("rider_1")], NOON)
+    assert [index for index, _ in features.process(batch, NOON).dead] == [0]
+    storage.process(batch, NOON)
+    reads = FeatureStore(
+        store, EventStore(store, Log(store), storage.unwritten), {}, lambda: features, lambda: NOON  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert reads.nexus(["rider_1"], NOON)["rider_1"] == reads.past("rider_1", NOON) == {"n": 1}
 
 
 def test_known_at_leaves_out_what_arrived_later(store):
