@@ -10,12 +10,21 @@ from typing import Any
 import pytest
 
 from pipeline import checkpoints
+from pipeline.checkpoints import Progress
+from pipeline.errors import Fenced
 from pipeline.events import Event, Stored
+from pipeline.frames import Position
+from pipeline.lease import Lease
+from pipeline.log import Log
 from pipeline.runtime import Runtime
+from pipeline.store import Store
+from pipeline.streams.aggregates import Aggregates
 from pipeline.streams.storage import Query, Storage
-from pipeline.streams.stream import Batch, Outcome
+from pipeline.streams.straggler import MAX_ATTEMPTS
+from pipeline.streams.stream import Batch, Outcome, Stream
+from pipeline.streams.worker import Failed, Group, Shared
 from tests.conftest import Start, client_of
-from tests.helpers import LOCAL, event, until
+from tests.helpers import LOCAL, NOON, append, event, frames, until
 
 Break = Callable[[Event], None]
 OTHERS = ("features", "aggregates", "inference")
@@ -57,6 +66,32 @@ def trouble(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trouble]:
 @pytest.fixture
 def nexus(trouble: Trouble, start_nexus: Start) -> Runtime:
     return start_nexus(ENABLE_PYTHON_BRIDGE="false")
+
+
+@pytest.fixture
+def epoch(store: Store) -> int:
+    lease = Lease(store, "test", None, lambda: True)
+    assert lease.take()
+    return lease.epoch
+
+
+@pytest.fixture
+def group(store: Store, epoch: int) -> Group:
+    """A group that holds the storage stream, run by the test itself."""
+
+    def failed(failure: Failed) -> None:
+        raise AssertionError(failure)
+
+    lease = Lease(store, "test", None, lambda: True)
+    lease.epoch = epoch
+    make: dict[str, Callable[[], Stream]] = {
+        "storage": lambda: Storage(store),
+        "aggregates": lambda: Aggregates(store),
+    }
+    shared = Shared(store, Log(store), lease, lambda: NOON, make, threading.Event(), lambda *_: None)
+    made = Group(shared, Position(), {}, failed)
+    made.load("storage", Position())
+    return made
 
 
 def post(nexus: Runtime, *names: str) -> None:
@@ -175,6 +210,58 @@ def test_worker_that_wakes_after_it_was_given_up_writes_nothing(nexus, trouble, 
     until(lambda: done(nexus, *LOCAL), "the end of the work")
     assert sorted(stored_ids(nexus)) == ["after", "e0", "e1", "e2", "e3", "e4"]
     assert all(account.processed == 6 for name, account in audit(nexus).items() if name in LOCAL)
+
+
+def test_failure_of_a_worker_that_was_given_up_is_nobodys(group: Group) -> None:
+    """The stream runs elsewhere by then: a second straggler for it would count everything twice."""
+    append(group.shared.log, [event()], NOON)
+
+    def wakes(*_: object) -> Outcome:
+        group.abandoned = True
+        raise RuntimeError("the call that hung failed at last")
+
+    group.streams["storage"].process = wakes  # type: ignore[method-assign,assignment]
+    with pytest.raises(Fenced):
+        group._pass(Batch(frames(group.shared.log)))
+
+
+@pytest.mark.parametrize("index", [1, 5])
+@pytest.mark.parametrize("group_index", [0, 3])
+def test_stream_that_joins_within_a_frame_is_fed_no_event_of_it_again(
+    group: Group, epoch: int, index: int, group_index: int
+) -> None:
+    store, log = group.shared.store, group.shared.log
+    append(log, [event() for _ in range(6)], NOON)
+    append(log, [event() for _ in range(6)], NOON)
+    position = Position(1, 0, index, index)
+    checkpoints.commit(store, epoch, checkpoints.advance(Progress("aggregates", position, index), NOON))
+    group.position = Position(1, 0, group_index, group_index)
+    group._admit("aggregates")
+    for run in group._runs(log.read(group.position)):
+        group._pass(Batch(run, group.position.index))
+    group.checkpoint()
+    accounts = checkpoints.audit(store).accounts
+    assert (accounts["aggregates"].processed, accounts["aggregates"].unexplained) == (12, 0)
+
+
+def test_stream_that_throws_as_it_joins_leaves_the_others_alone(group: Group) -> None:
+    failed: list[Failed] = []
+    group._failed = failed.append
+    group.shared.make["aggregates"] = lambda: 1 / 0
+    group._admit("aggregates")
+    assert [failure.stream for failure in failed] == ["aggregates"]
+    assert list(group.streams) == ["storage"]
+
+
+def test_stream_waits_once_for_its_repair_however_many_bad_events_follow(nexus, trouble, monkeypatch):
+    monkeypatch.setattr("pipeline.streams.straggler.HOLD_S", 0.5)
+    bad = [f"bad{n}" for n in range(8)]
+    trouble.at = lambda found: found.event_id in bad
+    post(nexus, *bad, "good")
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    assert [letter["attempts"] > MAX_ATTEMPTS for letter in letters(nexus)].count(True) == 1
+    assert (audit(nexus)["storage"].processed, audit(nexus)["storage"].dead) == (1, len(bad))
+    assert stored_ids(nexus) == ["good"]
 
 
 def test_receipt_shows_the_dead_stream_and_the_done_ones(nexus, trouble):

@@ -14,7 +14,7 @@ from pipeline.streams.worker import Shared, Worker
 
 MAX_ATTEMPTS = 3
 MAX_BAD_IN_A_ROW = 5  # beyond this the stream itself is suspected, and events are held rather than dead-lettered
-HOLD_S = 60.0
+HOLD_S = 60.0  # and for so long, once: if it is not mended by then, it is the events after all
 TRUSTED_AFTER = 100  # good events in a row after which a straggler takes whole batches again
 log = logging.getLogger(__name__)
 
@@ -32,12 +32,13 @@ class Straggler(Worker):
         self.attempts: dict[int, tuple[int, int, str]] = {}  # ordinal -> attempts, first at (epoch ms), error
         self.condemned: dict[int, str] = {}
         self._good, self._bad_in_a_row = 0, 0
-        self._held_since: float | None = None
+        self._held_since: float | None = None  # monotonic; until a good event comes
         self.done = False
 
     def hung_at(self, ordinal: int, before: Straggler) -> None:
         """Go on where a straggler hung, with what it had found out."""
-        self.attempts, self.condemned, self._bad_in_a_row = before.attempts, before.condemned, before._bad_in_a_row
+        self.attempts, self.condemned = before.attempts, before.condemned
+        self._bad_in_a_row, self._held_since = before._bad_in_a_row, before._held_since
         self._failed_at(ordinal, "hung", single=True)
 
     def work(self) -> None:
@@ -123,6 +124,5 @@ class Straggler(Worker):
             self._held_since = self._held_since or time.monotonic()
             if time.monotonic() - self._held_since >= HOLD_S:
                 self.condemned[ordinal] = "failed"
-                self._held_since = None
             else:
                 self.stopping.wait(min(5.0, 0.1 * 2 ** min(attempts, 6)))

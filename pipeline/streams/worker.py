@@ -304,13 +304,16 @@ class Group(Worker):
             yield run
 
     def _admit(self, name: str) -> None:
-        """Load a stream and bring it to the group's position, or leave it ahead for the group to reach."""
-        position = checkpoints.read(self.shared.store, [name])[name]
-        self.load(name, position)
+        """Load a stream and bring it to the group's position, or leave it ahead, at a frame's beginning, for the group
+        to reach."""
+        position = self.at[name] = checkpoints.read(self.shared.store, [name])[name]
+        self._of(name, partial(self.load, name, position))
         self._committed[name] = position
-        while self.at[name].ordinal < self.position.ordinal and name in self.streams:
+        while name in self.streams and not self.stopping.is_set():
+            if self.at[name].ordinal >= self.position.ordinal and not self.at[name].index:
+                return
             for frame in self.shared.log.read(self.at[name]):
-                if frame.ordinal >= self.position.ordinal:
+                if frame.ordinal >= self.position.ordinal and not self.at[name].index:
                     return
                 try:
                     self.feed(name, Batch([frame], self.at[name].index))
