@@ -14,6 +14,7 @@ import msgspec
 from pipeline import keys
 from pipeline.errors import BadRequest, PartnerStatus
 from pipeline.events import rfc3339
+from pipeline.frames import CANARY
 from pipeline.log import Log
 from pipeline.replies import KINDS, Delivery, kind_of
 from pipeline.store import Command, Store
@@ -139,13 +140,15 @@ def bridge_state(store: Store, log: Log, place: int, found: dict[str, Any]) -> d
     """The bridge's part of a receipt, made out of what its position tells: how often the event was sent, and what the
     partner answered to the call that held it last. Null where the attempt log no longer reaches."""
     attempts: list[Attempt] = []
-    complete = True
+    complete, canary = True, False
     for event in log.fetch(_places(store, place)):
         if event is not None:
             some, reaches = of_event(store, event.ordinal, event.body, event.received_at)
             attempts = some + attempts
-            complete = complete and reaches
+            complete, canary = complete and reaches, bool(event.to & CANARY)
     state = "retrying" if found["state"] == "pending" and attempts else found["state"]
+    if not attempts and canary and complete and state == "done":  # passed over: the partner takes no canaries
+        return {"state": "not_addressed", "at": None, "attempts": 0, "result": None}
     if not attempts:
         return {
             **found,

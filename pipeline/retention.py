@@ -1,5 +1,4 @@
-"""Retention: lets go of the oldest segments of the log, by time of arrival and by memory, never past the slowest
-stream."""
+"""Retention: lets go of the oldest segments of the log, by arrival and by memory, never past the slowest stream."""
 
 from __future__ import annotations
 
@@ -15,26 +14,28 @@ MAX_CLOCK_LEAP_MS = 3_600_000
 
 class Retention:
     """One run trims what is due. A segment goes as a whole: when its last event is older than the retention, or,
-    oldest first,
-    while the store is short of memory."""
+    oldest first, while the store is short of memory. `latest`: the last run's report."""
 
     def __init__(self, log: Log, lease: Lease, retention_ms: int) -> None:
         self._log, self._lease, self._retention_ms = log, lease, retention_ms
         self._last_run: int | None = None
+        self.latest: dict[str, Any] = {"trimmed": 0, "held_back": []}
 
     def run(self, now: int, memory_used: float) -> dict[str, Any]:
-        """`memory_used` is a share of the limit, 0 without one. Answers what was trimmed, and what holds the rest."""
-        report: dict[str, Any] = {"trimmed": 0, "held_back": False}
+        """`memory_used` is a share of the limit, 0 without one. Answers how many segments went, and the streams that hold
+        back what else is due."""
+        report = self.latest = {"trimmed": 0, "held_back": []}
         leapt = self._last_run is not None and now - self._last_run > MAX_CLOCK_LEAP_MS
         self._last_run = now
         if not self._lease.epoch or leapt:  # after a leap of the clock one run is sat out: it may leap back
             return report
+        self._log.finish_trim(self._lease.epoch)
         for segment, (_, last_arrival, _, _) in sorted(self._log.sealed().items()):
             due = last_arrival < now - self._retention_ms or memory_used > TRIM_AT
             if not due or report["trimmed"] == MAX_SEGMENTS:
                 break
             if not self._log.trim(segment, self._lease.epoch):
-                report["held_back"] = True
+                report["held_back"] = self._log.readers(segment)
                 break
             report["trimmed"] += 1
             if memory_used > TRIM_AT and last_arrival >= now - self._retention_ms:

@@ -89,17 +89,9 @@ class Serving:
         except StoreError as error:
             return 503, self._without_store(error)
         states = nexus.stream_states()
-        owned = audit.owned
-        local_ok = all(
-            (states[name][0] == "running" or (nexus.runner.state == "standby" and owned))
-            and lags.get(name, 0.0) < _BEHIND_S
-            for name in keys.LOCAL_STREAMS
-        )
-        running = nexus.runner.state == "running" or owned
-        partner = nexus.partner_status()["status"]
-        healthy = local_ok and partner in ("online", "disabled") and lags.get("bridge", 0.0) < _BEHIND_S
-        healthy = healthy and self.store_watch.status["status"] == "online" and audit.unexplained == 0
-        status = "unhealthy" if not running else "healthy" if healthy else "degraded"
+        running = nexus.runner.state == "running" or audit.owned
+        reasons = self._reasons(audit, states, lags)
+        status = "unhealthy" if not running else "degraded" if reasons else "healthy"
         streams = {
             name: {
                 "state": states[name][0],
@@ -114,6 +106,7 @@ class Serving:
         }
         return (503 if status == "unhealthy" else 200), {
             "status": status,
+            "reasons": reasons,
             "streams": streams,
             "totals": {
                 "accepted": audit.head.accepted,
@@ -129,19 +122,43 @@ class Serving:
                 "last_segment": audit.head.segment,
             },
             "bytes": self._footprint.latest,
+            "retention": nexus.retention.latest,
         }
+
+    def _reasons(
+        self, audit: Audit, states: Mapping[str, tuple[str, str | None]], lags: Mapping[str, float]
+    ) -> list[str]:
+        """Why all is not well, in words."""
+        nexus = self._nexus
+        found: list[str] = []
+        elsewhere = nexus.runner.state == "standby" and audit.owned
+        for name, (state, detail) in states.items():
+            lag = lags.get(name, 0.0)
+            if (state != "running" and name != "bridge" and not elsewhere) or lag >= _BEHIND_S:
+                found.append(f"{name}: {state}, {lag:.0f} s behind" + (f" ({detail})" if detail else ""))
+        if (partner := nexus.partner_status())["status"] not in ("online", "disabled"):
+            found.append(f"the Python service is {partner['status']}: {partner['reason']}")
+        if (store := self.store_watch.status)["status"] != "online":
+            found.append(f"the store is {store['status']}: {store['detail']}")
+        if audit.unexplained:
+            found.append(f"events unexplained: {audit.unexplained}")
+        if held_by := nexus.retention.latest["held_back"]:
+            found.append(f"events past their retention are kept for {', '.join(held_by)}, yet to read them")
+        return found
 
     def _without_store(self, error: StoreError) -> dict[str, Any]:
         """What is known of the health while the store does not answer."""
         unknown = dict.fromkeys(("lag", "processed", "failed", "rate", "pending", "lag_s"))
         return {
             "status": "unhealthy",
+            "reasons": [error.message],
             "streams": {name: {"state": state, **unknown} for name, (state, _) in self._nexus.stream_states().items()},
             "totals": dict.fromkeys(("accepted", "duplicates", "rejected", "bridge_only")),
             "unexplained": None,
             "store": {**self.store_watch.status, "status": "offline", "detail": error.message},
             "log": dict.fromkeys(("ids", "first_segment", "last_segment")),
             "bytes": self._footprint.latest,
+            "retention": self._nexus.retention.latest,
             **error.body(),
         }
 
@@ -214,6 +231,7 @@ class Serving:
                 "rejected": head.rejected if head else None,
             },
             "unexplained": audit.unexplained if audit is not None else None,
+            "retention": nexus.retention.latest,
             "rates": {
                 "ingest": _rounded(ingest_rate),
                 "nexus": streams["features"]["rate"],

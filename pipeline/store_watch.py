@@ -42,7 +42,7 @@ class StoreWatch:
             self.status.update(status=_why_away(str(error)), detail=error.message)
             raise
         used, limit = int(memory.get("used_memory", 0)), int(memory.get("maxmemory", 0))
-        status, detail = _condition(persistence, replication)
+        status, detail = _condition(memory, persistence, replication)
         full = self._no_room(used, limit)
         if full is not None:
             status, detail = "full", full
@@ -76,7 +76,9 @@ def _why_away(error: str) -> str:
     return "readonly" if "READONLY" in error else "offline"
 
 
-def _condition(persistence: dict[str, str], replication: dict[str, str]) -> tuple[str, str | None]:
+def _condition(
+    memory: dict[str, str], persistence: dict[str, str], replication: dict[str, str]
+) -> tuple[str, str | None]:
     if persistence.get("loading") == "1":
         return "loading", "the store is reading its data from disk; it takes requests once it has done so"
     if replication.get("role") == "slave" and replication.get("slave_read_only") == "1":
@@ -85,6 +87,12 @@ def _condition(persistence: dict[str, str], replication: dict[str, str]) -> tupl
         return "degraded", _NO_AOF
     if persistence.get("aof_last_write_status") == "err":
         return "full", "the store cannot write its append-only file: is its disk full?"
+    policy = memory.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction" and memory.get("maxmemory", "0") != "0":
+        return (
+            "degraded",
+            f"at its memory limit the store evicts what Nexus keeps: set maxmemory-policy noeviction, not {policy}",
+        )
     return "online", None
 
 

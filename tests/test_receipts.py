@@ -75,3 +75,18 @@ def test_receipt_ends_with_the_retention_of_its_event(nexus: Runtime, client: Fl
     nexus.log.drop_tail()
 
     assert client.get("/api/ml/events/gone").status_code == 404
+
+
+def test_canary_that_the_partner_was_never_given_is_not_told_as_delivered(
+    nexus: Runtime, client: FlaskClient, partner: FakePartner
+) -> None:
+    until(lambda: nexus.bridge.health is not None, "the partner's capabilities")  # canaries are none of them
+    sent = canary(uuid7(nexus.clock()), nexus.clock())
+    nexus.log.accept([Request([sent], "nexus", ALL_STREAMS | CANARY)], nexus.clock())
+    nexus.taken()
+    until(lambda: receipt(client, sent.event_id)["streams"]["bridge"]["state"] != "pending", "the bridge to pass it")
+
+    found = receipt(client, sent.event_id)["streams"]
+    assert partner.received == []
+    assert found["bridge"] == {"state": "not_addressed", "at": None, "attempts": 0, "result": None}
+    until(lambda: {states(client, sent.event_id)[name] for name in LOCAL} == {"done"}, "the local streams")

@@ -14,6 +14,8 @@ from pipeline.lease import Lease
 from pipeline.log import Log
 from pipeline.retention import Retention
 from pipeline.store import Store
+from tests.conftest import Start, client_of
+from tests.faults import HEALTH, INGEST, routes, settled
 from tests.helpers import HOUR_MS, MINUTE_MS, NOON, STREAMS, Clock, append, event, frames
 
 EVENTS, APART_MS = 24, HOUR_MS // 4
@@ -108,12 +110,12 @@ def test_what_the_slowest_stream_has_yet_to_read_stays_however_old_and_however_f
     read_up_to(store, lease, EVENTS, [stream for stream in STREAMS if stream != slowest])
     job = Retention(log, lease, HOUR_MS)
 
-    assert job.run(END, memory_used) == {"trimmed": 0, "held_back": True}
+    assert job.run(END, memory_used) == job.latest == {"trimmed": 0, "held_back": [slowest]}
 
     read_up_to(store, lease, 11, [slowest])
     runs = [job.run(END + n, memory_used) for n in range(1, 15)]
     assert sum(run["trimmed"] for run in runs) > 0
-    assert runs[-1] == {"trimmed": 0, "held_back": True}
+    assert runs[-1] == {"trimmed": 0, "held_back": [slowest]}
     log.drop_tail()
     left = log.read(checkpoints.read(store, [slowest])[slowest])[0]
     assert left.ordinal == 11  # the next one that it has to read
@@ -137,5 +139,26 @@ def test_instance_without_the_lease_lets_go_of_nothing(store: Store, filled: Log
     standby = Lease(store, "standby", Clock(NOON), lambda: False)
     assert not standby.take()
 
-    assert Retention(filled, standby, HOUR_MS).run(END, FULL) == {"trimmed": 0, "held_back": False}
+    assert Retention(filled, standby, HOUR_MS).run(END, FULL) == {"trimmed": 0, "held_back": []}
     assert len(kept(filled)) == EVENTS
+
+
+def test_health_tells_for_whom_events_past_their_retention_are_kept(
+    start_nexus: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bridge switched off its backlog stays deliverable, so it is kept, and that must not come as a surprise."""
+    monkeypatch.setattr(log_module, "SEGMENT_BYTES", 600)
+    nexus = start_nexus(ENABLE_PYTHON_BRIDGE="false")
+    client = client_of(nexus)
+    for _ in range(6):
+        assert client.post(INGEST, json=event()).status_code == 202
+    settled(routes(client))
+    later = nexus.clock() + 1_000 * HOUR_MS
+    for _ in range(2):  # the first one sees the clock leap
+        nexus.retention.run(later, 0.0)
+
+    health = client.get(HEALTH).json
+    assert (health["status"], health["retention"]) == ("degraded", {"trimmed": 0, "held_back": ["bridge"]})
+    assert "events past their retention are kept for bridge, yet to read them" in health["reasons"]
+    nexus.serving.refresh()
+    assert client.get("/nexus/feed.json").json["retention"] == health["retention"]

@@ -237,6 +237,7 @@ def test_check_health_sees_one_skipped_event(nexus, client):
     nexus.store.call("HINCRBY", "ml:{p}:checkpoint:storage", "processed", -1)
     found = client.get(f"{INGEST}?check=health").json
     assert (found["unexplained"], found["status"]) == (1, "degraded")
+    assert found["reasons"] == ["events unexplained: 1"]
 
 
 def test_check_health_shows_the_bytes_of_an_event_an_id_and_a_user(nexus, client):

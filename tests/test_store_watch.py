@@ -36,6 +36,12 @@ def embedded(tmp_path: Path) -> Iterator[Runtime]:
     server.kill()
 
 
+@pytest.fixture
+def start_own(own_server: Valkey, tmp_path: Path) -> Iterator[Start]:
+    """Starts instances on `own_server`."""
+    yield from runtimes(own_server.url, tmp_path)
+
+
 def post(client: FlaskClient, count: int = 1) -> tuple[int, str | None, str | None]:
     """Status, Retry-After and error code of some events posted."""
     answer = client.post(INGEST, json={"events": [event() for _ in range(count)]})
@@ -99,3 +105,17 @@ def test_disk_of_a_store_elsewhere_is_not_this_machines(start_nexus: Start, monk
 
     assert not is_full(nexus)
     assert post(client_of(nexus))[0] == 202
+
+
+def test_store_that_would_evict_at_its_limit_is_degraded(start_own: Start, own_server: Valkey) -> None:
+    watch = start_own().serving.store_watch
+    own_server.client.config_set("maxmemory-policy", "allkeys-lru")
+    watch.look()
+    assert watch.status["status"] == "online"  # it has no limit
+    own_server.client.config_set("maxmemory", 1 << 30)
+    watch.look()
+    assert watch.status["status"] == "degraded"
+    assert "set maxmemory-policy noeviction, not allkeys-lru" in watch.status["detail"]
+    own_server.client.config_set("maxmemory-policy", "noeviction")
+    watch.look()
+    assert watch.status["status"] == "online"

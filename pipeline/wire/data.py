@@ -72,15 +72,24 @@ class Footprint(TypedDict):
     per_user: float | None
 
 
+class Retention(TypedDict):
+    """The latest run: the segments of the log that it let go of, and the streams for which it keeps what else is due."""
+
+    trimmed: int
+    held_back: list[str]
+
+
 class IngestHealth(TypedDict):
-    """While the store is away: what is known, null for the rest, and the error."""
+    """While the store is away: what is known, null for the rest, and the error. `reasons`: why it is not healthy."""
 
     status: Literal["healthy", "degraded", "unhealthy"]
+    reasons: list[str]
     streams: dict[str, StreamHealth]
     totals: Totals
     unexplained: int | None
     store: StoreHealth
     bytes: Footprint
+    retention: Retention
     error: NotRequired[ErrorBody]
 
 
