@@ -8,6 +8,7 @@ from flask import Blueprint, Response, request
 
 from pipeline.aggregations import error
 from pipeline.answers import answer, json_object, strings
+from pipeline.definitions import Entity
 from pipeline.errors import BadRequest, NotFound
 from pipeline.events import rfc3339
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
 MAX_USERS = 500
+_WHERE_SET = ("share", "quantile", "half_life_s")
 
 
 def feature_routes(nexus: Runtime) -> Blueprint:
@@ -58,6 +60,7 @@ def describe(nexus: Runtime) -> list[dict[str, Any]]:
             "where": f.where, "of": f.of, "window_s": f.window_s, "owner": f.owner, "merge": f.merge, "tolerance": f.tolerance,
             "fresh_s": f.fresh_s, "low": f.low, "high": f.high, "error": error(f), "description": f.description,
             "state": states[f.name],
+            **{name: value for name in _WHERE_SET if (value := getattr(f, name)) is not None},
         }
         for f in stream.wanted
     ]  # fmt: skip
@@ -67,6 +70,8 @@ def _features(nexus: Runtime, user_id: str) -> Response:
     text, known, wanted = (request.args.get(name) for name in ("as_of", "known_at", "names"))
     names = frozenset(wanted.split(",")) if wanted else None
     now = nexus.clock()
+    if (entity := request.args.get("entity", "user")) != "user":
+        return _of_entity(nexus, entity, user_id, names)
     if text is None and known is None:
         found = nexus.features.combine([user_id], names)[user_id]
         if not found.known:
@@ -85,5 +90,23 @@ def _features(nexus: Runtime, user_id: str) -> Response:
     served = nexus.features.stream.definitions
     fresh = {"owner": "nexus", "computed_at": rfc3339(now), "age_s": 0.0, "verdict": "fresh"}
     missing = {"owner": None, "computed_at": None, "age_s": None, "verdict": "missing"}
+    covers = nexus.features.covers_from(values, at)
     meta = {name: fresh if name in served else missing for name in values}
+    meta |= {name: {**meta[name], "covers_from": since} for name, since in covers.items()}
     return answer({"user_id": user_id, "as_of": rfc3339(at), "features": values, "meta": meta})
+
+
+def _of_entity(nexus: Runtime, entity: str, owner: str, names: frozenset[str] | None) -> Response:
+    """A payee's or a zone's own features, of now."""
+    kinds: dict[str, Entity] = {"merchant": "merchant", "zone": "zone"}
+    if (kind := kinds.get(entity)) is None:
+        raise BadRequest("unknown_entity", f"entity is {entity!r}; it takes user, merchant or zone")
+    if request.args.keys() & {"as_of", "known_at"}:
+        raise BadRequest("no_past", f"past values are those of users; a {entity}'s go into training sets")
+    now = nexus.clock()
+    found = nexus.features.of_entity(kind, owner, names)
+    if not found.known:
+        raise NotFound(f"unknown_{entity}", f"no event of a {entity} {owner} has been counted")
+    return answer(
+        {"entity": entity, "id": owner, "as_of": rfc3339(now), "features": found.combined, "meta": found.meta}
+    )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import foreign, keys, offline
-from pipeline.definitions import Feature
+from pipeline.definitions import Entity, Feature
 from pipeline.errors import BadRequest
 from pipeline.events import rfc3339
 from pipeline.foreign import Partner, read_moment
+from pipeline.frames import Position
 from pipeline.live_settings import LiveSettings
+from pipeline.log import Log
 from pipeline.reading import Values
 from pipeline.store import Store
 from pipeline.streams.features import Features
@@ -77,6 +79,7 @@ class FeatureStore:
     ) -> None:
         self._store, self._events, self._settings = store, events, settings
         self._live, self._clock, self._lag_s, self._behind = live, clock, lag_s, behind
+        self._log = Log(store)
         self._at_rest = Features(store)  # reads what the last checkpoint left, where the stream runs elsewhere
         self._adopted = 0.0
 
@@ -114,16 +117,38 @@ class FeatureStore:
         prefix = stream.fold.tables["user"].prefix
         partners, hashes = foreign.read(self._store, user_ids if hybrid else (), at, [prefix + i for i in absent])
         nexus = stream.values(user_ids, at, hashes=dict(zip(absent, hashes, strict=True)))
-        lag_s = self._lag_s()
-        own = {"owner": "nexus", "computed_at": rfc3339(at - int(lag_s * 1000)), "age_s": round(lag_s, 3)}
+        lag_s, own = self._own(at)
         nothing = Partner()
         found = {}
         for user_id in user_ids:
-            partner = partners.get(user_id, nothing)
+            partner = foreign.judged(partners.get(user_id, nothing), keys.PARTNER + user_id, stream.definitions)
             behind = self._behind(user_id) if hybrid else None
             ours = _Side(nexus.get(user_id, {}), lag_s, own)
             found[user_id] = self._merge(stream, ours, partner, behind, at, names)
         return found
+
+    def of_entity(self, kind: Entity, owner: str, names: frozenset[str] | None = None) -> Combined:
+        """A payee's or a zone's vector as of now: Nexus's own, since the Python service has none."""
+        at, stream = self._clock(), self.stream
+        ours = _Side(stream.values([owner], at, kind).get(owner, {}), *self._own(at))
+        return self._merge(stream, ours, Partner(), None, at, names)
+
+    def _own(self, at: int) -> tuple[float, dict[str, Any]]:
+        """The age of Nexus's own values, s, and what it says in `meta`."""
+        lag_s = self._lag_s()
+        return lag_s, {"owner": "nexus", "computed_at": rfc3339(at - int(lag_s * 1000)), "age_s": round(lag_s, 3)}
+
+    def covers_from(self, names: Iterable[str], as_of: int) -> dict[str, str]:
+        """Of past values whose window begins before the oldest event that is still stored arrived: that moment."""
+        head = self._log.head()
+        [since] = self._log.arrivals([Position(head.first_segment)]) if head.first_segment > 1 else [0]
+        oldest, known = since if since is not None else self._clock(), self.stream.definitions
+        reach = {
+            name: max(part.window_s for part in (f, *(known[n] for n in f.of or ())))
+            for name in names
+            if (f := known.get(name)) is not None
+        }
+        return {name: rfc3339(oldest) for name, window_s in reach.items() if as_of - window_s * 1000 < oldest}
 
     def _merge(
         self, stream: Features, ours: _Side, partner: Partner, behind: int | None, at: int, names: frozenset[str] | None
@@ -163,8 +188,11 @@ class FeatureStore:
         # What no definition names and Nexus has not is the partner's own, not a fallback for anything.
         first = "python" if feature is None and name not in ours.values else _preferred(feature, ours, theirs)
         second = "python" if first == "nexus" else "nexus"
-        usable = ("fresh", "stale")
-        taken = first if verdicts[first] in usable or verdicts[second] not in usable else second
+        usable = {
+            side: verdict in ("fresh", "stale") and sides[side].values[name] is not None
+            for side, verdict in verdicts.items()
+        }
+        taken = first if usable[first] or not usable[second] else second
         if verdicts[taken] == "missing":
             taken = second if taken == first else first
         value, verdict = sides[taken].values[name], verdicts[taken]
@@ -194,8 +222,9 @@ class FeatureStore:
     def as_of(self, text: str, name: str = "as_of") -> int:
         """A moment given as RFC 3339 or epoch ms. Raises BadRequest, also for one in the future."""
         at = read_moment(name, text)
-        if at > self._clock():
-            raise BadRequest("in_the_future", f"{name} is {rfc3339(at)}; it takes a moment up to now")
+        if not 0 <= at <= self._clock():
+            code = "in_the_future" if at > 0 else "before_1970"
+            raise BadRequest(code, f"{name} is {rfc3339(at)}; it takes a moment from 1970 up to now")
         return at
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import msgspec
@@ -16,6 +18,7 @@ from pipeline.store import Store, translate
 
 _decode = msgspec.json.Decoder().decode
 _EARLIEST_MS = 10**11  # a number below is seconds
+_PLUS = re.compile(r" (?=\d\d:\d\d\Z)")  # of an offset; unescaped in a query it arrives as a space
 _FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999: RFC 3339 has no others
 
 
@@ -72,10 +75,20 @@ def _partner(raw: Any, name: str, now: int) -> Partner:
     if isinstance(raw, bytes):
         return _from_json(raw, name, now)
     if isinstance(raw, dict):
-        return _from_hash(raw, now)
+        return _from_hash(raw, name, now)
     if len(raw) == 1:
         return Partner(malformed=f"{name} is neither a string nor a hash")
-    return _from_hash(dict(zip(raw[::2], raw[1::2], strict=True)), now)
+    return _from_hash(dict(zip(raw[::2], raw[1::2], strict=True)), name, now)
+
+
+def judged(partner: Partner, key: str, numbers: Container[str]) -> Partner:
+    """Without what is no number among the features that are `numbers`: it is named instead, with its key."""
+    wrong = [n for n, value in partner.features.items() if n in numbers and type(value) not in (int, float, NoneType)]
+    if not wrong:
+        return partner
+    said = [f"{key}: {name} is {partner.features[name]!r:.60}; it takes a number" for name in wrong]
+    kept = {name: value for name, value in partner.features.items() if name not in wrong}
+    return Partner(kept, partner.computed_at, "; ".join(filter(None, [partner.malformed, *said])))
 
 
 def _from_json(raw: bytes, name: str, now: int) -> Partner:
@@ -90,21 +103,27 @@ def _from_json(raw: bytes, name: str, now: int) -> Partner:
         features = {k: v for k, v in value.items() if k not in ("user_id", "computed_at")}
     if not isinstance(features, dict):
         return Partner(malformed=f"{name} has no object 'features'")
-    return Partner(features, _moment(value.get("computed_at"), now))
+    return _stamped(features, value.get("computed_at"), name, now)
 
 
-def _from_hash(flat: dict[Any, Any], now: int) -> Partner:
+def _from_hash(flat: dict[Any, Any], key: str, now: int) -> Partner:
     found: dict[str, Any] = {}
-    computed_at = None
+    stamp = None
     for raw_name, raw in flat.items():
         name, text = raw_name.decode(errors="replace"), raw.decode(errors="replace")
         if name == "computed_at":
-            computed_at = _moment(_plain(text), now)
+            stamp = _plain(text)
         elif name == "features" and isinstance(value := _plain(text), dict):
             found.update(value)
         elif name != "user_id":
             found[name] = _plain(text)
-    return Partner(found, computed_at)
+    return _stamped(found, stamp, key, now)
+
+
+def _stamped(features: dict[str, Any], stamp: Any, key: str, now: int) -> Partner:
+    at = _moment(stamp, now)
+    wrong = at is None and stamp is not None
+    return Partner(features, at, f"{key}: computed_at is {stamp!r:.60}; it takes a time up to now" if wrong else None)
 
 
 def _plain(text: str) -> Any:
@@ -135,6 +154,6 @@ def read_moment(name: str, text: str) -> int:
     if text.removeprefix("-").isdecimal() and len(text) < 18 and _FIRST_MS <= int(text) <= _LAST_MS:
         return int(text)
     try:
-        return parse_rfc3339(text.replace(" ", "+"))[0]  # a plus sign unescaped in a query arrives as a space
+        return parse_rfc3339(_PLUS.sub("+", text))[0]
     except Exception as error:
         raise BadRequest("invalid_time", f"{name} is {text!r}; it takes RFC 3339 or epoch milliseconds") from error

@@ -96,12 +96,15 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         _CURSOR,
     ),
     ("GET", "/api/ml/events/{event_id}"): _one("The receipt: what each stream did with an event", data.Receipt),
-    ("GET", "/api/ml/features/{user_id}"): _one(
-        "A user's combined features with their provenance",
-        data.Features,
-        ("as_of", _WHEN, "as of a past moment, event time"),
-        ("known_at", _WHEN, "leave out what arrived later"),
-        ("names", _TEXT, "some features only, comma separated"),
+    ("GET", "/api/ml/features/{user_id}"): Operation(
+        "A user's combined features with their provenance; a payee's or a zone's own, by its id",
+        {200: (data.Features, data.EntityFeatures)},
+        (
+            ("entity", {"enum": ["user", "merchant", "zone"], "default": "user"}, "whose the id is"),
+            ("as_of", _WHEN, "as of a past moment, event time; of users"),
+            ("known_at", _WHEN, "leave out what arrived later"),
+            ("names", _TEXT, "some features only, comma separated"),
+        ),
     ),
     ("POST", "/api/ml/features"): _one("The same of up to 500 users", data.Vectors, body=(bodies.UsersBody,)),
     ("POST", "/api/ml/features/sync"): _one("Run the feature sync now", data.Synchronised),

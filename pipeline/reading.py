@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from math import fsum
 from typing import Any
 
 from pipeline.aggregations import decayed, lanes, value_of
@@ -115,11 +116,13 @@ class Reading:
 
     @staticmethod
     def _decayed(family: Family, cells: _Cells, at: int) -> tuple[float, float]:
-        """Weight and weighted sum, faded to `at`."""
+        """Weight and weighted sum, faded to the latest tile and summed in any order: of the same events the same bits."""
         tile_ms, half_life_s = family.tiles[0], family.half_life_s or 1.0
         edge, last = (at - family.windows[0]) // tile_ms, at // tile_ms
-        parts = [decayed(state, at - tile * tile_ms, half_life_s) for tile, state in cells if edge < tile <= last]
-        return sum(weight for weight, _ in parts), sum(part for _, part in parts)
+        inside = [(tile, state) for tile, state in cells if edge < tile <= last]
+        latest = max((tile for tile, _ in inside), default=0)
+        parts = [decayed(state, (latest - tile) * tile_ms, half_life_s) for tile, state in inside]
+        return fsum(weight for weight, _ in parts), fsum(part for _, part in parts)
 
     def due(self, entity: Entity, at: int, spacing_ms: int) -> int | None:
         """When (epoch ms) the values of `at` should be looked at again, were nothing to come; None: nothing will change.

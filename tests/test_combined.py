@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from h3.api.basic_str import latlng_to_cell
 
 from pipeline import checkpoints, keys
 from pipeline.catalogue import FEATURES
@@ -158,6 +159,95 @@ def test_malformed_foreign_value_is_reported_with_its_key(store, raw):
     both = Both(store)
     store.call("SET", "features:u", raw)
     assert "features:u" in (both.reads.combine(["u"])["u"].malformed or "")
+
+
+@pytest.mark.parametrize("value", ["high", [0.5], {"a": 1}, True])
+def test_foreign_value_that_is_no_number_is_reported_with_its_key_and_not_served(store, value):
+    both = Both(store)
+    both.python("u", {"acceptance_rate": value, "theirs": "gold"})
+    found = both.reads.combine(["u"])["u"]
+    assert found.combined == found.python == {"theirs": "gold"}
+    assert found.malformed is not None
+    assert "features:u: acceptance_rate is " in found.malformed
+    store.call("DEL", "features:u")
+    store.call("HSET", "features:u", "acceptance_rate", json.dumps(value))
+    both.take(response("u", timestamp=NOON))
+    found = both.reads.combine(["u"])["u"]
+    assert (found.combined["acceptance_rate"], found.meta["acceptance_rate"]["verdict"]) == (1.0, "fresh")
+    assert "acceptance_rate" in (found.malformed or "")
+
+
+@pytest.mark.parametrize("stamp", ["yesterday", "9999-01-01T00:00:00Z", 1e300, [1]])
+def test_foreign_stamp_that_is_no_past_time_is_reported_with_its_key(store, stamp):
+    both = Both(store)
+    store.call("SET", "features:u", json.dumps({"features": {"theirs": 1}, "computed_at": stamp}))
+    store.call("HSET", "features:v", "theirs", 1, "computed_at", json.dumps(stamp))
+    for user, found in both.reads.combine(["u", "v"]).items():
+        assert found.combined == {"theirs": 1}
+        assert f"features:{user}: computed_at is " in (found.malformed or "")
+
+
+@pytest.mark.parametrize("stamp", ["2100-01-01 11:59:30", "2100-01-01 19:59:30+08:00", "2100-01-01T19:59:30 08:00"])
+def test_time_with_a_space_is_a_time(store, stamp):
+    both = Both(store)
+    store.call("SET", "features:u", json.dumps({"features": {"theirs": 1}, "computed_at": stamp}))
+    assert both.value("theirs")[1]["age_s"] == 30.0
+
+
+def test_usable_value_of_one_system_is_served_before_the_others_null(store):
+    both = Both(store)
+    both.take(event(user="u", timestamp=NOON))
+    both.python("u", {"acceptance_rate": 0.25, "response_time": None})
+    value, meta = both.value()
+    assert (value, meta["owner"], meta["verdict"], meta["nexus_value"]) == (0.25, "python", "fallback", None)
+    value, meta = both.value("response_time")
+    assert (value, meta["owner"], meta["verdict"]) == (None, "nexus", "fresh")
+    both.python("u", {"acceptance_rate": 0.25}, age_s=2 * 86_400)
+    assert both.value()[0] is None
+    of_python = Both(store, (replace(RATE, owner="python"),))
+    of_python.take(response("v", timestamp=NOON))
+    of_python.python("v", {"acceptance_rate": None})
+    value, meta = of_python.value(user="v")
+    assert (value, meta["owner"], meta["verdict"]) == (1.0, "nexus", "fallback")
+
+
+def test_values_of_payees_and_zones_are_read_like_those_of_users(store):
+    both = Both(store)
+    place = {"lat": 14.5, "lng": 121.0}
+    both.take(
+        payment("t", 30.0, timestamp=NOON, data={"merchant_id": "m"}),
+        event("ride_request", location=place, timestamp=NOON),
+    )
+    payee = both.reads.of_entity("merchant", "m", frozenset({"payee_amount_mean_30d", "nothing"}))
+    assert payee.combined == {"nothing": None, "payee_amount_mean_30d": 30.0}
+    assert (payee.meta["payee_amount_mean_30d"]["owner"], payee.meta["nothing"]["verdict"]) == ("nexus", "missing")
+    zone = both.reads.of_entity("zone", latlng_to_cell(14.5, 121.0, 7))
+    assert (zone.combined["zone_requests_15m"], zone.meta["zone_requests_15m"]["verdict"]) == (1, "fresh")
+    both.lag_s = 61.0
+    assert both.reads.of_entity("merchant", "m").meta["payee_payments_30d"]["verdict"] == "stale"
+    assert not both.reads.of_entity("merchant", "nobody").known
+
+
+def test_past_value_says_from_when_on_it_is_covered_where_its_window_begins_before(store, monkeypatch):
+    both, log = Both(store), Log(store)
+    names = ("event_count_1h", "event_count_24h", "events_per_session_24h", "nothing")
+    both.take(event(user="u"))
+    assert both.reads.covers_from(names, NOON) == {}, "nothing was let go of yet"
+    monkeypatch.setattr("pipeline.log.SEGMENT_BYTES", 1)
+    for hour in (2, 3):
+        append(log, [event(user="u")], NOON + hour * HOUR_MS)
+    lease = Lease(store, "test", both.clock, lambda: True)
+    assert lease.take()
+    head = log.head()
+    for name in keys.STREAMS:
+        at = Position(head.segment, head.offset, 0, head.ordinal)
+        checkpoints.commit(store, lease.epoch, checkpoints.advance(Progress(name, at, 3), NOON))
+    assert log.trim(1, lease.epoch)
+    since = rfc3339(NOON + 2 * HOUR_MS)
+    day = {"event_count_24h": since, "events_per_session_24h": since}
+    assert both.reads.covers_from(names, NOON + 3 * HOUR_MS) == day
+    assert both.reads.covers_from(names, NOON + 3 * HOUR_MS - 1) == {**day, "event_count_1h": since}
+    assert both.reads.covers_from(names, NOON + 26 * HOUR_MS) == {}
 
 
 def test_hash_without_a_time_is_stale_not_gone(store):

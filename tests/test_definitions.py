@@ -198,6 +198,16 @@ def test_decayed_mean_weighs_by_age():
     assert windows.values(entity, NOON)["f"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_decayed_mean_of_the_same_events_has_the_same_bits_whenever_it_is_read():
+    windows = Windows([replace(GOOD, aggregation="decayed_mean", half_life_s=HOUR)])
+    entity = windows.new()
+    for n in range(20):
+        ts, data = NOON + n * MINUTE_MS, {"x": 3.0 + n / 7}
+        event = Stored("e", "t", "u", "", "1", "x", data)
+        windows.add(entity, ts, windows.extract(event, data, ts), ts)
+    assert len({windows.values(entity, ts + later)["f"] for later in range(0, 50_000, 77)}) == 1
+
+
 def test_memory_of_an_entity_stays_bounded_however_long_it_is_busy():
     windows = Windows(FEATURES)
     entity = windows.new()

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.events import rfc3339
 from pipeline.runtime import Runtime
-from tests.helpers import HOUR_MS, event, response, until
+from tests.helpers import HOUR_MS, event, payment, response, until
 
 
 def now() -> int:
@@ -146,3 +146,32 @@ def test_public_key_equals_what_the_route_serves(nexus, client):
     shared = {"acceptance_rate", "response_time", "recent_rejections", "event_count_24h"}
     found = json.loads(published)["features"]
     assert {name: found[name] for name in shared} == {name: served[name] for name in shared}
+
+
+def test_past_value_names_the_moment_before_which_nothing_is_stored_any_more(nexus, client, monkeypatch):
+    post(client, event(user="u1"))
+    monkeypatch.setattr(nexus.features, "covers_from", lambda names, at: {"event_count_24h": "then"})
+    meta = client.get(f"/api/ml/features/u1?as_of={now()}").json["meta"]
+    assert (meta["event_count_24h"]["covers_from"], "covers_from" in meta["event_count_1h"]) == ("then", False)
+
+
+def test_moment_before_1970_is_refused(nexus, client):
+    answer = client.get("/api/ml/features/u1?as_of=1969-12-31T23:59:59Z")
+    assert (answer.status_code, answer.json["error"]["code"]) == (400, "before_1970")
+
+
+def test_route_answers_for_payees_and_zones_and_names_what_it_does_not_take(nexus, client):
+    post(client, payment("t", 30.0, data={"merchant_id": "m"}))
+    found = client.get("/api/ml/features/m?entity=merchant&names=payee_amount_mean_30d").json
+    assert (found["entity"], found["id"], found["features"]) == ("merchant", "m", {"payee_amount_mean_30d": 30.0})
+    wrong = {"m?entity=car": 400, f"m?entity=merchant&as_of={now()}": 400, "nobody?entity=zone": 404}
+    assert {rest: client.get(f"/api/ml/features/{rest}").status_code for rest in wrong} == wrong
+    assert client.get("/api/ml/features/rider_1?entity=user").json["user_id"] == "rider_1"
+
+
+def test_definition_shows_its_share_quantile_and_half_life_where_it_has_one(nexus, client):
+    shown = {d["name"]: d for d in client.get("/api/ml/feature-definitions").json["definitions"]}
+    assert shown["acceptance_rate"]["share"] == "accepted"
+    assert shown["response_time_p90_24h"]["quantile"] == 0.9
+    assert shown["response_time_recent"]["half_life_s"] == 3600
+    assert not shown["event_count_1h"].keys() & {"share", "quantile", "half_life_s"}

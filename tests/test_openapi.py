@@ -70,6 +70,8 @@ REQUESTS: list[tuple[str, str, str, Any]] = [
     ("GET", "/api/ml/features/{user_id}", "driver_1", None),
     ("GET", "/api/ml/features/{user_id}", "driver_1?as_of={now}", None),
     ("GET", "/api/ml/features/{user_id}", "nobody", None),
+    ("GET", "/api/ml/features/{user_id}", "m-1?entity=merchant", None),
+    ("GET", "/api/ml/features/{user_id}", "m-1?entity=car", None),
     ("POST", "/api/ml/features", "", {"user_ids": ["driver_1", "nobody"]}),
     ("POST", "/api/ml/features/sync", "", {}),
     ("GET", "/api/ml/feature-definitions", "", None),
@@ -100,7 +102,13 @@ REQUESTS: list[tuple[str, str, str, Any]] = [
 
 def test_answers_of_the_real_application_are_as_described(client, nexus: Runtime):
     """Good and bad requests of every route, on a Nexus that has users, payments, dead letters and attempts."""
-    posted = [event(event_id="e-known"), response(), payment("t-1"), report("t-1"), report("t-1", is_fraud="perhaps")]
+    posted = [
+        event(event_id="e-known"),
+        response(),
+        payment("t-1", data={"merchant_id": "m-1"}),
+        report("t-1"),
+        report("t-1", is_fraud="perhaps"),
+    ]
     answer = client.post("/api/ml/events/ingest?wait=features&timeout_ms=5000", json=posted)
     assert answer.json["accepted"] == len(posted)
     until(lambda: client.get("/api/ml/dead-letters").json["dead_letters"], "a dead letter")

@@ -138,6 +138,7 @@ class Provenance(TypedDict):
     computed_at: str | None
     age_s: float | None
     verdict: Literal["fresh", "stale", "expired", "fallback", "missing"]
+    covers_from: NotRequired[str]
 
 
 class BothFeatures(TypedDict):
@@ -148,6 +149,14 @@ class BothFeatures(TypedDict):
 
 class Features(TypedDict):
     user_id: str
+    as_of: str
+    features: Values
+    meta: dict[str, Provenance]
+
+
+class EntityFeatures(TypedDict):
+    entity: Literal["merchant", "zone"]
+    id: str
     as_of: str
     features: Values
     meta: dict[str, Provenance]
@@ -172,6 +181,9 @@ class Definition(TypedDict):
     owner: str
     description: str
     state: str
+    share: NotRequired[str | int | bool]
+    quantile: NotRequired[float]
+    half_life_s: NotRequired[int]
 
 
 class Definitions(TypedDict):
