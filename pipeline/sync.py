@@ -38,14 +38,20 @@ def synchronise(
         if partner.computed_at is None or (now - partner.computed_at) / 1000 > drift_s:
             drifted.append(user_id)
             stream.changed[user_id] = None
-    report.update(checked=len(users), drifted=len(drifted), republished=len(drifted), waiting=len(stream.active))
-    for user_id in drifted[:REFRESHES]:
-        if refresh is None:
-            break
-        try:
-            report["refreshed"] += refresh(user_id) is not None
-        except PartnerError:
-            report["failed"] += 1
-            break  # the partner is away: the next run asks again
+    report["drifted"] = report["republished"] = len(drifted)
+    if refresh is not None:
+        stream.active.update(dict.fromkeys(_refresh(drifted, refresh, report)))
+    report.update(checked=len(users), waiting=len(stream.active))
     report["duration_ms"] = round((time.perf_counter() - began) * 1000, 2)
     return report
+
+
+def _refresh(users: list[str], refresh: Callable[[str], Any], report: dict[str, Any]) -> list[str]:
+    """Ask for the first of them; whose turn has yet to come."""
+    for n, user_id in enumerate(users[:REFRESHES]):
+        try:
+            report["refreshed"] += refresh(user_id) is not None
+        except PartnerError:  # the partner is away, or cannot bear this user, who comes last then
+            report["failed"] += 1
+            return [*users[n + 1 :], user_id]
+    return users[REFRESHES:]

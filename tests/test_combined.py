@@ -18,6 +18,7 @@ from pipeline import checkpoints, keys
 from pipeline.catalogue import FEATURES
 from pipeline.checkpoints import Progress
 from pipeline.completeness import Backlog
+from pipeline.errors import PartnerUnreachable
 from pipeline.events import rfc3339
 from pipeline.feature_health import FeatureHealth
 from pipeline.feature_store import FeatureStore
@@ -411,6 +412,29 @@ def test_sync_refreshes_those_that_drifted_and_leaves_the_others(store):
     assert sorted(user for (user,) in asked) == sorted(both.stream.changed) == ["none", "old"]
     assert (report["checked"], report["drifted"], report["refreshed"], report["waiting"]) == (3, 2, 2, 0)
     assert synchronise(both.stream, both.reads, None, NOON, 300.0)["checked"] == 0
+
+
+def test_sync_comes_back_to_whom_it_could_not_refresh_and_a_user_that_fails_waits_for_the_others(store):
+    both = Both(store)
+    users = [f"u{n}" for n in range(120)]
+    both.take(*[response(user) for user in users])
+    write(store, both.stream.cut(NOON))
+    asked: list[str] = []
+    away = True
+
+    def refresh(user: str) -> dict[str, Any]:
+        asked.append(user)
+        if away or user == "u3":
+            raise PartnerUnreachable("away")
+        return {}
+
+    report = synchronise(both.stream, both.reads, refresh, NOON, 300.0)
+    assert (report["drifted"], report["failed"], report["waiting"]) == (120, 1, 120)
+    away = False
+    runs = [synchronise(both.stream, both.reads, refresh, NOON, 300.0) for _ in range(6)]
+    assert set(asked) == set(users)
+    assert sum(run["refreshed"] for run in runs) == 119
+    assert list(both.stream.active) == ["u3"]
 
 
 def test_training_set_is_written_with_the_labels_columns_and_features_of_their_time(store, store_server, tmp_path):
