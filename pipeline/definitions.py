@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from pipeline.errors import SettingError
 
@@ -23,6 +26,7 @@ ENVELOPE = (
     "app_version",
     "device_type",
 )  # fields of the event itself; all others are in `data`
+_NAME, _TYPE = re.compile(r"[a-z_][a-z0-9_]*").fullmatch, re.compile(r"[a-z0-9_.\-]{1,64}").fullmatch
 NUMERIC = ("sum", "mean", "min", "max", "last", "std", "deviation", "quantile", "decayed_mean")
 
 
@@ -83,6 +87,7 @@ def check(features: Sequence[Feature]) -> None:
     """Raises WrongDefinition for the first definition that breaks a rule."""
     by_name: dict[str, Feature] = {}
     for feature in features:
+        _check_types(feature)
         if feature.name in by_name:
             raise WrongDefinition(feature.name, "a name that is taken", "a name of its own")
         by_name[feature.name] = feature
@@ -92,16 +97,27 @@ def check(features: Sequence[Feature]) -> None:
                 raise WrongDefinition(feature.name, held, takes)
 
 
+def _check_types(f: Feature) -> None:
+    """Raises WrongDefinition where a field holds something else than it declares: the rules below rely on that."""
+    hints = get_type_hints(Feature)
+    for field in fields(f):
+        held, kind = getattr(f, field.name), hints[field.name]
+        try:
+            right = msgspec.convert(held, kind) == held  # not so for a list in a tuple's place, and what is no number
+        except msgspec.ValidationError:
+            right = False
+        if not right:
+            choice = f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else field.type
+            raise WrongDefinition(f.name, held, f"as {field.name} {choice}")
+
+
 def _problems(f: Feature, others: dict[str, Feature]) -> list[tuple[bool, object, str]]:
     kind, of = f.aggregation, f.of or ()
     partners = [others.get(name) for name in of]
     return [
-        (not f.name.isidentifier() or not f.name.islower(), f.name, "a name of a-z, 0-9 and _"),
-        (kind not in get_args(Aggregation), kind, f"as aggregation one of {', '.join(get_args(Aggregation))}"),
-        (f.entity not in get_args(Entity), f.entity, f"as entity one of {', '.join(get_args(Entity))}"),
-        (f.owner not in get_args(Owner), f.owner, f"as owner one of {', '.join(get_args(Owner))}"),
-        (f.merge not in get_args(Merge), f.merge, f"as merge one of {', '.join(get_args(Merge))}"),
-        (type(f.window_s) is not int, f.window_s, "window_s in whole seconds"),
+        (not _NAME(f.name), f.name, "a name of a-z, 0-9 and _"),
+        (f.event_type is not None and not _TYPE(f.event_type), f.event_type, "an event_type of a-z, 0-9, _, . and -"),
+        (f.field == "" or (f.where is not None and f.where[0] == ""), "no name", "a name in field and where"),
         (f.window_s % MINUTE != 0, f.window_s, "window_s in whole minutes (a multiple of 60)"),
         (not SHORTEST_S <= f.window_s <= LONGEST_S, f.window_s, f"window_s from {SHORTEST_S} to {LONGEST_S} (90 days)"),
         (not f.description, "no description", "one line of description"),
