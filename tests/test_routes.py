@@ -523,7 +523,7 @@ def test_features_as_of_a_past_moment_are_those_of_then(nexus, client):
 def test_moment_outside_the_calendar_is_400(client, moment):
     for path in ("features/driver_1?as_of=", "features/driver_1?known_at=", "events?since=", "aggregates?until="):
         assert_error(client.get(f"/api/ml/{path}{moment}"), 400, "invalid_time")
-    assert_error(client.get("/api/ml/features/driver_1?as_of=-62135596800000"), 404)
+    assert_error(client.get("/api/ml/features/driver_1?as_of=-62135596800000"), 400, "before_1970")
 
 
 def test_features_of_many_users_in_one_call(client):
