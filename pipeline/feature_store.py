@@ -12,7 +12,6 @@ from pipeline.definitions import Entity, Feature
 from pipeline.errors import BadRequest
 from pipeline.events import rfc3339
 from pipeline.foreign import Partner, read_moment
-from pipeline.frames import Position
 from pipeline.live_settings import LiveSettings
 from pipeline.log import Log
 from pipeline.reading import Values
@@ -140,9 +139,7 @@ class FeatureStore:
 
     def covers_from(self, names: Iterable[str], as_of: int) -> dict[str, str]:
         """Of past values whose window begins before the oldest event that is still stored arrived: that moment."""
-        head = self._log.head()
-        [since] = self._log.arrivals([Position(head.first_segment)]) if head.first_segment > 1 else [0]
-        oldest, known = since if since is not None else self._clock(), self.stream.definitions
+        oldest, known = offline.stored_since(self._log) or 0, self.stream.definitions
         reach = {
             name: max(part.window_s for part in (f, *(known[n] for n in f.of or ())))
             for name in names

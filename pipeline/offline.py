@@ -12,6 +12,8 @@ import msgspec
 
 from pipeline.definitions import Malformed
 from pipeline.events import CANARY_TYPE, Event
+from pipeline.frames import Position
+from pipeline.log import Log
 from pipeline.reading import Values
 from pipeline.streams.storage import EventStore, Query
 from pipeline.tiles import Entity
@@ -43,6 +45,15 @@ def past(
                 seen |= fold(windows, entity, found.event, found.ts, as_of, judges)
         if cursor is None:
             return windows.values(entity, as_of) if seen else {}
+
+
+def stored_since(log: Log) -> int | None:
+    """When the oldest event that is still stored arrived (epoch ms), None where nothing was let go of yet."""
+    head = log.head()
+    if head.first_segment == 1:
+        return None
+    [arrival] = log.arrivals([Position(head.first_segment)])
+    return arrival if arrival is not None else head.last_arrival
 
 
 def fold(windows: Windows, entity: Entity, event: Event, ts: int, as_of: int, judges: Sequence[Windows] = ()) -> bool:

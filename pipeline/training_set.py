@@ -26,12 +26,13 @@ from pipeline import settings
 from pipeline.catalogue import FEATURES
 from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature, Malformed, check
-from pipeline.errors import NexusError, Unprocessable
-from pipeline.events import CANARY_TYPE
+from pipeline.errors import BadRequest, NexusError, Unprocessable
+from pipeline.events import CANARY_TYPE, rfc3339
 from pipeline.families import plan
 from pipeline.foreign import read_moment
 from pipeline.frames import REDRIVE, Position
 from pipeline.log import Log
+from pipeline.offline import stored_since
 from pipeline.reading import Values
 from pipeline.store import Store
 from pipeline.streams.fold import PAYMENT, REPORT, merchant_of
@@ -132,28 +133,43 @@ class TrainingSet:
                 windows.add(label.entities[kind], ts, deltas, label.at)
 
 
-def read_labels(path: Path, kinds: Sequence[Kind]) -> list[Label]:
-    """The rows of a CSV file. Raises Unprocessable with the line and the remedy."""
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        needed = ["timestamp", *(COLUMN[kind] for kind in kinds)]
-        absent = [name for name in needed if name not in (reader.fieldnames or [])]
-        if absent:
-            raise Unprocessable(
-                "no_column", f"{path} has no column {', '.join(absent)}; its first line names the columns"
-            )
-        labels = []
-        for row in reader:
-            try:
+def read_labels(path: Path, kinds: Sequence[Kind], names: Sequence[str] = ()) -> list[Label]:
+    """The rows of a CSV file, which may have no column named like a feature. Raises Unprocessable with the line and the remedy."""
+    labels: list[Label] = []
+    # What is no UTF-8 comes through as surrogates, so that it is found in its row.
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            header = list(reader.fieldnames or [])
+            "".join(header).encode()
+            _check_header(path, header, ["timestamp", *(COLUMN[kind] for kind in kinds)], names)
+            for row in reader:
+                if None in row or None in row.values():  # DictReader's way to say that it is too long, or too short
+                    raise BadRequest("wrong_length", f"it takes {len(header)} fields, as many as the first line")
+                "".join(row.values()).encode()
                 labels.append(Label(row, read_moment("timestamp", row["timestamp"])))
-            except NexusError as error:
-                raise Unprocessable("invalid_label", f"{path}, line {reader.line_num}: {error.message}") from error
-        return labels
+        except (BadRequest, UnicodeEncodeError, csv.Error) as error:
+            text = error.message if isinstance(error, BadRequest) else f"it takes CSV in UTF-8: {error}"
+            raise Unprocessable("invalid_label", f"{path}, line {reader.reader.line_num}: {text}") from error
+    return labels
+
+
+def _check_header(path: Path, header: Sequence[str], needed: Sequence[str], names: Sequence[str]) -> None:
+    if absent := [name for name in needed if name not in header]:
+        raise Unprocessable("no_column", f"{path} has no column {', '.join(absent)}; its first line names the columns")
+    if taken := [name for name in names if name in header]:
+        raise Unprocessable(
+            "taken_column", f"{path} has a column {', '.join(taken)}, like the feature; give it another name"
+        )
+    if twice := [name for name in dict.fromkeys(header) if header.count(name) > 1]:
+        raise Unprocessable("column_twice", f"{path} has the column {', '.join(twice)} more than once")
 
 
 def chosen(names: Sequence[str], features: Sequence[Feature] = FEATURES) -> list[Feature]:
     """The definitions with these names, and those that their ratios need, last. Raises Unprocessable."""
     check(features)
+    if not names:
+        raise Unprocessable("no_feature", "--features names none; it takes names, comma separated")
     by_name = {feature.name: feature for feature in features}
     unknown = [name for name in names if name not in by_name]
     if unknown:
@@ -185,7 +201,7 @@ def main() -> int:
         names = [name for name in given.features.split(",") if name]
         features = chosen(names)
         kinds = list(dict.fromkeys(feature.entity for feature in features))
-        labels = read_labels(given.labels, kinds)
+        labels = read_labels(given.labels, kinds, names)
         environment = settings.load()
         log = Log(Store(environment.store_url, environment.redis_cluster))
         maker = TrainingSet(log, features, given.known_only)
@@ -195,10 +211,16 @@ def main() -> int:
             for at in passes:
                 values += maker.join(labels[at : at + LABELS_PER_PASS], bar)
         pq.write_table(table_of(labels, values, names), given.out)
+        since, reach_ms = stored_since(log) or 0, 1000 * max(feature.window_s for feature in features)
+        partial = sum(label.at - reach_ms < since for label in labels)
     except (NexusError, OSError) as error:
         print(f"training set: {error}", file=sys.stderr)
         return 1
     print(f"{len(labels)} labels, {len(names)} features: {given.out}")
+    if partial:
+        print(
+            f"{partial} labels have windows that begin before {rfc3339(since)}: what arrived before is no longer stored"
+        )
     return 0
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.catalogue import FEATURES
 from pipeline.definitions import DAY, Entity, Feature
 from pipeline.demo import City
+from pipeline.errors import Unprocessable
 from pipeline.feature_store import FeatureStore
 from pipeline.ingest import judge
 from pipeline.log import Log, Request
@@ -19,7 +21,7 @@ from pipeline.store import Store
 from pipeline.streams.features import Features
 from pipeline.streams.storage import EventStore, Storage
 from pipeline.streams.stream import Batch
-from pipeline.training_set import Label, TrainingSet
+from pipeline.training_set import Label, TrainingSet, chosen, read_labels
 from pipeline.windows import Windows
 from tests.helpers import DAY_MS, HOUR_MS, NOON, append, batch_of, event, frames, payment, report, response, write
 
@@ -241,3 +243,45 @@ def recount(mine: list[tuple[Any, int, dict[str, Any]]], at: int) -> dict[str, A
         "payment_min_30d": min(amounts, default=None),
         "payment_last_30d": max(paid)[1] if paid else None,
     }
+
+
+HEADER = b"user_id,timestamp,label\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"user_id,label\nu,1\n", "no column timestamp"),
+        (b"", "no column timestamp, user_id"),
+        (HEADER + b"u,2026-01-05T08:00:00Z,1\nu,2026-01-05T08:00:00Z\n", "line 3: it takes 3 fields"),
+        (HEADER + b"u,2026-01-05T08:00:00Z,1,2\n", "line 2: it takes 3 fields"),
+        (HEADER + b"u,yesterday,1\n", "line 2: timestamp is 'yesterday'"),
+        (HEADER + b"u,2026-01-05T08:00:00Z,1\n\xff,2026-01-05T08:00:00Z,1\n", "line 3: it takes CSV in UTF-8"),
+        (b"user_id,timestamp,\xff\n", "line 1: it takes CSV in UTF-8"),
+        (HEADER + b'u,2026-01-05T08:00:00Z,"1"2\n', "line 2: it takes CSV in UTF-8"),
+        (b"user_id,timestamp,payments_1h\nu,2026-01-05T08:00:00Z,1\n", "has a column payments_1h, like the feature"),
+        (b"user_id,timestamp,x,x\nu,2026-01-05T08:00:00Z,1,1\n", "the column x more than once"),
+    ],
+)
+def test_label_file_that_is_wrong_is_told_in_one_line_with_the_row(tmp_path, content, said):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(content)
+    with pytest.raises(Unprocessable) as caught:
+        read_labels(path, ["user"], ["payments_1h"])
+    assert said in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_label_file_of_a_spreadsheet_and_times_with_a_space_are_read(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbfuser_id,timestamp,label\r\nu,2026-01-05 08:00:00,\r\n\r\nv,2026-01-05 16:00:00+08:00,1\r\n"
+    )
+    found = read_labels(path, ["user"])
+    assert [label.row["label"] for label in found] == ["", "1"]
+    assert {label.at for label in found} == {1_767_600_000_000}
+
+
+def test_training_set_without_a_feature_is_refused():
+    with pytest.raises(Unprocessable, match="--features"):
+        chosen([])
