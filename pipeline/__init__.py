@@ -3,8 +3,8 @@
 HTTP -> ingest -> log -> five streams -> feature store, models -> serving -> HTTP, dashboard
 
     ingest        judges each event of a posted body and brings the good ones to the log, in one atomic step
-    log           frames of events in segments; the truth, and the write-ahead log of everything else
-    streams/      features, storage, aggregates, inference: four in one pass and one checkpoint (runner, worker);
+    log           frames of events in segments (frames); the truth, and the write-ahead log of everything else
+    streams/      features, storage, aggregates, inference: four in one pass and one checkpoint (runner, worker, straggler);
                   bridge: on its own, to the Python service (gate, sender, suspects; partner, replies, circuit, throttle,
                   attempts, outages)
     checkpoints   effects and position in one step, fenced by the lease
