@@ -49,8 +49,7 @@ class DeadLetters:
     def redrive(self, ids: Sequence[str] | None, stream: str | None, reason: str | None, now: int) -> dict[str, Any]:
         """Send again those named, or all of a stream (of all where none is given) whose reason contains a text.
 
-        Answers how many were sent, and which were not and why. Each leaves the dead letters in the same step in which
-        it
+        Answers how many were sent, and which were not and why. Each leaves the dead letters in the same step in which it
         enters the log. Raises BadRequest, StoreError.
         """
         failed: list[dict[str, str]] = []

@@ -29,8 +29,7 @@ _NOT_BEGUN = (redis.exceptions.BusyLoadingError, redis.exceptions.Authentication
 class Store:
     """A Valkey or Redis server, embedded server or Cluster.
 
-    Nothing is retried in here: a write whose answer is lost may have happened, and only the caller knows what to do
-    then.
+    Nothing is retried in here: a write whose answer is lost may have happened, and only the caller knows what to do then.
     Raises StoreUnavailable (away, loading, read-only), StoreFull (memory limit, disk), StoreRefused (a wrong script or
     key) and Fenced (the lease is lost).
     """

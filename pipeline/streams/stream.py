@@ -143,8 +143,7 @@ class Cut:
     `chunks` may be written one by one while processing goes on: each row in them carries the ordinal up to which it
     is complete,
     so that reading the log again after a crash counts nothing twice. `final` goes with the checkpoint in one step.
-    `done` is
-    called once that step has succeeded.
+    `done` is called once that step has succeeded.
     """
 
     chunks: Iterator[list[Command]] = field(default_factory=lambda: iter(()))
