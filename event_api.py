@@ -589,15 +589,20 @@ class Service:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stopping.wait(), TICK_S)
 
-    async def read(self, user: str) -> State | None:
-        """The state with every accepted event in it, to look at only; None for a user never seen."""
+    async def read(self, user: str, publish: bool = False) -> State | None:
+        """The state with every accepted event in it, to look at only; None for a user never seen. `publish`: the next flush
+        writes the user's public key anew."""
         while True:
             async with self.lock:
                 await self.claim()
-            async with self.store():
-                owner, blob = await self.client.mget(OWNER, STATE + user)
-            if owner and owner.decode() == self.token:
-                return self.states.get(user) or (decode_state(blob) if blob else None)
+                async with self.store():
+                    owner, blob = await self.client.mget(OWNER, STATE + user)
+                if owner and owner.decode() == self.token:
+                    state = self.states.get(user) or (decode_state(blob) if blob else None)
+                    if publish and state is not None:
+                        self.states[user] = state  # with the lock held, nobody has brought a newer one meanwhile
+                        self.unsaved.setdefault(user, self.seq + 1)
+                    return state
             self.forget()
 
     async def health(self) -> tuple[dict[str, str], list[int]]:
@@ -739,7 +744,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.get("/features/{user_id}")
     async def get_features(user_id: str) -> Response:
-        state = await service.read(user_id) if user_id != CITY else None
+        state = await service.read(user_id, publish=True) if user_id != CITY else None
         if state is None:
             raise ApiError(404, "unknown_user", f"no events of {user_id!r} are known here")
         now = now_ms()

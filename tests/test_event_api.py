@@ -380,6 +380,20 @@ def test_events_of_a_killed_process_are_published_by_the_next(service: Service, 
     until(lambda: rejections(store) == 2)
 
 
+def test_who_is_asked_for_is_published_anew_also_one_that_is_not_in_memory(service: Service, store: Store) -> None:
+    service.post(answer("a"))
+    until(lambda: public(store, "driver_1"))
+    for restart in (False, True):
+        if restart:
+            service.kill()
+            service.start()
+        store.client.delete("features:driver_1")
+        assert service.features("driver_1")["acceptance_rate"] == 1.0
+        until(lambda: public(store, "driver_1") == service.features("driver_1"))
+    service.post(answer("b", response="rejected"))
+    until(lambda: rejections(store) == 1)
+
+
 def test_two_processes_on_one_store_lose_nothing(service: Service, store: Store) -> None:
     second = Service(store.folder).start()
     try:
