@@ -175,3 +175,21 @@ def test_definition_shows_its_share_quantile_and_half_life_where_it_has_one(nexu
     assert shown["response_time_p90_24h"]["quantile"] == 0.9
     assert shown["response_time_recent"]["half_life_s"] == 3600
     assert not shown["event_count_1h"].keys() & {"share", "quantile", "half_life_s"}
+
+
+@pytest.mark.parametrize("stamp", ["1970-01-01T07:59:59+08:00", "0001-01-01T00:00:00Z", "1901-05-05T05:05:05Z"])
+def test_event_of_long_ago_passes_every_stream(nexus, client, stamp):
+    zoned = {"location": {"lat": 14.5, "lng": 121.0}, "timestamp": stamp}
+    posted = [payment("t", timestamp=stamp, data={"merchant_id": "m"}), event("ride_request", "rider_1", **zoned)]
+    post(client, *posted, event(user="rider_1"))
+
+    def settled() -> bool:
+        streams = client.get("/api/ml/events/ingest?check=health").json["streams"]
+        return all(s["pending"] == 0 and s["state"] == "running" for name, s in streams.items() if name != "bridge")
+
+    until(settled)
+    until(lambda: nexus.store.call("GET", "ml:serving:features:rider_1"), "the public key")
+    assert client.get("/api/ml/features/rider_1").json["features"]["event_count_24h"] == 1
+    assert client.get("/api/ml/dead-letters").json["dead_letters"] == []
+    assert len(client.get("/api/ml/events?user_id=rider_1").json["events"]) == 3
+    assert nexus.runner.state == "running"
