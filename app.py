@@ -43,6 +43,8 @@ def worker() -> Flask:
     processes.tie_to_parent()
     app = create_app(nexus)
     nexus.start()
+    for line in nexus.live.overridden():
+        print(f"nexus: {line}", file=sys.stderr)
     processes.at_exit(nexus.stop)
     return app
 
@@ -53,6 +55,7 @@ def main() -> int:
     level = parser.parse_args().log_level
     try:
         chosen = settings.load()
+        settings.make_folders(chosen)
         logs.configure(chosen.log_dir, level)
         processes.require_free_port(chosen.nexus_host, chosen.nexus_port, "NEXUS_PORT")
         with processes.own_store(chosen):

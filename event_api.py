@@ -811,23 +811,27 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     """The settings of an environment. Raises ValueError that names the variable, what it held and what it takes."""
 
     def setting(name: str, default: str, pattern: str, takes: str) -> str:
-        value = env.get(name) or default
+        value = env.get(name, "").strip() or default
         if not re.fullmatch(pattern, value, re.IGNORECASE):
             raise ValueError(f"{name} is {value!r}; it takes {takes}")
         return value
 
     def port(name: str, default: str) -> int:
-        value = int(setting(name, default, r"\d{1,5}", takes := "a port number, 1 to 65535"))
+        value = int(setting(name, default, r"\+?[0-9]{1,18}", takes := "a port number, 1 to 65535"))
         if not 1 <= value <= 65535:
             raise ValueError(f"{name} is {str(value)!r}; it takes {takes}")
         return value
 
-    host, a_host, origin = r"[\w.:-]+", "a host name or an IP address", r"(\*|https?://[^\s,/]+)"
+    def host(name: str, default: str) -> str:
+        pattern = r"(\[[\w.:%-]+\]|[\w.:%-]+)?"
+        return setting(name, default, pattern, "a host name or an IP address").strip("[]")
+
+    origin = r"(\*|https?://[^\s,/]+)"
     some_origins = "origins such as http://localhost:4000, comma separated"
     origins = setting("CORS_ORIGINS", "http://localhost:4000", rf"{origin}(\s*,\s*{origin})*", some_origins)
     cluster = setting("REDIS_CLUSTER", "false", "true|false|1|0|yes|no|on|off", "true or false").lower()
     url = setting("REDIS_URL", "", r"(rediss?|unix)://\S+|", "a URL that begins with redis://, rediss:// or unix://")
-    redis_host, redis_port = setting("REDIS_HOST", "", f"({host})?", a_host), port("REDIS_PORT", "6379")
+    redis_host, redis_port = host("REDIS_HOST", ""), port("REDIS_PORT", "6379")
     if not url and redis_host:
         url = f"redis://{f'[{redis_host}]' if ':' in redis_host else redis_host}:{redis_port}"
     clustered = cluster in ("true", "1", "yes", "on")
@@ -836,13 +840,13 @@ def read_settings(env: Mapping[str, str]) -> Settings:
             f"REDIS_CLUSTER is {cluster!r}; it takes a node's address in REDIS_URL or REDIS_HOST beside it"
         )
     if not url:  # the embedded store
-        folder = os.path.abspath(env.get("NEXUS_DATA_DIR") or ".nexus")
+        folder = os.path.abspath(env.get("NEXUS_DATA_DIR", "").strip() or ".nexus")
         path = os.path.join(folder, "valkey.sock")
         if len(os.fsencode(path)) > 107:  # the system's limit for the name of a socket
             name = f"nexus-{os.getuid()}-{sha256(os.fsencode(folder)).hexdigest()[:12]}"
             path = os.path.join(tempfile.gettempdir(), name, "valkey.sock")
         url = "unix://" + quote(path)
-    where = setting("API_HOST", "127.0.0.1", host, a_host), port("API_PORT", "8000")
+    where = host("API_HOST", "127.0.0.1"), port("API_PORT", "8000")
     return Settings(*where, [each.strip() for each in origins.split(",")], url, clustered)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -78,6 +79,7 @@ class Settings:
     log_dir: Path
     api_host: str
     api_port: int
+    cors_origins: tuple[str, ...]
 
     @property
     def retention_days(self) -> int:
@@ -121,6 +123,21 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     if values["REDIS_CLUSTER"] and values["REDIS_URL"] is None:
         raise SettingError("REDIS_CLUSTER", given["REDIS_CLUSTER"], "true only beside REDIS_URL or REDIS_HOST")
     return Settings(**{SPECS[name].field: value for name, value in values.items()})
+
+
+def make_folders(settings: Settings) -> None:
+    """Make the folders that this instance writes to. Raises SettingError, naming the variable, where one cannot be."""
+    wanted = [("NEXUS_LOG_DIR", settings.log_dir, 0o777)]
+    if settings.embedded:  # beside another store the data folder is a help, not a need
+        wanted.append(("NEXUS_DATA_DIR", settings.data_dir, 0o700))
+    for name, folder, mode in wanted:
+        try:
+            folder.mkdir(mode, parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise SettingError(name, str(folder), f"{_FOLDER} ({why})") from error
 
 
 def child_environment(settings: Settings, **more: str) -> dict[str, str]:
@@ -189,7 +206,15 @@ def _redis_url(value: object) -> str | None:
 
 
 def _host(value: object) -> str | None:
-    return value.strip() if isinstance(value, str) and re.fullmatch(r"[\w.:\[\]%-]+", value.strip()) else None
+    """The host, an IPv6 address without its brackets."""
+    match = re.fullmatch(r"\[([\w.:%-]+)\]|([\w.:%-]+)", value.strip()) if isinstance(value, str) else None
+    return (match[1] or match[2]) if match else None
+
+
+def _origins(value: object) -> tuple[str, ...] | None:
+    origins = tuple(each.strip() for each in value.split(",")) if isinstance(value, str) else ()
+    each_is_one = all(re.fullmatch(r"\*|https?://[^\s,/]+", origin, re.IGNORECASE) for origin in origins)
+    return origins if origins and each_is_one else None
 
 
 def _fsync(value: object) -> str | None:
@@ -225,6 +250,8 @@ _TRUE = "true or false"
 _HOST = "a host name or an IP address"
 _MEMORY = "a size such as 536870912, 512mb, 2gb or 40% (of the RAM),"
 _N = "a whole number"
+_FOLDER = "a folder that can be made and written to"
+_ORIGINS = "origins such as http://localhost:4000, comma separated"
 
 _TABLE = (
     Spec("PYTHON_EVENT_API_URL", "python_event_api_url", _http_url, _HTTP, "http://localhost:8000",
@@ -253,11 +280,13 @@ _TABLE = (
          "the embedded store's memory limit; ingest refuses at 85 % of it", 4 * 2**20, None, "bytes"),
     Spec("STORE_FSYNC", "store_fsync", _fsync, "everysec or always", "everysec",
          "when the embedded store flushes to disk"),
-    Spec("NEXUS_DATA_DIR", "data_dir", _folder, "a folder", ".nexus",
+    Spec("NEXUS_DATA_DIR", "data_dir", _folder, _FOLDER, ".nexus",
          "the embedded store's files, sockets and locks"),
-    Spec("NEXUS_LOG_DIR", "log_dir", _folder, "a folder", "logs/ml", "nexus-ai.log is inside it"),
+    Spec("NEXUS_LOG_DIR", "log_dir", _folder, _FOLDER, "logs/ml", "nexus-ai.log is inside it"),
     Spec("API_HOST", "api_host", _host, _HOST, "127.0.0.1", "the address the Python service listens on"),
     Spec("API_PORT", "api_port", _whole, _N, "8000", "the port the Python service listens on", 1, 65535),
+    Spec("CORS_ORIGINS", "cors_origins", _origins, _ORIGINS, "http://localhost:4000",
+         "the origins whose pages may ask the Python service"),
 )  # fmt: skip
 
 SPECS: dict[str, Spec] = {spec.name: spec for spec in _TABLE}

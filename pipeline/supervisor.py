@@ -22,13 +22,14 @@ from pathlib import Path
 
 from pipeline.embedded import EmbeddedStore, is_serving, spawn
 from pipeline.errors import AlreadyRunning, NexusError, SettingError
-from pipeline.settings import Settings, bracketed, child_environment, load
+from pipeline.settings import Settings, bracketed, child_environment, load, make_folders
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S, _HEALTHY_AFTER_S = 0.2, 10.0, 30.0
 _PROBE_EVERY_S = 0.05
 _HURRIED_GRACE_S = 1.0
 _AFTER_KILL_S = 15.0  # how long the processes of an owner that was killed may keep their ports
+_WRONG_SETTING = 2  # the exit code of a program that takes exception to a variable; it has said so in one line
 _STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
@@ -50,6 +51,10 @@ class Part:
     grace: float = 10.0
 
 
+class _Refused(Exception):
+    """A part ended before it was ever ready, for a setting that starting it again will not mend."""
+
+
 class _Run:
     """A part at run time: its process, and when it is due to be started again."""
 
@@ -59,17 +64,17 @@ class _Run:
         self._process: subprocess.Popen[bytes] | None = None
         self._began = self._due = time.monotonic()
         self._backoff = _BACKOFF_FIRST_S
-        self.ready = False
+        self._was_ready = self.ready = False
 
     def step(self, now: float) -> None:
-        """Start it when due, notice that it is ready, notice that it has ended."""
+        """Start it when due, notice that it is ready, notice that it has ended. Raises _Refused."""
         if self._process is None:
             if now >= self._due and self.part.after():
                 self._process, self._began = self.part.spawn(), now
         elif self._ended():
             self._schedule(now, self._reap())
         elif not self.ready and self.part.ready():
-            self.ready = True
+            self._was_ready = self.ready = True
             self._say(f"{self.part.name} is ready after {time.monotonic() - self._began:.1f} s")
 
     def stop(self, wait: Callable[[float], bool], hurried: bool) -> None:
@@ -103,6 +108,8 @@ class _Run:
         return code
 
     def _schedule(self, now: float, code: int) -> None:
+        if code == _WRONG_SETTING and not self._was_ready:
+            raise _Refused
         alive = now - self._began
         if alive >= _HEALTHY_AFTER_S:
             self._backoff = _BACKOFF_FIRST_S
@@ -127,17 +134,23 @@ class Supervisor:
         self._runs = [_Run(part, say) for part in parts]
         self._stopping = 0
 
-    def run(self) -> None:
-        """Block until stopped; the parts have ended then, whatever happens. Call it from the main thread."""
+    def run(self) -> int:
+        """Block until stopped; the parts have ended then, whatever happens. Call it from the main thread.
+
+        0, or 2 where a part could not start for a setting, which it has named itself.
+        """
         watched = {signal.SIGCHLD, *_watched_stops()}
         signal.pthread_sigmask(signal.SIG_BLOCK, watched)  # none gets lost between a check and the wait that follows
         try:
             self._supervise(watched)
+        except _Refused:
+            return _WRONG_SETTING
         finally:
             self._say("stopping")
             for run in reversed(self._runs):
                 run.stop(lambda left: self._wait(watched, left), self._stopping > 1)
             self._say("stopped")
+        return 0
 
     def _supervise(self, watched: set[signal.Signals]) -> None:
         began, announced = time.monotonic(), False
@@ -281,24 +294,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.supervisor", description=__doc__)
     parser.add_argument("--demo", action="store_true", help="send synthetic ride-hailing traffic too")
     demo = parser.parse_args(arguments).demo
+    store: EmbeddedStore | None = None
     try:
         settings = load()
+        make_folders(settings)
         store = EmbeddedStore(settings) if settings.embedded else None
         killed = store.lock() if store else False
         check_ports(settings, _AFTER_KILL_S if killed else 0.0)
         say(banner(settings, sys.stdout.isatty()))
-        Supervisor(parts_of(settings, store, demo), lambda text: say(f"nexus: {text}")).run()
-        if store:
-            store.release()
+        return Supervisor(parts_of(settings, store, demo), lambda text: say(f"nexus: {text}")).run()
     except KeyboardInterrupt:  # before the first part was started
         return 0
     except SettingError as error:
         print(f"nexus: {error}", file=sys.stderr)
-        return 2
+        return _WRONG_SETTING
     except (NexusError, OSError) as error:
         print(f"nexus: {error}", file=sys.stderr)
         return 1
-    return 0
+    finally:
+        if store:
+            store.release()  # or the next start would take this one for killed, and wait for its ports
 
 
 if __name__ == "__main__":

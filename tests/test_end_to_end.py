@@ -240,6 +240,8 @@ def test_restart_keeps_data_and_runtime_settings_and_says_where_they_override(sy
     setting = system.get("/api/ml/settings")["settings"]["FEATURE_SYNC_INTERVAL"]
     assert (setting["value"], setting["source"]) == (77, "store")
     assert "FEATURE_SYNC_INTERVAL" in (system.folder / "logs" / "nexus-ai.log").read_text()
+    line = "nexus: FEATURE_SYNC_INTERVAL is 77, set at run time (the environment says 300)\n"
+    assert system.nexus.log.read_text().count(line) == 1
     system.post(more := [response("driver_1") for _ in range(5)])
     assert_nothing_lost_or_doubled(system, posted + more)
     assert system.post(posted)["duplicates"] == 10

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import event_api
 from pipeline import settings
 from pipeline.errors import SettingError
-from pipeline.settings import RUNTIME, SPECS, Settings, load, masked
+from pipeline.settings import RUNTIME, SPECS, Settings, load, make_folders, masked
 
 
 def test_empty_environment_gives_the_documented_defaults():
@@ -30,6 +31,7 @@ def test_empty_environment_gives_the_documented_defaults():
     assert loaded.data_dir == Path.cwd() / ".nexus"
     assert loaded.log_dir == Path.cwd() / "logs" / "ml"
     assert loaded.store_max_memory == int(settings.total_memory() * 0.4)
+    assert loaded.cors_origins == ("http://localhost:4000",)
 
 
 def test_runtime_settings_are_the_six_that_the_dashboard_changes():
@@ -84,6 +86,10 @@ def test_every_spec_says_what_it_means_and_takes(name):
         ("STORE_FSYNC", "never"),
         ("API_HOST", "two words"),
         ("API_PORT", "http"),
+        ("API_HOST", "[::1"),
+        ("CORS_ORIGINS", "localhost:4000"),
+        ("CORS_ORIGINS", "http://a, http://b/"),
+        ("CORS_ORIGINS", ","),
     ],
 )
 def test_unknown_value_is_refused_naming_variable_value_and_what_it_takes(name, held):
@@ -204,6 +210,35 @@ def test_redis_host_and_port_make_the_url(host, url):
 
 def test_redis_port_alone_leaves_the_store_embedded():
     assert load({"REDIS_PORT": "7000"}).embedded
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"API_HOST": " [::1] ", "API_PORT": " 8720 ", "CORS_ORIGINS": " * "},
+        {"API_HOST": "fe80::1%eth0", "API_PORT": "+08720", "CORS_ORIGINS": "HTTP://a:1 ,https://b,http://c "},
+        {"REDIS_HOST": "[::1]", "REDIS_PORT": " 7000"},
+        {"REDIS_HOST": "b", "REDIS_CLUSTER": " Yes "},
+        {"REDIS_URL": " rediss://:secret@a:1/2 ", "REDIS_HOST": "b"},
+        {"NEXUS_DATA_DIR": " data "},
+    ],
+)
+def test_the_python_service_reads_what_it_shares_with_nexus_alike(given):
+    ours, its = load(given), event_api.read_settings(given)
+    assert (its.host, its.port, tuple(its.origins)) == (ours.api_host, ours.api_port, ours.cors_origins)
+    assert (its.store_url, its.cluster) == (ours.store_url, ours.redis_cluster)
+
+
+def test_folder_that_cannot_be_made_is_refused_naming_variable_value_and_what_it_takes():
+    with pytest.raises(SettingError) as caught:
+        make_folders(load({"NEXUS_LOG_DIR": "/proc/x"}))
+    takes = f"{SPECS['NEXUS_LOG_DIR'].accepts} (no such file or directory)"
+    assert str(caught.value) == f"NEXUS_LOG_DIR holds '/proc/x'; it takes {takes}"
+
+
+def test_data_folder_is_not_needed_beside_another_store(tmp_path):
+    make_folders(load({"NEXUS_DATA_DIR": "/proc/x", "NEXUS_LOG_DIR": str(tmp_path), "REDIS_HOST": "b"}))
 
 
 def test_cluster_without_an_address_is_refused():

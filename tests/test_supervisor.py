@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PART = """
 import pathlib, signal, subprocess, sys
 folder, name, way = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+if way == "refused" or (way == "refused later" and (folder / name).exists() and not (folder / "twice").exists()):
+    (folder / "twice").touch()
+    sys.exit(2)
 child = subprocess.Popen(["sleep", "1000"])
 def note(file, text):
     with open(folder / file, "a") as out: out.write(text + "\\n")
@@ -46,7 +49,7 @@ folder, ways = sys.argv[1], json.loads(sys.argv[2])
 def part(name, way, grace):
     argv = [sys.executable, folder + "/part.py", folder, name, way]
     return Part(name, lambda: spawn(argv), ready=(pathlib.Path(folder) / name).exists, grace=grace)
-Supervisor([part(name, *rest) for name, rest in ways.items()], say).run()
+sys.exit(Supervisor([part(name, *rest) for name, rest in ways.items()], say).run())
 """
 
 
@@ -137,6 +140,20 @@ def test_part_that_keeps_ending_is_started_again_at_doubling_intervals(supervise
     assert supervised.says("starting it again in 1.6 s")
     waits = re.findall(r"one ended with code 0 after .* starting it again in (\S+) s", supervised.said())
     assert waits == ["0.2", "0.4", "0.8", "1.6"]
+
+
+def test_part_that_refuses_its_settings_at_the_start_stops_all_with_exit_code_2(supervise):
+    supervised = supervise(ready=False, one=("willing", 5), two=("refused", 5))
+    assert supervised.process.wait(20) == 2
+    assert "starting it again" not in supervised.said()
+    assert not any(map(alive, supervised.all_ids()))
+
+
+def test_part_that_was_ready_once_is_started_again_whatever_its_exit_code(supervise):
+    supervised = supervise(one=("refused later", 5))
+    os.kill(supervised.starts("one")[0][0], signal.SIGKILL)
+    assert supervised.says("one ended with code 2")
+    assert until(lambda: len(supervised.starts("one")) == 2)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -271,6 +288,24 @@ def test_taken_port_is_refused_in_one_line_that_names_port_and_setting(tmp_path,
     assert len(refused.stderr.splitlines()) == 1
     assert f"port {port} " in refused.stderr
     assert taken in refused.stderr
+
+
+def test_refused_start_lets_go_of_the_data_so_that_the_next_one_does_not_take_it_for_killed(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        assert run(tmp_path, NEXUS_PORT=str(holder.getsockname()[1])).returncode == 1
+    store = EmbeddedStore(load(environment(tmp_path)))
+    assert store.lock() is False
+    store.release()
+
+
+@pytest.mark.parametrize("name", ["NEXUS_DATA_DIR", "NEXUS_LOG_DIR"])
+def test_folder_that_cannot_be_made_stops_the_start_in_one_line_with_exit_code_2(tmp_path, name):
+    (tmp_path / "file").touch()
+    refused = run(tmp_path, **{name: str(tmp_path / "file" / "x")})
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    takes = "a folder that can be made and written to (not a directory)"
+    assert refused.stderr == f"nexus: {name} holds '{tmp_path}/file/x'; it takes {takes}\n"
 
 
 def test_two_settings_with_one_port_are_refused(tmp_path):
