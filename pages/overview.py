@@ -226,7 +226,7 @@ def _freshness() -> html.Section:
         html.P(
             [
                 bind("freshness.nexus_users", "compact"),
-                " users at work in Nexus · Python is ",
+                " users at work · Python ",
                 bind("backlog.pending", "compact"),
                 " events behind",
             ],
