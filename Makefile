@@ -12,7 +12,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
 ARGS ?=
 
-# exec: a signal sent to make reaches the process itself, and make waits for its clean end.
+# exec: a signal sent to make reaches the process itself, and make waits for its clean end. --tied: kill -9 of make is a
+# stop too.
 
 help:
 	echo 'make run    the embedded store, the Python service and Nexus; Ctrl-C stops them'
@@ -25,10 +26,10 @@ help:
 	echo 'make clean  removes .venv and caches; data and logs stay'
 
 run: $(STAMP)
-	exec $(VENV) -m pipeline.supervisor
+	exec $(VENV) -m pipeline.supervisor --tied
 
 demo: $(STAMP)
-	exec $(VENV) -m pipeline.supervisor --demo
+	exec $(VENV) -m pipeline.supervisor --tied --demo
 
 # Three files of tests at a time: most of them wait for processes rather than for a core.
 test: $(STAMP) browser

@@ -1,6 +1,6 @@
 """Starts the store, the Python service and Nexus, starts again what dies, and stops them in order.
 
-    python -m pipeline.supervisor [--demo]
+    python -m pipeline.supervisor [--demo] [--tied]
 
 It is one thread that waits for signals: SIGCHLD when a part has ended, SIGTERM, SIGINT or SIGHUP when all is to stop.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from pipeline.embedded import EmbeddedStore, is_serving, spawn
 from pipeline.errors import AlreadyRunning, NexusError, SettingError
+from pipeline.processes import tie_to_parent
 from pipeline.settings import Settings, bracketed, child_environment, load, make_folders
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -293,7 +294,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 after a stop, 1 where another process is in the way, 2 for a setting that cannot be."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.supervisor", description=__doc__)
     parser.add_argument("--demo", action="store_true", help="send synthetic ride-hailing traffic too")
-    demo = parser.parse_args(arguments).demo
+    parser.add_argument("--tied", action="store_true", help="stop when the process that started this one ends")
+    given = parser.parse_args(arguments)
+    if given.tied:
+        tie_to_parent()
     store: EmbeddedStore | None = None
     try:
         settings = load()
@@ -302,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         killed = store.lock() if store else False
         check_ports(settings, _AFTER_KILL_S if killed else 0.0)
         say(banner(settings, sys.stdout.isatty()))
-        return Supervisor(parts_of(settings, store, demo), lambda text: say(f"nexus: {text}")).run()
+        return Supervisor(parts_of(settings, store, given.demo), lambda text: say(f"nexus: {text}")).run()
     except KeyboardInterrupt:  # before the first part was started
         return 0
     except SettingError as error:

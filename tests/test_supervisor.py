@@ -18,6 +18,7 @@ import redis
 from pipeline.embedded import EmbeddedStore, alive, is_serving
 from pipeline.settings import load
 from pipeline.supervisor import banner, parts_of
+from tests.helpers import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -187,6 +188,20 @@ def test_every_part_ends_when_the_supervisor_is_killed(supervise):
     parts = [supervised.starts(name)[0][0] for name in ("one", "two")]
     supervised.process.kill()
     assert until(lambda: not any(map(alive, parts)))
+
+
+def test_tied_system_stops_in_order_when_what_started_it_is_killed(tmp_path):
+    code = (
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-m', 'pipeline.supervisor', '--tied']); time.sleep(1000)"
+    )
+    ports = {"NEXUS_PORT": str(free_port()), "API_PORT": str(free_port())}
+    starter = Supervised(tmp_path, ["-c", code], environment(tmp_path, **ports))
+    assert until(lambda: "all ready" in starter.said(), 60), starter.said()
+    starter.process.kill()
+    starter.process.wait()
+    assert until(lambda: "nexus: stopped" in starter.said(), 60)
+    assert "killed" not in starter.said()
 
 
 def test_stop_signal_while_a_part_waits_to_be_started_again_ends_the_rest(supervise):
