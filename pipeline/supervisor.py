@@ -26,7 +26,7 @@ from pipeline.processes import tie_to_parent
 from pipeline.settings import Settings, bracketed, child_environment, load, make_folders
 
 _ROOT = Path(__file__).resolve().parent.parent
-_BACKOFF_FIRST_S, _BACKOFF_MOST_S, _HEALTHY_AFTER_S = 0.2, 10.0, 30.0
+_BACKOFF_FIRST_S, _BACKOFF_MOST_S, _HEALTHY_AFTER_S = 0.2, 10.0, 3.0
 _PROBE_EVERY_S = 0.05
 _HURRIED_GRACE_S = 1.0
 _AFTER_KILL_S = 15.0  # how long the processes of an owner that was killed may keep their ports
@@ -73,7 +73,8 @@ class _Run:
             if now >= self._due and self.part.after():
                 self._process, self._began = self.part.spawn(), now
         elif self._ended():
-            self._schedule(now, self._reap())
+            healthy = self.ready and now - self._began >= _HEALTHY_AFTER_S
+            self._schedule(now, self._reap(), healthy)
         elif not self.ready and self.part.ready():
             self._was_ready = self.ready = True
             self._say(f"{self.part.name} is ready after {time.monotonic() - self._began:.1f} s")
@@ -108,11 +109,13 @@ class _Run:
         self._process, self.ready = None, False
         return code
 
-    def _schedule(self, now: float, code: int) -> None:
+    def _schedule(self, now: float, code: int, healthy: bool) -> None:
+        """A part that was up and running is started again at once, however often it is killed; one that does not get there
+        waits longer each time."""
         if code == _WRONG_SETTING and not self._was_ready:
             raise _Refused
         alive = now - self._began
-        if alive >= _HEALTHY_AFTER_S:
+        if healthy:
             self._backoff = _BACKOFF_FIRST_S
         self._due = now + self._backoff
         self._say(

@@ -43,8 +43,10 @@ while way != "short": signal.pause()
 # A supervisor of such parts: name -> (way, grace s).
 DRIVER = """
 import json, pathlib, signal, sys
+from pipeline import supervisor
 from pipeline.embedded import spawn
 from pipeline.supervisor import Part, Supervisor, say
+supervisor._HEALTHY_AFTER_S = float(sys.argv[4])
 signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[3] == "nohup" else signal.SIG_DFL)
 folder, ways = sys.argv[1], json.loads(sys.argv[2])
 def part(name, way, grace):
@@ -103,8 +105,8 @@ def supervise(tmp_path):
     (tmp_path / "part.py").write_text(PART)
     started = []
 
-    def start(ready=True, hangup="default", **ways) -> Supervised:
-        supervised = Supervised(tmp_path, ["-c", DRIVER, str(tmp_path), json.dumps(ways), hangup])
+    def start(ready=True, hangup="default", healthy_s=3.0, **ways) -> Supervised:
+        supervised = Supervised(tmp_path, ["-c", DRIVER, str(tmp_path), json.dumps(ways), hangup, str(healthy_s)])
         started.append(supervised)
         if ready:
             assert supervised.says("all ready"), supervised.said()
@@ -126,6 +128,15 @@ def test_killed_part_is_started_again_and_the_others_go_on(supervise):
     assert re.search(r"one ended by SIGKILL after \d+\.\d s; starting it again in 0\.2 s", supervised.said())
     assert supervised.starts("two")[0][0] == other
     assert alive(other)
+
+
+def test_part_that_was_up_is_back_at_once_however_often_it_is_killed(supervise):
+    supervised = supervise(one=("willing", 5), healthy_s=0.0)
+    for n in range(1, 5):
+        assert until(lambda n=n: supervised.said().count("one is ready") == n)
+        os.kill(supervised.starts("one")[-1][0], signal.SIGKILL)
+        assert until(lambda n=n: supervised.said().count("one ended by SIGKILL") == n)
+    assert set(re.findall(r"starting it again in (\S+) s", supervised.said())) == {"0.2"}
 
 
 def test_what_a_killed_part_leaves_behind_is_ended_before_it_starts_again(supervise):
