@@ -60,8 +60,7 @@ clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp's name holds the hash of requirements.txt, so an unchanged file needs no pip at all. --no-compile: to compile
-# all of it takes as long as the rest; the first start compiles the part that it imports.
+# The stamp's name holds the hash of requirements.txt, so an unchanged file needs no pip at all.
 $(STAMP):
 	ok=yes; missing() { echo "missing: $$1" >&2; ok=no; }; \
 	[ "$$(uname -s)" = Linux ] || missing 'Linux; Nexus does not run on other systems'; \
@@ -73,7 +72,7 @@ $(STAMP):
 	[ $$ok = yes ]
 	$(VENV) -m pip --version >/dev/null 2>&1 || { echo 'Making .venv' && "$(PYTHON)" -m venv --clear .venv; }
 	echo 'Installing requirements.txt into .venv; this happens once'
-	$(VENV) -m pip install --disable-pip-version-check --no-compile -r requirements.txt
+	$(VENV) -m pip install --disable-pip-version-check -r requirements.txt
 	rm -f .venv/.installed-*
 	touch $@
 
