@@ -133,7 +133,7 @@ def test_killed_part_is_started_again_and_the_others_go_on(supervise):
 def test_part_that_was_up_is_back_at_once_however_often_it_is_killed(supervise):
     supervised = supervise(one=("willing", 5), healthy_s=0.0)
     for n in range(1, 5):
-        assert until(lambda n=n: supervised.said().count("one is ready") == n)
+        assert until(lambda n=n: supervised.said().count("one is ready") == n and len(supervised.starts("one")) == n)
         os.kill(supervised.starts("one")[-1][0], signal.SIGKILL)
         assert until(lambda n=n: supervised.said().count("one ended by SIGKILL") == n)
     assert set(re.findall(r"starting it again in (\S+) s", supervised.said())) == {"0.2"}
