@@ -41,6 +41,7 @@ def worker() -> Flask:
     """What the web server's worker process serves: a started runtime, stopped again when the process ends."""
     nexus = Runtime(settings.load())
     processes.tie_to_parent()
+    processes.heed_signals()
     app = create_app(nexus)
     nexus.start()
     for line in nexus.live.overridden():

@@ -36,6 +36,16 @@ def tie_to_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def heed_signals() -> None:
+    """Run this process's signal handlers within a second, whichever thread took the signal. From the main thread.
+
+    Python runs them in the main thread alone, and that one sleeps on in the web server's wait where another thread was
+    given the signal, as one that is just being made often is: a stop amid a burst of requests was not noticed.
+    """
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+
+
 def at_exit(stop: Callable[[], None]) -> None:
     """Run `stop` when this worker process ends in order; atexit does not run in one."""
     Finalize(None, stop, exitpriority=100)

@@ -215,6 +215,18 @@ def test_tied_system_stops_in_order_when_what_started_it_is_killed(tmp_path):
     assert "killed" not in starter.said()
 
 
+def test_signal_that_another_thread_took_is_heeded_while_the_main_thread_waits():
+    code = (
+        "import signal, threading, time; from pipeline.processes import heed_signals\n"
+        "stop = threading.Event(); signal.signal(signal.SIGTERM, lambda *_: stop.set())\n"
+        "def take(): time.sleep(0.3); signal.pthread_kill(threading.get_ident(), signal.SIGTERM); time.sleep(1000)\n"
+        "heed_signals()\n"
+        "threading.Thread(target=take, daemon=True).start(); stop.wait(); print('stopped')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.stdout == "stopped\n"
+
+
 def test_stop_signal_while_a_part_waits_to_be_started_again_ends_the_rest(supervise):
     supervised = supervise(ready=False, one=("willing", 5), two=("short", 5))
     assert supervised.says("starting it again in 0.8 s")
