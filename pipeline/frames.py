@@ -49,6 +49,7 @@ class Frame:
     source: str
     records: list[bytes]
     events: list[Stored] | None = None  # decoded, where this process has just appended the frame itself
+    times: list[int] | None = None  # event times (epoch ms), given with `events`
     broken: bool = False  # undecodable: one record per missing event, the first holds the raw bytes
 
     def place(self, index: int) -> int:

@@ -167,14 +167,16 @@ class Log:
     def _remember(self, taken: Taken, received_at: int, request: Request, records: list[bytes]) -> None:
         """Keep an appended frame for the readers that follow at once."""
         events = [event.stored for event in request.events]
+        times = [event.ts for event in request.events]
         if taken.duplicates:
             known = set(taken.duplicates)
             records = [packed for i, packed in enumerate(records) if i not in known]
             events = [event for i, event in enumerate(events) if i not in known]
+            times = [ts for i, ts in enumerate(times) if i not in known]
         size = HEADER.size + len(request.source.encode()) + 4 * len(records) + sum(map(len, records))
         first = taken.end - taken.taken
         frame = Frame(
-            taken.address, taken.address + size, request.to, received_at, first, request.source, records, events
+            taken.address, taken.address + size, request.to, received_at, first, request.source, records, events, times
         )
         with self._tail_lock:
             if self._tail and next(reversed(self._tail)) >= taken.address:  # the store was emptied
