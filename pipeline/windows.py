@@ -181,6 +181,10 @@ class Windows:
         """When the values of `at` should be looked at again; see Reading."""
         return self._reading.due(entity, at, spacing_ms)
 
+    def values_and_due(self, entity: Entity, at: int, spacing_ms: int) -> tuple[Values, int | None]:
+        """All features as of `at`, and when (epoch ms) they should be looked at again; see values() and due()."""
+        return self._reading.values(entity, at), self._reading.due(entity, at, spacing_ms)
+
     # ------------------------------------------------------------------------------------------ the store's form
 
     def dump(self, entity: Entity, key: str, now: int) -> list[list[Any]]:
