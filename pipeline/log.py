@@ -195,8 +195,8 @@ class Log:
     def _clear_tail(self) -> None:
         self._tail, self._tail_events = {}, 0
 
-    def _recent(self, position: Position, limit: int) -> list[Frame]:
-        """The frames from a position on that this process has just appended."""
+    def recent(self, position: Position, limit: int = 1 << 20) -> list[Frame]:
+        """The frames from a position on that this process has just appended, about `limit` bytes of them."""
         frames: list[Frame] = []
         address, ordinal, size = (position.segment << SHIFT) + position.offset, position.ordinal - position.index, 0
         while size < limit and (frame := self._tail.get(address)) is not None and frame.ordinal == ordinal:
@@ -210,7 +210,7 @@ class Log:
 
     def read(self, position: Position, limit: int = 1 << 20) -> list[Frame]:
         """Whole frames from a position on, about `limit` bytes of them; empty at the log's end."""
-        if recent := self._recent(position, limit):
+        if recent := self.recent(position, limit):
             return recent
         segment, offset = position.segment, position.offset
         ordinal = position.ordinal - position.index if position.ordinal or segment == 1 else None  # None: not known
