@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response, request
@@ -24,7 +25,7 @@ def feature_routes(nexus: Runtime) -> Blueprint:
 
     @api.get("/api/ml/features/<user_id>")
     def features(user_id: str) -> Response:
-        return _features(nexus, user_id)
+        return answer(vector(nexus, user_id, request.args))
 
     @api.post("/api/ml/features")
     def features_of_many() -> Response:
@@ -66,19 +67,19 @@ def describe(nexus: Runtime) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _features(nexus: Runtime, user_id: str) -> Response:
-    text, known, wanted = (request.args.get(name) for name in ("as_of", "known_at", "names"))
+def vector(nexus: Runtime, user_id: str, query: Mapping[str, str]) -> dict[str, Any]:
+    """The answer of GET /api/ml/features/{user_id}, by its query parameters. Raises BadRequest, NotFound, StoreError."""
+    text, known, wanted = query.get("as_of"), query.get("known_at"), query.get("names")
     names = frozenset(wanted.split(",")) if wanted else None
     now = nexus.clock()
-    if (entity := request.args.get("entity", "user")) != "user":
-        return _of_entity(nexus, entity, user_id, names)
+    if (entity := query.get("entity", "user")) != "user":
+        return _of_entity(nexus, entity, user_id, names, past=bool(query.keys() & {"as_of", "known_at"}))
     if text is None and known is None:
         found = nexus.features.combine([user_id], names)[user_id]
         if not found.known:
             raise NotFound("unknown_user", f"neither system knows a user {user_id}")
-        return answer(
-            {"user_id": user_id, "as_of": rfc3339(now), "features": found.combined, "meta": found.meta, **found.notes()}
-        )
+        stamp = rfc3339(now)
+        return {"user_id": user_id, "as_of": stamp, "features": found.combined, "meta": found.meta, **found.notes()}
     at = now if text is None else nexus.features.as_of(text)
     known_at = None if known is None else nexus.features.as_of(known, "known_at")
     if known_at is not None and known_at < at and text is None:
@@ -93,20 +94,18 @@ def _features(nexus: Runtime, user_id: str) -> Response:
     covers = nexus.features.covers_from(values, at)
     meta = {name: fresh if name in served else missing for name in values}
     meta |= {name: {**meta[name], "covers_from": since} for name, since in covers.items()}
-    return answer({"user_id": user_id, "as_of": rfc3339(at), "features": values, "meta": meta})
+    return {"user_id": user_id, "as_of": rfc3339(at), "features": values, "meta": meta}
 
 
-def _of_entity(nexus: Runtime, entity: str, owner: str, names: frozenset[str] | None) -> Response:
+def _of_entity(nexus: Runtime, entity: str, owner: str, names: frozenset[str] | None, past: bool) -> dict[str, Any]:
     """A payee's or a zone's own features, of now."""
     kinds: dict[str, Entity] = {"merchant": "merchant", "zone": "zone"}
     if (kind := kinds.get(entity)) is None:
         raise BadRequest("unknown_entity", f"entity is {entity!r}; it takes user, merchant or zone")
-    if request.args.keys() & {"as_of", "known_at"}:
+    if past:
         raise BadRequest("no_past", f"past values are those of users; a {entity}'s go into training sets")
     now = nexus.clock()
     found = nexus.features.of_entity(kind, owner, names)
     if not found.known:
         raise NotFound(f"unknown_{entity}", f"no event of a {entity} {owner} has been counted")
-    return answer(
-        {"entity": entity, "id": owner, "as_of": rfc3339(now), "features": found.combined, "meta": found.meta}
-    )
+    return {"entity": entity, "id": owner, "as_of": rfc3339(now), "features": found.combined, "meta": found.meta}

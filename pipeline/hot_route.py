@@ -1,5 +1,5 @@
-"""The hot route: POST /api/ml/events/ingest is dispatched ahead of Flask, whose own dispatch costs more than the
-route's work."""
+"""The hot routes: what is asked thousands of times a second is dispatched ahead of Flask, whose own dispatch costs as
+much as the route's work."""
 
 from __future__ import annotations
 
@@ -7,24 +7,35 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from pipeline.routes import ingest_response
+from pipeline.routes import features_response, ingest_response
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
-PATH = "/api/ml/events/ingest"
+INGEST = "/api/ml/events/ingest"
+FEATURES = "/api/ml/features/"
 _STATUS = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
 
 class HotRoute:
-    """A WSGI wrapper. The same route is registered in Flask too, and both answer alike."""
+    """A WSGI wrapper. The same routes are registered in Flask too, and both answer alike."""
 
     def __init__(self, app: Callable[..., Iterable[bytes]], nexus: Runtime) -> None:
         self._app, self._nexus = app, nexus
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["PATH_INFO"] == PATH and environ["REQUEST_METHOD"] == "POST":
+        path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+        if method == "POST" and path == INGEST:
             status, headers, body = ingest_response(self._nexus, environ)
-            start_response(_STATUS[status], [*headers, ("Content-Length", str(len(body)))])
-            return [body]
-        return self._app(environ, start_response)
+        elif method == "GET" and (user_id := _user_of(path)):
+            status, headers, body = features_response(self._nexus, environ, user_id)
+        else:
+            return self._app(environ, start_response)
+        start_response(_STATUS[status], [*headers, ("Content-Length", str(len(body)))])
+        return [body]
+
+
+def _user_of(path: str) -> str | None:
+    """The user whose features a path asks for, None where it is another path. WSGI gives its bytes as latin-1."""
+    name = path[len(FEATURES) :] if path.startswith(FEATURES) else ""
+    return name.encode("latin-1").decode(errors="replace") if name and "/" not in name else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
 import msgspec
 from flask import Blueprint, Flask, Response, request
@@ -12,9 +14,9 @@ from werkzeug.exceptions import HTTPException
 from pipeline import keys
 from pipeline.answers import INTERNAL, JSON, answer, error_answer, json_object, limit, required, strings
 from pipeline.attempts import latest as latest_attempts
-from pipeline.errors import BadRequest, NexusError, NotFound, StoreError, TooLarge
+from pipeline.errors import BadRequest, Fenced, NexusError, NotFound, StoreError, TooLarge
 from pipeline.events import rfc3339
-from pipeline.feature_routes import feature_routes
+from pipeline.feature_routes import feature_routes, vector
 from pipeline.foreign import read_moment
 from pipeline.lookups import event_object
 from pipeline.metrics import metrics_routes
@@ -235,19 +237,32 @@ def _routes(nexus: Runtime) -> Blueprint:
     return api
 
 
-def ingest_response(nexus: Runtime, environ: dict[str, Any]) -> tuple[int, list[tuple[str, str]], bytes]:
-    """POST /api/ml/events/ingest: status, headers and body, from a bare WSGI environ, since this route is dispatched
-    ahead of Flask."""
+Bare = tuple[int, list[tuple[str, str]], bytes]  # status, headers and body of a route that is dispatched ahead of Flask
+
+
+def ingest_response(nexus: Runtime, environ: dict[str, Any]) -> Bare:
+    """POST /api/ml/events/ingest, from a bare WSGI environ."""
+
+    def post() -> tuple[int, dict[str, Any]]:
+        body, query = _read_body(environ), _query(environ)
+        encoding = environ.get("HTTP_CONTENT_ENCODING") or ""
+        return nexus.ingest.post(body, environ.get("CONTENT_TYPE") or "", encoding, query)
+
+    return _bare(environ, post)
+
+
+def features_response(nexus: Runtime, environ: dict[str, Any], user_id: str) -> Bare:
+    """GET /api/ml/features/{user_id}, from a bare WSGI environ."""
+    return _bare(environ, lambda: (200, vector(nexus, user_id, _query(environ))))
+
+
+def _bare(environ: dict[str, Any], route: Callable[[], tuple[int, dict[str, Any]]]) -> Bare:
     headers = [("Content-Type", JSON)]
     try:
-        body = _read_body(environ)
-        query = _query(environ.get("QUERY_STRING", ""))
-        status, made = nexus.ingest.post(
-            body, environ.get("CONTENT_TYPE") or "", environ.get("HTTP_CONTENT_ENCODING") or "", query
-        )
+        status, made = route()
         return status, headers, _encode(made)
     except NexusError as error:
-        if isinstance(error, StoreError):
+        if isinstance(error, StoreError | Fenced):
             headers.append(("Retry-After", str(error.retry_after)))
         return error.status, headers, _encode(error.body())
     except Exception:
@@ -265,12 +280,10 @@ def _read_body(environ: dict[str, Any]) -> bytes:
     return body
 
 
-def _query(text: str) -> dict[str, str]:
-    if not text:
-        return {}
-    from urllib.parse import parse_qsl
-
-    return dict(parse_qsl(text, keep_blank_values=True))
+def _query(environ: dict[str, Any]) -> dict[str, str]:
+    """The query's parameters, of each the first."""
+    text = environ.get("QUERY_STRING")
+    return dict(reversed(parse_qsl(text, keep_blank_values=True))) if text else {}
 
 
 def _both_features(nexus: Runtime, user_id: str) -> Response:

@@ -129,7 +129,8 @@ def flask_answer(nexus: Runtime, path: str, body: bytes, **more: Any) -> tuple[i
 
 def _wsgi(application: Any, path: str, body: bytes, **more: Any) -> tuple[int, dict[str, str], bytes]:
     headers = {"Content-Type": "application/json", **more.pop("headers", {})}
-    builder = EnvironBuilder(path, method="POST", input_stream=BytesIO(body), headers=headers, **more)
+    method = more.pop("method", "POST")
+    builder = EnvironBuilder(path, method=method, input_stream=BytesIO(body), headers=headers, **more)
     environ = builder.get_environ()
     environ["CONTENT_LENGTH"] = headers.get("Content-Length", str(len(body)))
     parts, status, found = run_wsgi_app(application, environ, buffered=True)
@@ -175,6 +176,41 @@ def test_hot_route_answers_as_the_flask_route_does(nexus, client, body, headers,
     assert first == second
     if status not in (202, 422):
         assert first["error"].keys() == {"code", "message", "details"}
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("driver_1", 200),
+        ("driver_1?names=acceptance_rate,event_count_5m,unknown", 200),
+        ("driver_1?names=acceptance_rate&names=event_count_5m", 200),
+        ("driver_1?names=", 200),
+        ("driver_1?as_of=2026-01-31T08:00:00%2B01:00", 404),
+        ("driver_1?as_of=2126-01-31T08:00:00Z", 400),
+        ("driver_1?as_of=soon", 400),
+        ("driver_1?known_at=1", 400),
+        ("driver_1?entity=merchant", 404),
+        ("driver_1?entity=zone&as_of=1", 400),
+        ("driver_1?entity=planet", 400),
+        ("nobody", 404),
+        ("m%C3%BCller%20%2B", 404),
+        ("%FF", 404),
+        ("", 404),
+        ("driver_1/more", 404),
+        ("driver_1%2Fmore", 404),
+    ],
+)
+def test_features_ahead_of_flask_answer_as_the_flask_route_does(nexus, client, path, status):
+    post(client, response("driver_1"))
+    now = nexus.clock()
+    nexus.clock = nexus.features._clock = lambda: now
+    path = f"/api/ml/features/{path}"
+    hot = _wsgi(client.application.wsgi_app, path, b"", method="GET")
+    cold = flask_answer(nexus, path, b"", method="GET")
+    assert hot[0] == cold[0] == status
+    assert hot[1]["Content-Type"] == cold[1]["Content-Type"] == "application/json"
+    assert int(hot[1]["Content-Length"]) == len(hot[2])
+    assert json.loads(hot[2]) == json.loads(cold[2])
 
 
 def test_unexpected_error_of_ingest_is_500_in_json_both_ways(nexus, client, monkeypatch):
