@@ -17,8 +17,6 @@ from pipeline.streams.storage import ROW
 EVERY_S = 10.0
 _SAMPLES = 16
 _PLACE = struct.Struct("<Q")  # which a row of the index begins with
-_BUCKETS = struct.Struct("<2Q")  # in the head: buckets of the id table in this round, and how many are divided already
-_BUCKETS_AT = 13 * 8
 _OF_A_USER = (keys.USER, keys.HABIT, keys.SERVING)
 Bytes = dict[str, float | None]
 
@@ -43,11 +41,10 @@ class Footprint:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + EVERY_S
-        raw = self._store.call("GET", keys.HEAD)
-        head = Head.unpack(raw)
+        head = self._log.head()
         self.latest = {
             "per_event": self._per_event(head),
-            "per_id": self._per_id(sum(_BUCKETS.unpack_from(raw, _BUCKETS_AT)) if raw else 0),
+            "per_id": _ratio(self._memory([keys.IDS]), head.ids),
             "per_user": self._per_user(head),
         }
 
@@ -59,12 +56,6 @@ class Footprint:
             return None
         events = head.ordinal - HEADER.unpack(first)[6]
         return _ratio(self._memory([prefix + str(n) for n in segments for prefix in (keys.LOG, keys.ROWS)]), events)
-
-    def _per_id(self, buckets: int) -> float | None:
-        """Of buckets spread evenly over the table: those that are divided already hold half as many."""
-        names = [f"{keys.ID}{n}" for n in _spread(buckets)]
-        ids = self._store.many([("HLEN", name) for name in names]) if names else []
-        return _ratio(self._memory(names), sum(ids))
 
     def _per_user(self, head: Head) -> float | None:
         """What is kept under a user's name: feature tiles, habit and public features. The users are those of events spread

@@ -10,8 +10,9 @@ frame * 8192 + its index in it.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from pipeline.events import Stored
@@ -63,6 +64,12 @@ class Frame:
 def record(ts: int, body: bytes) -> bytes:
     """The log record of an event: its time (epoch ms) and stored JSON."""
     return _TS.pack(ts) + body
+
+
+def pack(records: Sequence[bytes]) -> bytes:
+    """The offset table and the records of a frame."""
+    offsets = accumulate(map(len, records[:-1]), initial=0) if records else ()
+    return b"".join((struct.pack(f"<{len(records)}I", *offsets), *records))
 
 
 def event_time(record: bytes) -> int:

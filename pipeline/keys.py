@@ -4,7 +4,8 @@ head            string  the log's end and its counters, packed (accept.lua)
 log:<n>         string  a segment of the log: frames, appended
 answered:<id>   string  the last answer of accept.lua to one sender, with the number of its request; for a minute
 segments        hash    n -> packed (first arrival, last arrival, bytes, first ordinal) of each sealed segment
-id:<b>          hash    a bucket of the id table: digest of the event id -> place of the event
+ids             hash    the id table: digest of the event id -> place of the event
+id:<b>          hash    a bucket of the id table of earlier versions; moved into `ids` at the first use of the log
 owner           hash    the lease: epoch, holder, expires
 checkpoint:<s>  hash    a stream's position and account: segment, offset, index, ordinal, processed, dead, at
 published       string  how far the public keys are up to date: a log position, JSON
@@ -50,7 +51,8 @@ HEAD = PREFIX + "head"
 LOG = PREFIX + "log:"
 ANSWERED = PREFIX + "answered:"
 SEGMENTS = PREFIX + "segments"
-ID = PREFIX + "id:"
+IDS = PREFIX + "ids"
+ID_BUCKET = PREFIX + "id:"
 OWNER = PREFIX + "owner"
 CHECKPOINT = PREFIX + "checkpoint:"
 PUBLISHED = PREFIX + "published"

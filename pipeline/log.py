@@ -31,6 +31,7 @@ from pipeline.frames import (
     Position,
     header_at,
     next_header,
+    pack,
     parse_frames,
     record,
     split,
@@ -44,6 +45,7 @@ _HEAD = struct.Struct("<18Q")
 _DAMAGE_KEPT = 4096
 _TAIL_EVENTS = 20_000
 _FORGET_WORDS = 2_000
+_MOVED_AT_ONCE = 500  # buckets of an earlier version's id table: some 20 ms of the store
 _PATIENCE_MS = 4_000  # less than the connection's time-out: whoever is told no must not find it done later
 _INSIST_S = 3.0  # the embedded store is back within this
 _PLACE = struct.Struct("<6sH")
@@ -124,6 +126,7 @@ class Log:
         self._answered = keys.ANSWERED + uuid.uuid4().hex
         self._number = 0  # of the latest accept
         self._accepting = threading.Lock()
+        self._ids_moved = False
 
     def accept(self, requests: Sequence[Request], now: int) -> list[Taken]:
         """Take the requests in one atomic step; `now` in epoch ms. Raises StoreUnavailable or StoreFull: nothing was taken.
@@ -135,9 +138,8 @@ class Log:
         args: list[str | bytes | int] = []
         records = [[record(event.ts, event.body) for event in request.events] for request in requests]
         for request, packed in zip(requests, records, strict=True):
-            args += [request.to, request.source.encode(), len(packed)]
-            args.append(b"".join([digest(event.event_id) for event in request.events]))
-            args += packed
+            digests = b"".join([digest(event.event_id) for event in request.events])
+            args += [request.to, request.source.encode(), len(packed), digests, pack(packed)]
         with self._accepting:
             self._number += 1
             answer = self._accept([now, rejected, SEGMENT_BYTES, SEGMENT_MS, self._number, len(requests), *args])
@@ -151,7 +153,7 @@ class Log:
 
     def _accept(self, args: list[str | bytes | int]) -> Any:
         """The script's answer, asked for again while it gets lost."""
-        names = (keys.HEAD, keys.LOG, keys.ID, keys.SEGMENTS, self._answered)
+        names = (keys.HEAD, keys.LOG, self._ids(), keys.SEGMENTS, self._answered)
         lost: StoreUnavailable | None = None
         until = 0.0
         while True:
@@ -312,7 +314,7 @@ class Log:
                 at = next_header(raw, at + 1, 0, sys.maxsize)
         for start in range(0, max(1, len(words)), _FORGET_WORDS):
             last = [f"{keys.LOG}{segment}"] if start + _FORGET_WORDS >= len(words) else []
-            names = (keys.HEAD, keys.ID, keys.OWNER, *last)
+            names = (keys.HEAD, self._ids(), keys.OWNER, *last)
             self._store.run("forget", names, [epoch, *words[start : start + _FORGET_WORDS]])
 
     def _forget_redriven(self, frames: Sequence[Frame]) -> None:
@@ -344,8 +346,15 @@ class Log:
 
     def locate(self, event_ids: Sequence[str]) -> list[int | None]:
         """The places of events by id, None where unknown."""
-        found = self._store.run("locate", (keys.HEAD, keys.ID), [digest(event_id) for event_id in event_ids])
+        found = self._store.call("HMGET", self._ids(), *map(digest, event_ids)) if event_ids else []
         return [_place(packed) if packed else None for packed in found]
+
+    def _ids(self) -> str:
+        """The key of the id table; before its first use, what earlier versions kept in buckets moves into it."""
+        while not self._ids_moved:
+            left = self._store.run("move_ids", (keys.HEAD, keys.IDS, keys.ID_BUCKET), (_MOVED_AT_ONCE,))
+            self._ids_moved = left == 0
+        return keys.IDS
 
 
 def _place(packed: bytes) -> int:

@@ -1,7 +1,8 @@
 -- Shared by the scripts that append to the log: the head (the log's end and counters) and one way to append a frame.
 local HEAD = '<I8I8I8I8I8I8I8I8I8I8I8I8I8I8I8I8I8I8'
 local seg, off, ordinal, c0, c1, c2, c3, c4 = 1, 0, 0, 0, 0, 0, 0, 0
-local accepted, bridge_only, duplicates, rejected, ids, buckets, split, opened, last, first = 0, 0, 0, 0, 0, 16, 0, 0, 0, 1
+local accepted, bridge_only, duplicates, rejected, ids, opened, last, first = 0, 0, 0, 0, 0, 0, 0, 1
+local buckets, split = 0, 0  -- of an id table of before (move_ids.lua)
 local CANARY, REDRIVE = 32, 64
 
 local function open_head(now, segments)
@@ -29,16 +30,13 @@ local function make_room(size, segment_bytes, segment_ms, sealed)
   if off == 0 then opened = last end
 end
 
--- Append one frame. to: bit mask of streams, +32 canary (counts nowhere), +64 sent again (was accepted before).
-local function append(segments, to, source, records)
-  local n, at, offsets = #records, 0, {}
-  for i = 1, n do
-    offsets[i] = struct.pack('<I4', at)
-    at = at + #records[i]
-  end
-  local frame = struct.pack('<c2BBI2I4I8I8I6I6I6I6I6B', 'NX', 1, to, n, #source + 4 * n + at, last, ordinal, c0, c1, c2, c3, c4, #source)
-    .. source .. table.concat(offsets) .. table.concat(records)
-  off = redis.call('APPEND', segments .. string.format('%d', seg), frame)
+-- Append one frame of n events. packed: their offset table and records, as frames.pack made it. to: bit mask of streams,
+-- +32 canary (counts nowhere), +64 sent again (was accepted before).
+local function append(segments, to, source, n, packed)
+  local header = struct.pack('<c2BBI2I4I8I8I6I6I6I6I6B', 'NX', 1, to, n, #source + #packed, last, ordinal, c0, c1, c2, c3, c4, #source)
+  local segment = segments .. string.format('%d', seg)
+  redis.call('APPEND', segment, header .. source)
+  off = redis.call('APPEND', segment, packed)  -- not joined to the header before: Lua hashes every string that it makes
   ordinal = ordinal + n
   if math.floor(to / CANARY) % 2 == 1 then return end
   if to % 2 >= 1 then c0 = c0 + n end

@@ -25,7 +25,7 @@ for arg = 4, #ARGV, 5 do
       kept.attempts, kept.first_at, kept.received_at = kept.attempts + past.attempts, past.first_at, past.received_at
     end
     redis.call('HSET', KEYS[7], id, place, '<' .. stream .. '-' .. place, cjson.encode(kept))
-    append(KEYS[2], bit + REDRIVE, source, {record})
+    append(KEYS[2], bit + REDRIVE, source, 1, struct.pack('<I4', 0) .. record)
   end
   answer[#answer + 1] = was_dead
 end
