@@ -15,10 +15,12 @@ The newer edge is exact: an event with a later timestamp waits for its time. The
 counts while all of it is inside, so an expired event is never counted.
 
 How events are kept: one script adds a batch to a journal and its ids to the seen ones, or does neither. The users'
-states live in this process. About once a second the changed ones are stored, `features:{user_id}` is written, and the
-journal is cut to what no stored state has yet; whoever starts, or had lost the store, claims it and replays the
-journal. The scripts refuse a process that is no longer the owner; it then drops what it holds. The keys of a script
-share the tag {py}, for Cluster: there the public keys are written just before the states, with the journal as outbox.
+states live in this process; an event is counted when its user is next published, stored or asked for. Ten times a
+second `features:{user_id}` is written for those who have waited for the longest, so many that it stays cheap: at once
+under light load, within five seconds under any. States are stored likewise, but more seldom, and the journal is cut to
+what no stored state has yet; whoever starts, or had lost the store, claims it and replays the journal. The scripts
+refuse a process that is no longer the owner; it then drops what it holds. The keys of a script share the tag {py}, for
+Cluster: there the public keys are written just before the states, with the journal as outbox.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import blake2b, sha1, sha256
+from heapq import heappop, heappush
+from itertools import islice
 from typing import Annotated, Any, NamedTuple
 from urllib.parse import quote
 
@@ -61,7 +65,9 @@ MAX_EVENTS, MAX_BODY = 5_000, 40 << 20
 MAX_STATES, MAX_SESSIONS = 50_000, 100  # in memory; per user
 SEEN_PERIOD, SEEN_PERIODS = 2 * DAY, 5  # one set of ids per two days: an id is known for 8 to 10 days
 KEEP_S = 8 * 86_400  # an idle user is forgotten a day after its last window has run empty
-PUBLISH_MS, TICK_S = 900, 0.1  # a user is published at most so often; how often the flusher looks
+TICK_S = 0.1  # how often the flusher looks
+PUBLISHED, PUBLISH_MS, LATEST_MS = 100, 900, 5_000  # users a tick; a user's least and a change's greatest time to it
+SAVED, LATEST_SAVE_MS = 20, 20_000  # states a tick; the greatest time that a frame is kept for one
 STORE_TIMEOUT_S = 2.0
 LARGEST = 1e15  # in size, that a number may have to be summed
 OTHER, ACCEPTED, REJECTED, ANSWERED, PAYMENT, REQUEST = range(6)
@@ -83,8 +89,10 @@ local ids, known = {}, {}
 for i = 1, #ARGV[2], 12 do ids[#ids + 1] = string.sub(ARGV[2], i, i + 11) end
 if #ids > 0 then
   for k = 4, #KEYS do
-    for i, hit in ipairs(redis.call('SMISMEMBER', KEYS[k], unpack(ids))) do
-      if hit == 1 then known[#known + 1] = i - 1 end
+    if redis.call('EXISTS', KEYS[k]) == 1 then
+      for i, hit in ipairs(redis.call('SMISMEMBER', KEYS[k], unpack(ids))) do
+        if hit == 1 then known[#known + 1] = i - 1 end
+      end
     end
   end
   if #known > 0 then return known end
@@ -93,7 +101,8 @@ if #ids > 0 then
 end
 redis.call('HINCRBY', KEYS[3], 'accepted', ARGV[3])
 redis.call('HINCRBY', KEYS[3], 'duplicates', ARGV[4])
-local seq = redis.call('HINCRBY', KEYS[3], 'seq', 1)
+local seq = math.max(ARGV[7], (redis.call('HGET', KEYS[3], 'seq') or 0) + 1)
+redis.call('HSET', KEYS[3], 'seq', seq)
 if ARGV[5] ~= '' then redis.call('XADD', KEYS[2], seq .. '-0', 'facts', ARGV[5]) end
 return seq
 """
@@ -412,6 +421,16 @@ def rfc3339(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def longest(queue: dict[str, int], most: int, latest: int) -> list[str]:
+    """The first users of a queue: `most` of them, and those that wait since `latest` or longer."""
+    users: list[str] = []
+    for user, since in queue.items():
+        if len(users) >= most and since > latest:
+            break
+        users.append(user)
+    return users
+
+
 class NotOwner(Exception):
     """Another process of this service has claimed the store."""
 
@@ -433,10 +452,12 @@ class Service:
     def forget(self) -> None:
         """Trust nothing in memory any more; the next use claims the store and replays its journal."""
         self.token = ""
-        self.seq = 0  # of the last frame in the states
+        self.seq = 0  # of the last frame taken
         self.states: dict[str, State] = {}
+        self.uncounted: dict[str, list[Fact]] = {}  # what the states lack; each of these users is in the next two
+        self.unpublished: dict[str, int] = {}  # user -> the first frame that its public key lacks; lowest first
         self.unsaved: dict[str, int] = {}  # user -> the first frame that its stored state lacks; lowest first
-        self.due: list[tuple[int, str]] = []  # when an event that waits for its time will count
+        self.due: list[tuple[int, str]] = []  # when an event that waits for its time will count; a heap
 
     async def run(self, script: str, keys: list[str], args: list[Any]) -> Any:
         try:
@@ -478,10 +499,12 @@ class Service:
             self.apply([fact for fact in facts if states[fact[0]].seq < seq], seq)
         log.info("claimed the store, %d journal frames replayed", len(journal))
 
-    async def load(self, users: set[str]) -> dict[str, State]:
-        """Stored states; new ones for users never seen."""
+    async def load(self, users: Iterable[str]) -> dict[str, State]:
+        """The stored states of those that are not in memory; new ones for users never seen."""
         loaded: dict[str, State] = {}
-        while part := [users.pop() for _ in range(min(500, len(users)))]:
+        missing = [user for user in users if user not in self.states]
+        for first in range(0, len(missing), 500):
+            part = missing[first : first + 500]
             blobs = await self.client.mget([STATE + user for user in part])
             loaded |= {u: decode_state(blob) if blob else State() for u, blob in zip(part, blobs, strict=True)}
         return loaded
@@ -497,69 +520,93 @@ class Service:
                 log.warning("another process has claimed the store; claiming it back")
 
     async def _accept(self, fresh: dict[bytes, tuple[Fact, ...]], duplicates: int) -> tuple[int, int]:
-        token, states, period = self.token, self.states, now_ms() // SEEN_PERIOD
-        if len(states) > MAX_STATES:  # the front is what has not been saved for the longest time
-            idle = (user for user in states if user not in self.unsaved and not states[user].future)
-            for user in [user for user, _ in zip(idle, range(MAX_STATES // 10), strict=False)]:
-                del states[user]
+        token, period = self.token, now_ms() // SEEN_PERIOD
         keys = [OWNER, JOURNAL, COUNTS, *(f"{SEEN}{period - back}" for back in range(SEEN_PERIODS))]
         async with self.store():
-            facts = [fact for facts in fresh.values() for fact in facts]
-            loaded = await self.load({fact[0] for fact in facts} - states.keys())
             while fresh or duplicates:
-                frame = encode(facts) if facts else b""
+                facts = [fact for facts in fresh.values() for fact in facts]
                 counts = [sum(map(bool, fresh.values())), duplicates]  # a canary has no facts and counts nowhere
-                args = [token, b"".join(fresh), *counts, frame, SEEN_PERIODS * SEEN_PERIOD // 1000]
-                answer = await self.run(ACCEPT, keys, args)
+                frame, expire_s = encode(facts) if facts else b"", SEEN_PERIODS * SEEN_PERIOD // 1000
+                answer = await self.run(ACCEPT, keys, [token, b"".join(fresh), *counts, frame, expire_s, now_ms()])
                 if isinstance(answer, int):
                     if self.token == token:  # else the store was lost in between, and the replay brings these too
-                        states.update({fact[0]: loaded[fact[0]] for fact in facts if fact[0] in loaded})
                         self.apply(facts, answer)
                     break
                 digests = list(fresh)
                 for position in set(answer):
                     del fresh[digests[position]]
                 duplicates += len(digests) - len(fresh)
-                facts = [fact for facts in fresh.values() for fact in facts]
         return len(fresh), duplicates
 
     def apply(self, facts: list[Fact], seq: int) -> None:
-        states, unsaved, now = self.states, self.unsaved, now_ms()
+        """Take a frame of the journal: its facts are counted when their users are next looked at."""
+        uncounted, now = self.uncounted, now_ms()
         for fact in facts:
-            state = states[fact[0]]
-            state.seq = seq
-            add(state, fact, now)
-            unsaved.setdefault(fact[0], seq)
+            user = fact[0]
+            if user in uncounted:
+                uncounted[user].append(fact)
+            else:
+                uncounted[user] = [fact]
+                self.unpublished.setdefault(user, seq)
+                self.unsaved.setdefault(user, seq)
             if fact[1] > now:
-                self.due.append((fact[1], fact[0]))
+                heappush(self.due, (fact[1], user))
         self.seq = seq
 
+    def count(self, user: str, now: int) -> State:
+        """The state of a user, which must be in memory, with every accepted event in it."""
+        state = self.states[user]
+        if facts := self.uncounted.pop(user, None):
+            for fact in facts:
+                add(state, fact, now)
+            state.seq = self.seq  # the user has no others up to there
+        return advance(state, now)
+
+    def evict(self) -> None:
+        """Keep what is in memory bounded. With the lock held: who reads a stored state must not find it changed."""
+        if len(self.states) > MAX_STATES:  # the front is what has not been saved for the longest time
+            idle = (user for user in self.states if user not in self.unsaved and user not in self.unpublished)
+            for user in list(islice(idle, MAX_STATES // 10)):
+                del self.states[user]
+
     async def flush(self, everything: bool = False) -> None:
-        """Store and publish what has changed, a user at most once in PUBLISH_MS, unless `everything`."""
-        states, now = self.states, now_ms()
-        for at, user in self.due:
-            if at <= now and user in states:
-                self.unsaved.setdefault(user, self.seq + 1)
-        self.due = [item for item in self.due if item[0] > now]
-        ready = [user for user in self.unsaved if everything or states[user].published <= now - PUBLISH_MS]
-        for first in range(0, len(ready), 200):  # in parts, so that requests come in between
+        """Publish and store those that have waited for the longest, or `everything`."""
+        now, states = now_ms(), self.states
+        while self.due and self.due[0][0] <= now:
+            _, user = heappop(self.due)
+            self.unpublished.setdefault(user, self.seq + 1)
+            self.unsaved.setdefault(user, self.seq + 1)
+        publish = longest(self.unpublished, PUBLISHED, now - LATEST_MS)
+        save = longest(self.unsaved, SAVED, now - LATEST_SAVE_MS)
+        publish = [user for user in publish if user not in states or states[user].published <= now - PUBLISH_MS]
+        if everything:
+            publish, save = list(self.unpublished), list(self.unsaved)
+        users, stored = list(dict.fromkeys(publish + save)), set(save)
+        for at in range(0, len(users), 200):  # in parts, so that requests come in between
             if self.states is states:
                 async with self.store():
-                    await self._save(ready[first : first + 200], now_ms())
+                    await self._write(users[at : at + 200], stored)
 
-    async def _save(self, users: list[str], now: int) -> None:
+    async def _write(self, users: list[str], save: set[str]) -> None:
+        """Publish users, and store the states of those in `save`: none is stored that is not published."""
+        states, loaded = self.states, await self.load(users)
+        if self.states is not states:  # the store was lost meanwhile
+            return
+        states.update({user: state for user, state in loaded.items() if user not in states})
+        now = now_ms()
         stored: list[bytes] = []
         public: list[bytes] = []
         computed_at = rfc3339(now)
         for user in users:
-            state = self.states[user] = self.states.pop(user)  # to the end
-            del self.unsaved[user]
-            state.published = now
-            values = features(state, now)
-            stored += (STATE + user).encode(), encode(state)
-            if user != CITY:
-                body = {"user_id": user, "features": values, "computed_at": computed_at}
+            state = self.count(user, now)
+            if self.unpublished.pop(user, None) is not None and user != CITY:
+                state.published = now
+                body = {"user_id": user, "features": features(state, now), "computed_at": computed_at}
                 public += b"features:" + user.encode(), to_json(body)
+            if user in save:
+                states[user] = states.pop(user)  # to the end
+                del self.unsaved[user]
+                stored += (STATE + user).encode(), encode(state)
         args = [self.token, next(iter(self.unsaved.values()), self.seq + 1), KEEP_S]
         try:
             if self.cluster:
@@ -581,6 +628,7 @@ class Service:
             try:
                 async with self.lock:
                     await self.claim()
+                    self.evict()
                 await self.flush(everything=stopping)
             except (ApiError, NotOwner) as error:
                 log.debug("not flushed: %s", error)
@@ -598,11 +646,13 @@ class Service:
                 async with self.store():
                     owner, blob = await self.client.mget(OWNER, STATE + user)
                 if owner and owner.decode() == self.token:
-                    state = self.states.get(user) or (decode_state(blob) if blob else None)
-                    if publish and state is not None:
-                        self.states[user] = state  # with the lock held, nobody has brought a newer one meanwhile
-                        self.unsaved.setdefault(user, self.seq + 1)
-                    return state
+                    if user not in self.states and (blob or user in self.uncounted):
+                        self.states[user] = decode_state(blob) if blob else State()
+                    if user not in self.states:
+                        return None
+                    if publish:
+                        self.unpublished.setdefault(user, self.seq + 1)
+                    return self.count(user, now_ms())
             self.forget()
 
     async def health(self) -> tuple[dict[str, str], list[int]]:
