@@ -202,6 +202,7 @@ def test_hot_route_answers_as_the_flask_route_does(nexus, client, body, headers,
 )
 def test_features_ahead_of_flask_answer_as_the_flask_route_does(nexus, client, path, status):
     post(client, response("driver_1"))
+    until(lambda: nexus.backlog.behind("driver_1") == 0, "the Python service to have it")
     now = nexus.clock()
     nexus.clock = nexus.features._clock = lambda: now
     path = f"/api/ml/features/{path}"
