@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 from redis.backoff import NoBackoff
@@ -17,9 +17,11 @@ from pipeline.errors import Fenced, StoreFull, StoreRefused, StoreUnavailable
 
 Word = str | bytes | int | float
 Command = Sequence[Word]
+T = TypeVar("T")
 
 _LUA = Path(__file__).parent / "lua"
 _TIMEOUT_S = 5.0
+_HASHES_AT_ONCE, _FIELDS_AT_ONCE = 10, 500  # in one call of find.lua, which nothing else may interrupt
 _ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)  # the second is none of the first
 _AWAY = (redis.exceptions.ReadOnlyError, redis.exceptions.ClusterError)
 _AWAY_WORDS = ("LATE", "BUSY", "NOREPLICAS")  # answers of a store that is there, but not just now
@@ -93,9 +95,23 @@ class Store:
         except _ERRORS as error:
             raise translate(error) from error
 
+    def find(self, hashes: Sequence[str], fields: Sequence[str]) -> list[bytes | None]:
+        """For each field its value in the first of the hashes that has it, None where none does."""
+        found: list[bytes | None] = [None] * len(fields)
+        for keys in _pieces(hashes, _HASHES_AT_ONCE):
+            absent = [i for i, value in enumerate(found) if value is None]
+            for some in _pieces(absent, _FIELDS_AT_ONCE):
+                for i, value in zip(some, self.run("find", keys, [fields[i] for i in some]), strict=True):
+                    found[i] = value
+        return found
+
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
+
+
+def _pieces(items: Sequence[T], most: int) -> Iterator[Sequence[T]]:
+    return (items[at : at + most] for at in range(0, len(items), most))
 
 
 def _script(path: Path) -> str:

@@ -49,7 +49,7 @@ def test_store_at_its_memory_limit_raises_store_full_and_a_commit_still_goes_thr
     connection.call("CONFIG", "SET", "maxmemory", 1)
     with pytest.raises(StoreFull):
         connection.call("SET", "ml:{p}:x", "y")
-    connection.run("commit", (keys.OWNER,), (epoch, 3, "SET", "ml:{p}:x", "y"))
+    commit(connection, epoch, [("SET", "ml:{p}:x", "y")])
     connection.call("CONFIG", "SET", "maxmemory", 0)
     assert connection.call("GET", "ml:{p}:x") == b"y"
     connection.close()
@@ -59,7 +59,7 @@ def test_commit_of_an_older_epoch_raises_fenced_and_writes_nothing(store):
     older = store.run("lease", (keys.OWNER,), ("take", "one", 1, 1, 0))
     store.run("lease", (keys.OWNER,), ("seize", "two", 2, 1, 0))
     with pytest.raises(Fenced):
-        store.run("commit", (keys.OWNER,), (older, 3, "SET", "ml:{p}:x", "y"))
+        commit(store, older, [("SET", "ml:{p}:x", "y")])
     assert store.call("GET", "ml:{p}:x") is None
 
 

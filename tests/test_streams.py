@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import keys
 from pipeline.events import canary
-from pipeline.frames import ALL_STREAMS, CANARY
+from pipeline.frames import ALL_STREAMS, CANARY, record
 from pipeline.labelled import examples
 from pipeline.log import Log, Request
 from pipeline.models import fraud
@@ -52,9 +52,10 @@ def test_every_event_is_done_or_dead_whatever_its_data_holds(store, kind):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_event_of_an_unknown_form_is_dead_and_its_neighbours_are_done(store, kind):
-    batch = batch_of(store, [event(), event(), event()], NOON)
-    batch.events[1] = None
-    outcome = kind(store).process(batch, NOON)
+    batch_of(store, [event(), event(), event()], NOON)
+    frame = frames(Log(store))[-1]
+    frame.records[1] = record(NOON, b'{"of":"another form"}')
+    outcome = kind(store).process(Batch([frame]), NOON)
     assert (outcome.done, [index for index, _ in outcome.dead]) == (2, [1])
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from pipeline import keys
-from pipeline.events import CANARY_TYPE
 from pipeline.store import Command, Store
-from pipeline.streams.stream import UNDECODABLE, Batch, Cut, Outcome, Stream
+from pipeline.streams.stream import Batch, Cut, Outcome, Stream
 
 STEPS_S = {"1s": 1, "1m": 60, "1h": 3600}
 DIMENSIONS = ("type", "source", "device", "zone")
@@ -20,102 +20,90 @@ RECENT_S = 60
 _USERS_PER_COMMAND = 500
 
 
+Counts = dict[str, Counter[tuple[int, str | None]]]  # dimension -> (second of event time, value) -> events
+
+
 class Aggregates(Stream):
-    """Counts since the last checkpoint; the store adds them up. Values beyond a dimension's limit count as `~other`."""
+    """Counts since the last checkpoint; the store adds them up. Values beyond a dimension's limit count as `~other`.
+
+    They are kept by second; minutes and hours are added up when they are written or asked for.
+    """
 
     name = "aggregates"
 
     def __init__(self, store: Store, retention_ms: int = 168 * 3_600_000) -> None:
         super().__init__(store)
         self._retention_ms = retention_ms
-        self._pending: Counter[tuple[int, int, str]] = Counter()
-        self._writing: Counter[tuple[int, int, str]] = Counter()
+        self._pending, self._writing = _no_counts(), _no_counts()
+        self._oldest = 0  # counters per second are kept after this one
         self._seen: dict[int, set[str]] = {}
         self._new: dict[int, set[str]] = {}
         self.recent: dict[
             int, Counter[str]
         ] = {}  # arrival second -> "type:..." and "source:..." of the last minute, for the dashboard
-        self._known: dict[str, set[str]] = {name: set() for name in DIMENSIONS}
+        self._known: dict[str, set[str | None]] = {name: {None} for name in DIMENSIONS}
 
     def process(self, batch: Batch, now: int) -> Outcome:
-        outcome = Outcome()
-        wanted: list[int] = []
-        for index, event in enumerate(batch.events):
-            if event is None:
-                outcome.dead.append((index, UNDECODABLE))
-                continue
-            outcome.done += 1
-            if event.event_type != CANARY_TYPE:
-                wanted.append(index)
-        events, ts, sources, zones = batch.events, batch.ts, batch.sources, batch.zones
-        seconds = [ts[i] // 1000 for i in wanted]
-        columns: tuple[Sequence[str | None], ...] = (
-            [events[i].event_type for i in wanted],  # type: ignore[union-attr]  # None was left out above
-            [sources[i] for i in wanted],
-            [events[i].device_type for i in wanted],  # type: ignore[union-attr]
-            [zones[i] for i in wanted],
-        )
-        # Counter counts in C: equal pairs of second and value become one entry before any Python runs on them.
-        counted: list[tuple[int, str, int]] = [(second, "all", n) for second, n in Counter(seconds).items()]
-        for name, values in zip(DIMENSIONS, columns, strict=True):
-            known = self._known[name]
-            for (second, value), n in Counter(zip(seconds, values, strict=True)).items():
-                if value is None:
-                    continue
-                if value not in known:
-                    value = self._bounded(name, value)
-                counted.append((second, f"{name}:{value}", n))
-        pending, oldest = self._pending, (now - SECONDS_KEPT_MS) // 1000
-        for second, field, n in counted:
-            pending[60, second - second % 60, field] += n
-            pending[3600, second - second % 3600, field] += n
-            if second > oldest:
-                pending[1, second, field] += n
-        self._see(seconds, [events[i].user_id for i in wanted])  # type: ignore[union-attr]
-        self._note_arrivals(batch, wanted, columns)
-        return outcome
+        if batch.canary:
+            return batch.outcome()
+        whole: tuple[Sequence[str | None], ...] = (batch.types, batch.sources, batch.devices, batch.zones)
+        columns = {n: self._bounded(n, batch.counted(column)) for n, column in zip(DIMENSIONS, whole, strict=True)}
+        seconds = [ts // 1000 for ts in batch.counted(batch.ts)]
+        for name, values in columns.items():
+            self._pending[name].update(zip(seconds, values, strict=True))  # counts in C
+        self._see(seconds, batch.counted(batch.users))
+        self._note_arrivals(batch.counted(batch.arrivals), columns)
+        self._oldest = (now - SECONDS_KEPT_MS) // 1000
+        return batch.outcome()
 
-    def _bounded(self, name: str, value: str) -> str:
+    def _bounded(self, name: str, values: Sequence[str | None]) -> Sequence[str | None]:
+        """A column in which values beyond the dimension's limit are `~other`."""
         known = self._known[name]
-        if len(known) >= MAX_VALUES[name]:
-            value = OTHER
-        known.add(value)
-        return value
+        if known.issuperset(values):
+            return values
+        room = MAX_VALUES[name] + 1 - len(known)  # None is known, but no value
+        known.update(islice(dict.fromkeys(value for value in values if value not in known), room))
+        return [value if value in known else OTHER for value in values]
 
-    def _see(self, seconds: list[int], users: list[str]) -> None:
+    def _see(self, seconds: list[int], users: Sequence[str]) -> None:
         """Distinct users per hour of event time."""
         by_hour: dict[int, set[str]] = {}
-        for second, user_id in zip(seconds, users, strict=True):
-            hour = second - second % 3600
-            if hour not in by_hour:
-                by_hour[hour] = set()
-            by_hour[hour].add(user_id)
+        hours = [second - second % 3600 for second in seconds]
+        if len(set(hours)) == 1:
+            by_hour[hours[0]] = set(users)
+        else:
+            for hour, user_id in zip(hours, users, strict=True):
+                by_hour.setdefault(hour, set()).add(user_id)
         for hour, found in by_hour.items():
             fresh = found - self._seen.setdefault(hour, set())
             if fresh:
                 self._seen[hour] |= fresh
                 self._new.setdefault(hour, set()).update(fresh)
 
-    def _note_arrivals(self, batch: Batch, wanted: list[int], columns: tuple[Sequence[str | None], ...]) -> None:
+    def _note_arrivals(self, arrivals: Sequence[int], columns: dict[str, Sequence[str | None]]) -> None:
         """Counts of the last minute by type and source, for the dashboard."""
-        arrivals = [batch.arrivals[i] // 1000 for i in wanted]
-        for name, values in zip(("type", "source"), columns, strict=False):
-            for (arrival, value), n in Counter(zip(arrivals, values, strict=True)).items():
-                if arrival not in self.recent:
-                    self.recent[arrival] = Counter()
-                    for old in [second for second in self.recent if second < arrival - RECENT_S]:
+        seconds = [arrival // 1000 for arrival in arrivals]
+        for name in ("type", "source"):
+            for (second, value), n in Counter(zip(seconds, columns[name], strict=True)).items():
+                if second not in self.recent:
+                    self.recent[second] = Counter()
+                    for old in [known for known in self.recent if known < second - RECENT_S]:
                         del self.recent[old]
-                self.recent[arrival][f"{name}:{value}"] += n
+                self.recent[second][f"{name}:{value}"] += n
 
     def cut(self, now: int) -> Cut:
-        self._writing, self._pending = self._pending, Counter()
+        self._writing, self._pending = self._pending, _no_counts()
         new, self._new = self._new, {}
         buckets: dict[str, int] = {}
         final: list[Command] = []
-        for (step, start, field), count in self._writing.items():
-            key = f"{keys.AGGREGATE}{step}:{start}"
-            buckets[key] = SECONDS_KEPT_MS if step == 1 else self._retention_ms
-            final.append(("HINCRBY", key, field, count))
+        totals = _by_field(self._writing)
+        for step in STEPS_S.values():
+            totals = _coarser(totals, step)
+            for (start, field), count in totals.items():
+                if step > 1 or start > self._oldest:
+                    key = f"{keys.AGGREGATE}{step}:{start}"
+                    buckets[key] = SECONDS_KEPT_MS if step == 1 else self._retention_ms
+                    final.append(("HINCRBY", key, field, count))
         for hour, users in new.items():
             key = f"{keys.SEEN}{hour}"
             buckets[key] = self._retention_ms
@@ -126,13 +114,37 @@ class Aggregates(Stream):
         return Cut(iter(()), final, self._written)
 
     def _written(self) -> None:
-        self._writing = Counter()
+        self._writing = _no_counts()
         for hour in sorted(self._seen)[:-3]:  # only recent hours are worth remembering; PFADD forgives a repetition
             del self._seen[hour]
 
     def unwritten(self, step: int) -> Iterator[tuple[int, str, int]]:
         """(bucket start s, field, count) of what the store does not have yet."""
-        for pending in (self._writing, self._pending):
-            for (of, start, field), count in list(pending.items()):
-                if of == step:
+        for counts in (self._writing, self._pending):
+            for (start, field), count in _coarser(_by_field(counts), step).items():
+                if step > 1 or start > self._oldest:
                     yield start, field, count
+
+
+def _no_counts() -> Counts:
+    return {name: Counter() for name in DIMENSIONS}
+
+
+def _by_field(counts: Counts) -> Counter[tuple[int, str]]:
+    """Counts by second and field; "all" is the sum over the types."""
+    totals: Counter[tuple[int, str]] = Counter()
+    for name, counter in counts.items():
+        for (second, value), n in list(counter.items()):  # list: another thread may be counting
+            if value is not None:
+                totals[second, f"{name}:{value}"] = n
+            if name == "type":
+                totals[second, "all"] += n
+    return totals
+
+
+def _coarser(counts: Counter[tuple[int, str]], step: int) -> Counter[tuple[int, str]]:
+    """The same by starts of longer steps (s)."""
+    totals: Counter[tuple[int, str]] = Counter()
+    for (start, field), n in counts.items():
+        totals[start - start % step, field] += n
+    return totals

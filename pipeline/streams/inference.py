@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,14 +15,13 @@ from pipeline.events import rfc3339
 from pipeline.log import Head
 from pipeline.models import demand, fraud
 from pipeline.store import Command, Store
-from pipeline.streams.stream import UNDECODABLE, Batch, Cut, Outcome, Stream, is_canary
+from pipeline.streams.stream import Batch, Cut, Outcome, Stream
 
 DAY_MS = 86_400_000
 WEEK_S = 7 * 86_400
 CITY = "city"
 _CACHED = 200_000
 DAYS = 7  # of retention, where nothing else is set
-_DAYS_AT_ONCE = 10
 VERSIONS_KEPT = 50
 _LEARNED = 4_096
 MAX_QUANTITY = 1e9
@@ -123,39 +124,33 @@ class Inference(Stream):
         return self.model.version if self.model.ready else fraud.HABIT_VERSION
 
     def process(self, batch: Batch, now: int) -> Outcome:
-        outcome = Outcome()
-        typed = {"payment": self._payment, "fraud_report": self._report, "ride_request": self._request}
-        data = {
-            i: batch.data(i) for i, event in enumerate(batch.events) if event is not None and event.event_type in typed
-        }
-        self._load_rows(batch, data)
+        outcome = batch.outcome()
+        payments, reports, requests = (batch.by_type.get(t, []) for t in ("payment", "fraud_report", "ride_request"))
+        self._load_rows(batch, payments, reports)
         self._arrived = batch.arrivals[-1]
-        for index, event in enumerate(batch.events):
-            if event is None:
-                outcome.dead.append((index, UNDECODABLE))
-                continue
-            handle = typed.get(event.event_type)
-            if handle is not None and not is_canary(event):
-                try:
-                    handle(batch, index, event.user_id, data[index])
-                except Malformed as error:
-                    outcome.dead.append((index, f"malformed: {error}"))
-                    continue
-            outcome.done += 1
+        typed = [(i, self._payment) for i in payments] + [(i, self._report) for i in reports]
+        typed.sort(key=itemgetter(0))  # a report finds the payments before it
+        for index, handle in chain(typed, ((i, self._request) for i in requests)):
+            try:
+                handle(batch, index, batch.data(index))
+            except Malformed as error:
+                outcome.done -= 1
+                outcome.dead.append((index, f"malformed: {error}"))
+        outcome.dead.sort()
         return outcome
 
-    def _load_rows(self, batch: Batch, data: dict[int, dict[str, Any]]) -> None:
-        payments = [i for i in data if batch.events[i].event_type == "payment"]  # type: ignore[union-attr]
-        reports = [i for i in data if batch.events[i].event_type == "fraud_report"]  # type: ignore[union-attr]
-        reported = [str(t) for i in reports if (t := data[i].get("transaction_id")) is not None]
+    def _load_rows(self, batch: Batch, payments: list[int], reports: list[int]) -> None:
+        reported = [str(t) for i in reports if (t := batch.data(i).get("transaction_id")) is not None]
         asked = [t for t in reported if t not in self._scores and t not in self._writing[0]]
-        found = find_scores(self.store, asked, batch.arrivals[-1], self._days)
-        self._reported = {t: score for t, score in zip(asked, found, strict=True) if score}
-        payees = {_payee(data[i]) for i in payments} | {score.payee for score in self._reported.values()}
-        self._habits.load({batch.events[i].user_id for i in payments})  # type: ignore[union-attr]
+        # Arrival never runs backwards: what came before the batch is not of a later day.
+        found = self.store.find([f"{keys.SCORES}{day}" for day in _days_before(batch.arrivals[-1], self._days)], asked)
+        self._reported = {t: score for t, raw in zip(asked, found, strict=True) if (score := _score(raw))}
+        payees = {_payee(batch.data(i)) for i in payments} | {score.payee for score in self._reported.values()}
+        self._habits.load({batch.users[i] for i in payments})
         self._payees.load(payees)
 
-    def _payment(self, batch: Batch, index: int, user_id: str, data: dict[str, Any]) -> None:
+    def _payment(self, batch: Batch, index: int, data: dict[str, Any]) -> None:
+        user_id = batch.users[index]
         transaction, amount = _text(data, "transaction_id"), _number(data, "amount")
         payee_id = _payee(data)
         ts = batch.ts[index]
@@ -171,7 +166,7 @@ class Inference(Stream):
             payee.count += 1
             self._payees.dirty.add(payee_id)
 
-    def _report(self, batch: Batch, index: int, user_id: str, data: dict[str, Any]) -> None:
+    def _report(self, batch: Batch, index: int, data: dict[str, Any]) -> None:
         transaction, is_fraud = _text(data, "transaction_id"), data.get("is_fraud")
         if is_fraud not in (0, 1):
             raise Malformed(f"data.is_fraud is {is_fraud!r:.80}; it takes 0 or 1")
@@ -186,7 +181,7 @@ class Inference(Stream):
             self._payees[score.payee].frauds += 1
             self._payees.dirty.add(score.payee)
 
-    def _request(self, batch: Batch, index: int, user_id: str, data: dict[str, Any]) -> None:
+    def _request(self, batch: Batch, index: int, data: dict[str, Any]) -> None:
         quantity = 1.0 if data.get("quantity") is None else _number(data, "quantity")
         if not 0 <= quantity <= MAX_QUANTITY:  # a sum beyond what a number holds would fail the whole commit
             raise Malformed(f"data.quantity is {quantity:g}; it takes a number from 0 to {MAX_QUANTITY:g}")
@@ -278,8 +273,7 @@ def _stored(store: Store, key: str, row: type[T]) -> T:
 
 def find_scores(store: Store, transactions: list[str], now: int, days: int = DAYS) -> list[Score | None]:
     """The stored scores of transactions, None where there is none within the `days` of the retention."""
-    found = _find(store, keys.SCORES, transactions, now, days)
-    return [msgspec.msgpack.decode(raw, type=Score) if raw else None for raw in found]
+    return [_score(raw) for raw in _find(store, keys.SCORES, transactions, now, days)]
 
 
 def find_labels(store: Store, transactions: list[str], now: int, days: int = DAYS) -> list[int | None]:
@@ -292,20 +286,20 @@ def days_kept(store: Store, now: int, days: int) -> list[int]:
     """The days of arrival that may have scores and labels, the latest first. Where the clock was ahead and is right again,
     arrival stands still ahead of it."""
     arrived = Head.unpack(store.call("GET", keys.HEAD)).last_arrival
-    return sorted({at // DAY_MS - i for at in (now, max(now, arrived)) for i in range(days + 2)}, reverse=True)
+    return sorted({*_days_before(now, days), *_days_before(max(now, arrived), days)}, reverse=True)
+
+
+def _days_before(at: int, days: int) -> list[int]:
+    """The days of a retention that ends at a moment (epoch ms), the latest first."""
+    return [at // DAY_MS - i for i in range(days + 2)]
 
 
 def _find(store: Store, prefix: str, transactions: list[str], now: int, days: int) -> list[bytes | None]:
-    found: dict[str, bytes] = {}
-    checked = days_kept(store, now, days) if transactions else []
-    for at in range(0, len(checked), _DAYS_AT_ONCE):
-        if absent := [t for t in transactions if t not in found]:
-            names = [f"{prefix}{day}" for day in checked[at : at + _DAYS_AT_ONCE]]
-            for row in store.many([("HMGET", name, *absent) for name in names]):
-                for transaction, raw in zip(absent, row, strict=True):
-                    if raw is not None:
-                        found.setdefault(transaction, raw)
-    return [found.get(t) for t in transactions]
+    return store.find([f"{prefix}{day}" for day in days_kept(store, now, days)] if transactions else [], transactions)
+
+
+def _score(raw: bytes | None) -> Score | None:
+    return msgspec.msgpack.decode(raw, type=Score) if raw else None
 
 
 def _text(data: dict[str, Any], name: str) -> str:

@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, ClassVar
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
-from h3.api.basic_str import latlng_to_cell
+from h3.api.basic_int import latlng_to_cell
 
-from pipeline.events import CANARY_TYPE, NO_LOCATION, Event, Stored
-from pipeline.frames import Frame, Position, event_time, split
+from pipeline.events import CANARY_TYPE, Event, Stored
+from pipeline.frames import CANARY, Frame, Position, event_time, split
 from pipeline.store import Command, Store
 
 ZONE_RESOLUTION = 7  # H3 cells of about 5 km², the size of a city district
 
 _decode_event = msgspec.json.Decoder(Event).decode
+_decode_events = msgspec.json.Decoder(list[Event]).decode
 _decode_json = msgspec.json.Decoder().decode
 UNDECODABLE = "undecodable: the stored event is not of a form this version knows"
-
-
-class _Spot(msgspec.Struct, gc=False):
-    """A location as ingest has judged it."""
-
-    lat: float
-    lng: float
-
-
-_decode_spot = msgspec.json.Decoder(_Spot).decode
+_BLANK = Event("", "", "", "", msgspec.Raw(b"{}"))  # stands in the columns where an event is undecodable
+T = TypeVar("T")
 
 
 class Batch:
-    """Consecutive events of the log, decoded once for all streams; lists run parallel, index by index.
+    """Consecutive events of the log, decoded once for all streams; columns run parallel, index by index.
 
-    `ts` and `arrivals` are epoch ms; `places` are the log's (log.py). An event that no version can decode is None.
+    `ts` and `arrivals` are epoch ms; `places` are the log's (log.py). An event that no version can decode is None, and its
+    index is among the `undecodable`; where a stream has no use for these, `counted` leaves them out of a column.
     """
 
     def __init__(self, frames: list[Frame], skip: int = 0, single: bool = False) -> None:
@@ -48,17 +42,25 @@ class Batch:
         self._data: dict[int, dict[str, Any]] = {}
         self.first_ordinal = frames[0].ordinal + skip
         self.to = frames[0].to
+        self.canary = bool(self.to & CANARY)
+        self._raw = False  # whether some events were read from the store, with `data` and location in their raw form
         for frame in frames:
             stop = skip + 1 if single else len(frame.records)
             records = frame.records[skip:stop]
             self._records += records
-            self.ts += [event_time(record) for record in records]
-            self.events += frame.events[skip:stop] if frame.events is not None else map(_decoded, records)
+            if frame.events is not None and frame.times is not None:
+                self.events += frame.events[skip:stop]
+                self.ts += frame.times[skip:stop]
+            else:
+                self.events += _decoded(records)
+                self.ts += map(event_time, records)
+                self._raw = True
             first = frame.place(0)
             self.places += range(first + skip, first + stop)
             self.arrivals += [frame.received_at] * (stop - skip)
             self.sources += [frame.source] * (stop - skip)
             skip = 0
+        self.undecodable = [i for i, event in enumerate(self.events) if event is None] if self._raw else []
         last = frames[-1]
         self.after = (
             last.after()
@@ -75,37 +77,93 @@ class Batch:
 
     def data(self, index: int) -> dict[str, Any]:
         """The decoded `data` of one event."""
+        event = self.events[index]
+        if isinstance(event, Stored):
+            return event.data
         data = self._data.get(index)
         if data is None:
-            event = self.events[index]
-            if isinstance(event, Stored):
-                return event.data
             decoded = _decode_json(event.data) if event is not None else {}
             data = self._data[index] = decoded if type(decoded) is dict else {}
         return data
 
     @cached_property
+    def _rows(self) -> Sequence[Event | Stored]:
+        return [event or _BLANK for event in self.events] if self.undecodable else self.events  # type: ignore[return-value]
+
+    @cached_property
+    def types(self) -> list[str]:
+        return [event.event_type for event in self._rows]
+
+    @cached_property
+    def users(self) -> list[str]:
+        return [event.user_id for event in self._rows]
+
+    @cached_property
+    def sessions(self) -> list[str]:
+        """ "" where there is none."""
+        return [event.session_id or "" for event in self._rows]
+
+    @cached_property
+    def devices(self) -> list[str]:
+        return [event.device_type for event in self._rows]
+
+    @cached_property
+    def by_type(self) -> dict[str, list[int]]:
+        """The indexes of the events of each type, in order."""
+        found: dict[str, list[int]] = {}
+        for index, event_type in enumerate(self.types):
+            if event_type in found:
+                found[event_type].append(index)
+            else:
+                found[event_type] = [index]
+        return found
+
+    @cached_property
     def zones(self) -> list[str | None]:
         """The H3 cell of each event: a ride request's pickup, else its location, else None."""
-        return [self._zone(i, event) if event is not None else None for i, event in enumerate(self.events)]
+        spots: list[Any] = [event.location for event in self._rows]
+        if self._raw:
+            spots = [_decode_json(spot) if type(spot) is msgspec.Raw else spot for spot in spots]
+        pickups = {
+            i: pickup
+            for i in self.by_type.get("ride_request", ())
+            if (pickup := self.data(i).get("pickup")) is not None
+        }
+        for index in pickups:
+            spots[index] = None
+        # Locations were judged by ingest. No function of ours runs for each: this is a good part of what an event costs.
+        zones = [
+            None if spot is None else _name_of(latlng_to_cell(spot["lat"], spot["lng"], ZONE_RESOLUTION))
+            for spot in spots
+        ]
+        for index, pickup in pickups.items():
+            zones[index] = _cell_of(pickup)
+        return zones
 
-    def _zone(self, index: int, event: Event | Stored) -> str | None:
-        if event.event_type == "ride_request" and (pickup := self.data(index).get("pickup")) is not None:
-            return _cell_of(pickup)
-        if isinstance(event, Stored):
-            if event.location is None:
-                return None
-            lat, lng = event.location["lat"], event.location["lng"]
-        elif event.location is NO_LOCATION:
-            return None
-        else:
-            spot = _decode_spot(event.location)
-            lat, lng = spot.lat, spot.lng
-        zone: str = latlng_to_cell(lat, lng, ZONE_RESOLUTION)
-        return zone
+    def counted(self, column: Sequence[T]) -> Sequence[T]:
+        """A column without the undecodable events."""
+        if not self.undecodable:
+            return column
+        left_out = set(self.undecodable)
+        return [value for index, value in enumerate(column) if index not in left_out]
+
+    def outcome(self) -> Outcome:
+        """All that can be decoded is done, the others are dead: for a stream that has nothing else to object to."""
+        return Outcome(len(self) - len(self.undecodable), [(index, UNDECODABLE) for index in self.undecodable])
 
 
-def _decoded(record: bytes) -> Event | None:
+def _decoded(records: list[bytes]) -> list[Event | None]:
+    """The events of records, None where one is of no form this version knows: all at once, as costs half, if all are sound."""
+    try:
+        events: list[Any] = _decode_events(b"[%b]" % b",".join([record[8:] for record in records]))
+        if len(events) == len(records):
+            return events
+    except msgspec.MsgspecError:
+        pass
+    return [_decoded_alone(record) for record in records]
+
+
+def _decoded_alone(record: bytes) -> Event | None:
     try:
         return _decode_event(split(record)[1])
     except msgspec.MsgspecError:
@@ -120,8 +178,13 @@ def _cell_of(pickup: Any) -> str | None:
     lng: Any = pickup.get("lng")
     if type(lat) not in (int, float) or type(lng) not in (int, float):
         return None
-    zone: str | None = latlng_to_cell(lat, lng, ZONE_RESOLUTION) if -90 <= lat <= 90 and -180 <= lng <= 180 else None
-    return zone
+    return _name_of(latlng_to_cell(lat, lng, ZONE_RESOLUTION)) if -90 <= lat <= 90 and -180 <= lng <= 180 else None
+
+
+@lru_cache(maxsize=50_000)
+def _name_of(cell: int) -> str:
+    """What H3 writes for a cell."""
+    return f"{cell:x}"
 
 
 def is_canary(event: Event | Stored) -> bool:

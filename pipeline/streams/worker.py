@@ -246,6 +246,7 @@ class Group(Worker):
         self._failed = failed
         self.position = start
         self._joining: list[str] = []
+        self._next_look = 0.0  # monotonic; when the store is asked for more of the log than is at hand
 
     def join(self, name: str) -> None:
         """Take a stream in that stands at its checkpoint, at the next batch boundary."""
@@ -258,15 +259,27 @@ class Group(Worker):
             self._of(name, partial(self.load, name, position))
             self._committed[name] = position
         while not self.stopping.is_set():
+            woken = self.shared.wake.is_set()
             self.shared.wake.clear()
             while self._joining:
                 self._admit(self._joining.pop())
-            frames = self.shared.log.read(self.position)
+            frames = self._next_frames(woken)
             for run in self._runs(frames):
                 self._pass(Batch(run, self.position.index))
                 self.checkpoint_step(False)
             if not frames and not self.checkpoint_step(True):
                 self.shared.wake.wait(POLL_S if not self._moved() else IDLE_CHECKPOINT_S / 2)
+
+    def _next_frames(self, woken: bool) -> list[Frame]:
+        """What follows in the log. What this process appended is at hand; for what another instance did the store is asked only
+        now and then, since it costs a round trip."""
+        if recent := self.shared.log.recent(self.position):
+            return recent
+        if not woken and time.monotonic() < self._next_look:
+            return []
+        frames = self.shared.log.read(self.position)
+        self._next_look = 0.0 if frames else time.monotonic() + POLL_S
+        return frames
 
     def _pass(self, batch: Batch) -> None:
         for name in list(self.streams):
