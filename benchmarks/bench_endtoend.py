@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from benchmarks import table
-from benchmarks.harness import Options, running, wait_until
+from benchmarks.harness import Options, System, running, wait_until
 from benchmarks.load import closed_loop, load
 from benchmarks.peers import launch
 from benchmarks.table import Row
@@ -67,9 +67,9 @@ def run(options: Options) -> list[Row]:
     return rows
 
 
-def nexus(data: Path, events: int) -> tuple[float, dict[str, float]]:
+def nexus(data: Path, events: int, kind: type[System] = System) -> tuple[float, dict[str, float]]:
     """Events/s through all five streams of a fresh system, and each part's processor time per event in µs."""
-    with running(data) as system:
+    with running(data, kind) as system:
         load(closed_loop, system.port, Traffic(seed=2), CONNECTIONS, _WARM_UP // BATCH).only(202)
         system.drained(60)
         before = system.cpu_s()

@@ -10,9 +10,10 @@ from typing import Any
 
 import msgspec
 
-from benchmarks import table
+from benchmarks import bench_endtoend, table
 from benchmarks.harness import Options
 from benchmarks.peers import launch
+from benchmarks.six_features import SIX, SixFeatures
 from benchmarks.table import Row
 from benchmarks.traffic import event as event_text
 from benchmarks.traffic import name_of
@@ -33,24 +34,15 @@ from pipeline.training_set import Label, TrainingSet
 
 TITLE = "Features: the cost of definitions, reads, history and backfill"
 USERS = 10_000
-SIX = 6  # definitions of the first version: what the others are compared with
 FRAMES_PER_BATCH, BATCHES_PER_CHECKPOINT = 10, 12
 NAMES = tuple(f.name for f in FEATURES if f.entity == "user")[:25]
-_FIRST_SIX = (
-    "acceptance_rate",
-    "response_time",
-    "recent_rejections",
-    "event_count_5m",
-    "event_count_1h",
-    "event_count_24h",
-)
 
 
 def run(options: Options) -> list[Row]:
     events = options.pick(20_000, 60_000, 200_000)
     with launch.store(options.data) as server:
         bench = Bench(Store(f"unix://{server.socket}"), events)
-        return [
+        rows = [
             *bench.definitions(options.repetitions),
             *bench.memory(),
             *bench.reads(options.pick(50, 300)),
@@ -58,12 +50,28 @@ def run(options: Options) -> list[Row]:
             *bench.backfill(),
             *bench.training(options.pick(200, 1_000)),
         ]
+    return [*rows, *end_to_end(options)]
+
+
+def end_to_end(options: Options) -> list[Row]:
+    """What the whole catalogue costs of the rate through all five streams."""
+    events = options.pick(40_000, 100_000, 300_000)
+    every, six = [], []
+    for _ in range(options.repetitions):
+        every.append(bench_endtoend.nexus(options.data, events)[0])
+        six.append(bench_endtoend.nexus(options.data, events, SixFeatures)[0])
+    name, more = f"end to end with all {len(FEATURES)} definitions", {"target": 0.5, "aim": 1.0, "more_is_better": True}
+    return [
+        table.of(f"end to end, {len(SIX)} definitions", six, "events/s", more_is_better=True),
+        table.of(name, every, "events/s", more_is_better=True),
+        table.ratio(name, every, six, f"{len(SIX)} definitions", **more),
+    ]
 
 
 def definitions_of(count: int) -> tuple[Feature, ...]:
     """The first version's six, then the others until there are so many."""
-    first = [f for f in FEATURES if f.name in _FIRST_SIX]
-    others = [f for f in FEATURES if f.name not in _FIRST_SIX]
+    first = [f for f in FEATURES if f.name in SIX]
+    others = [f for f in FEATURES if f.name not in SIX]
     chosen = (first + others)[:count]
     names = {f.name for f in chosen}
     return tuple(f for f in chosen if names.issuperset(f.of or ()))
@@ -124,7 +132,7 @@ class Bench:
         return stream, took
 
     def definitions(self, repetitions: int) -> list[Row]:
-        counts = (1, SIX, 12, 25, len(FEATURES))
+        counts = (1, len(SIX), 12, 25, len(FEATURES))
         found: dict[int, list[float]] = {count: [] for count in counts}
         for _ in range(repetitions):
             for count in counts:
@@ -133,12 +141,14 @@ class Bench:
             table.of(f"features stream, {count} definitions", rates, "events/s of one core", more_is_better=True)
             for count, rates in found.items()
         ]
-        every, six = found[len(FEATURES)], found[SIX]
+        every, six = found[len(FEATURES)], found[len(SIX)]
         note = "of the stream alone, checkpoints included"
         name = f"rate with all {len(FEATURES)} definitions"
         return [
             *rows,
-            table.ratio(name, every, six, f"{SIX} definitions", target=0.5, aim=1.0, more_is_better=True, note=note),
+            table.ratio(
+                name, every, six, f"{len(SIX)} definitions", target=0.5, aim=1.0, more_is_better=True, note=note
+            ),
         ]
 
     def memory(self) -> list[Row]:
@@ -210,9 +220,9 @@ class Bench:
         self._forget()
         lease = Lease(self.store, "bench", lambda: self.now, lambda: True)
         lease.take()
-        self.feed(definitions_of(SIX))
+        self.feed(definitions_of(len(SIX)))
         end = self.frames[-1].after()
-        stream = Features(self.store, definitions_of(SIX))
+        stream = Features(self.store, definitions_of(len(SIX)))
         checkpoints.commit(self.store, lease.epoch, checkpoints.advance(Progress("features", end), self.now))
         stream.adopt(None, fresh=True)
         stream = self._with_definitions(stream, lease)
@@ -220,7 +230,7 @@ class Bench:
         while stream.backfill is not None:
             stream.backfill.step(self.now)
         rate = self.events / (time.monotonic() - began)
-        note = f"from {SIX} to {len(FEATURES)} definitions, nothing else going on; beside events it takes half of each second"
+        note = f"from {len(SIX)} to {len(FEATURES)} definitions, nothing else going on; beside events it takes half of each second"
         return [table.of("backfill", [rate], "events/s", more_is_better=True, note=note)]
 
     def _with_definitions(self, before: Features, lease: Lease) -> Features:

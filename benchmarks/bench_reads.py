@@ -13,13 +13,13 @@ from benchmarks.hammer import TOOL, Closed, hammer
 from benchmarks.harness import Options, System, running
 from benchmarks.load import apart, load, open_loop, percentile
 from benchmarks.peers import launch
+from benchmarks.six_features import SIX
 from benchmarks.table import Row
 from benchmarks.traffic import Traffic, get, name_of, request
 
 TITLE = "Reads: combined features of both systems"
 USERS = 10_000
 LOAD = 5_000  # events/s beside the reads
-SIX = ("acceptance_rate", "response_time", "recent_rejections", "event_count_5m", "event_count_1h", "event_count_24h")
 _FEAST_NOTE = "the same six features; Feast looks up finished values of one origin, without age, verdict or window"
 
 

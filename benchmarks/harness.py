@@ -27,7 +27,7 @@ PEERS_PYTHON = ROOT / ".venv-bench" / "bin" / "python"  # made by `make bench`
 INGEST = "/api/ml/events/ingest"
 _TICK = os.sysconf("SC_CLK_TCK")
 # By a word of the command line; the web server's own process is Nexus's too.
-_PARTS = (("valkey-server", "store"), ("event_api.py", "python"), ("app.py", "nexus"), ("stages serve", "nexus"))
+_PARTS = (("valkey-server", "store"), ("event_api.py", "python"), ("app.py", "nexus"), (" serve", "nexus"))
 
 
 @dataclass
@@ -211,9 +211,9 @@ class System:
 
 
 @contextlib.contextmanager
-def running(data: Path, **environment: str) -> Iterator[System]:
+def running(data: Path, kind: type[System] = System, **environment: str) -> Iterator[System]:
     """A started system, stopped and removed at the end."""
-    system = System(data, **environment)
+    system = kind(data, **environment)
     try:
         system.start()
         yield system

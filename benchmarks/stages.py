@@ -11,23 +11,18 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
 import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flask import Flask
-from granian import Granian
-from granian.constants import Interfaces
 
-import app as nexus_app
-from pipeline import checkpoints, embedded, hot_route, ingest, log, processes, publisher, serving, settings, supervisor
-from pipeline.runtime import Runtime
+from benchmarks import altered
+from pipeline import checkpoints, hot_route, ingest, log, publisher, serving
 from pipeline.streams import aggregates, features, inference, storage, stream, worker
 
 PATH = "/bench/stages"
@@ -105,46 +100,10 @@ def nexus() -> Flask:
     watch = Stopwatch()
     for owner, attribute, stage in STAGES:
         watch.around(owner, attribute, stage)
-    runtime = Runtime(settings.load())
-    processes.tie_to_parent()
-    flask = nexus_app.create_app(runtime)
+    flask = altered.worker()
     flask.add_url_rule(PATH, "stages", lambda: {"stages": dict(watch.totals), "threads": threads()})
-    runtime.start()
-    processes.at_exit(runtime.stop)
     return flask
 
 
-def serve() -> None:
-    chosen = settings.load()
-    options: dict[str, Any] = {"factory": True, "workers": 1, "backpressure": 512, "log_enabled": False}
-    Granian(
-        "benchmarks.stages:nexus",
-        chosen.nexus_host,
-        chosen.nexus_port,
-        interface=Interfaces.WSGI,
-        blocking_threads=nexus_app.CONNECTIONS,
-        **options,
-    ).serve()
-
-
-def supervise() -> int:
-    usual = supervisor.parts_of
-
-    def parts_of(chosen: settings.Settings, *rest: Any) -> list[supervisor.Part]:
-        words = [sys.executable, "-m", "benchmarks.stages", "serve"]
-        root, environment = Path(__file__).parent.parent, settings.child_environment(chosen)
-
-        def spawn() -> subprocess.Popen[bytes]:
-            return embedded.spawn(words, environment, cwd=root)
-
-        return [replace(part, spawn=spawn) if part.name == "Nexus" else part for part in usual(chosen, *rest)]
-
-    supervisor.parts_of = parts_of  # type: ignore[assignment]
-    return supervisor.main([])
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["serve"]:
-        serve()
-    else:
-        sys.exit(supervise())
+    sys.exit(altered.main("benchmarks.stages", sys.argv[1:]))
