@@ -350,6 +350,7 @@ def test_scores_and_labels_are_found_as_long_as_their_events_are_retained(store,
     assert find_scores(store, ["old"], NOON, 30)[0] is not None
     late = Inference(store, retention_ms)
     late.process(batch_of(store, [report("old", 0)], NOON), NOON)
+    write(store, late.cut(NOON))
     assert late.model.legitimate == 1  # learned from what the payment looked like then
 
 

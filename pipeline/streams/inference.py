@@ -98,6 +98,9 @@ class Inference(Stream):
         self._payees = _Table(store, keys.PAYEE, fraud.Payee)
         self._scores: dict[str, Score] = {}
         self._labels: dict[str, int] = {}
+        self._late: list[
+            tuple[str, bool]
+        ] = []  # reports of payments that are not in memory: each checkpoint asks for all at once
         self._requests: Counter[tuple[str, int]] = Counter()
         self._writing: tuple[dict[str, Score], dict[str, int], Counter[tuple[str, int]]] = ({}, {}, Counter())
 
@@ -126,7 +129,8 @@ class Inference(Stream):
     def process(self, batch: Batch, now: int) -> Outcome:
         outcome = batch.outcome()
         payments, reports, requests = (batch.by_type.get(t, []) for t in ("payment", "fraud_report", "ride_request"))
-        self._load_rows(batch, payments, reports)
+        self._habits.load({batch.users[i] for i in payments})
+        self._payees.load({_payee(batch.data(i)) for i in payments})
         self._arrived = batch.arrivals[-1]
         typed = [(i, self._payment) for i in payments] + [(i, self._report) for i in reports]
         typed.sort(key=itemgetter(0))  # a report finds the payments before it
@@ -138,16 +142,6 @@ class Inference(Stream):
                 outcome.dead.append((index, f"malformed: {error}"))
         outcome.dead.sort()
         return outcome
-
-    def _load_rows(self, batch: Batch, payments: list[int], reports: list[int]) -> None:
-        reported = [str(t) for i in reports if (t := batch.data(i).get("transaction_id")) is not None]
-        asked = [t for t in reported if t not in self._scores and t not in self._writing[0]]
-        # Arrival never runs backwards: what came before the batch is not of a later day.
-        found = self.store.find([f"{keys.SCORES}{day}" for day in _days_before(batch.arrivals[-1], self._days)], asked)
-        self._reported = {t: score for t, raw in zip(asked, found, strict=True) if (score := _score(raw))}
-        payees = {_payee(batch.data(i)) for i in payments} | {score.payee for score in self._reported.values()}
-        self._habits.load({batch.users[i] for i in payments})
-        self._payees.load(payees)
 
     def _payment(self, batch: Batch, index: int, data: dict[str, Any]) -> None:
         user_id = batch.users[index]
@@ -171,20 +165,38 @@ class Inference(Stream):
         if is_fraud not in (0, 1):
             raise Malformed(f"data.is_fraud is {is_fraud!r:.80}; it takes 0 or 1")
         self._labels[transaction] = int(is_fraud)
-        score = self._scores.get(transaction) or self._writing[0].get(transaction) or self._reported.get(transaction)
+        score = self._scores.get(transaction) or self._writing[0].get(transaction)
         if score is None:
-            return  # the payment is unknown, or older than what is retained; the label is kept
-        self.model.learn(score.inputs, bool(is_fraud))
-        self._learned.append((transaction, score.inputs, bool(is_fraud)))
-        if is_fraud and score.payee:
+            self._late.append((transaction, bool(is_fraud)))
+        else:
             self._payees.load({score.payee})
+            self._learn(transaction, score, bool(is_fraud))
+
+    def _learn_late(self) -> None:
+        """Learn from the reports whose payments are in the store, if at all: else they are unknown, or older than what is
+        retained, and only the label is kept."""
+        late, self._late = self._late, []
+        # Arrival never runs backwards: no payment before these reports is of a later day.
+        names = [f"{keys.SCORES}{day}" for day in _days_before(self._arrived, self._days)]
+        scores = [_score(raw) for raw in self.store.find(names, [transaction for transaction, _ in late])]
+        self._payees.load({score.payee for score in scores if score is not None})
+        for (transaction, is_fraud), score in zip(late, scores, strict=True):
+            if score is not None:
+                self._learn(transaction, score, is_fraud)
+
+    def _learn(self, transaction: str, score: Score, is_fraud: bool) -> None:
+        self.model.learn(score.inputs, is_fraud)
+        self._learned.append((transaction, score.inputs, is_fraud))
+        if is_fraud and score.payee:
             self._payees[score.payee].frauds += 1
             self._payees.dirty.add(score.payee)
 
     def _request(self, batch: Batch, index: int, data: dict[str, Any]) -> None:
-        quantity = 1.0 if data.get("quantity") is None else _number(data, "quantity")
-        if not 0 <= quantity <= MAX_QUANTITY:  # a sum beyond what a number holds would fail the whole commit
-            raise Malformed(f"data.quantity is {quantity:g}; it takes a number from 0 to {MAX_QUANTITY:g}")
+        quantity = 1.0
+        if data.get("quantity") is not None:
+            quantity = _number(data, "quantity")
+            if not 0 <= quantity <= MAX_QUANTITY:  # a sum beyond what a number holds would fail the whole commit
+                raise Malformed(f"data.quantity is {quantity:g}; it takes a number from 0 to {MAX_QUANTITY:g}")
         step = batch.ts[index] // 1000 // demand.STEP_S * demand.STEP_S
         self._requests[CITY, step] += quantity  # type: ignore[assignment]  # a feed may count in fractions
         zone = batch.zones[index]
@@ -192,6 +204,7 @@ class Inference(Stream):
             self._requests[zone, step] += quantity  # type: ignore[assignment]
 
     def cut(self, now: int) -> Cut:
+        self._learn_late()
         self._writing = (self._scores, self._labels, self._requests)
         self._scores, self._labels, self._requests = {}, {}, Counter()
         scores, labels, requests = self._writing
@@ -201,10 +214,10 @@ class Inference(Stream):
             key = f"{keys.SCORES}{score.scored_at // DAY_MS}"
             days.add(key)
             final.append(("HSETNX", key, transaction, _pack(score)))  # the first score of a payment stands
-        for transaction, label in labels.items():
+        if labels:
             key = f"{keys.LABELS}{self._arrived // DAY_MS}"
             days.add(key)
-            final.append(("HSET", key, transaction, label))
+            final.append(("HSET", key, *chain.from_iterable(labels.items())))
         for (zone, step), count in requests.items():
             key = demand_key(zone, step)
             days.add(key)
