@@ -217,7 +217,7 @@ class Inference(Stream):
         if labels:
             key = f"{keys.LABELS}{self._arrived // DAY_MS}"
             days.add(key)
-            final.append(("HSET", key, *chain.from_iterable(labels.items())))
+            final.append(("HSET", key, *[word for label in labels.items() for word in label]))
         for (zone, step), count in requests.items():
             key = demand_key(zone, step)
             days.add(key)
