@@ -141,17 +141,6 @@ def error(f: Feature) -> float | None:
     return None
 
 
-def bucket_of(x: float, low: float, high: float) -> int:
-    """Which of the buckets a number falls in: the first and the last are for what lies outside."""
-    if x <= low:
-        return 0
-    return (
-        BUCKETS - 1
-        if x >= high
-        else min(1 + int(math.log(x / low) / math.log(high / low) * (BUCKETS - 2)), BUCKETS - 2)
-    )
-
-
 # ---------------------------------------------------------------------------------------------- what a state says
 
 

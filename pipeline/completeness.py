@@ -25,16 +25,13 @@ class Backlog:
 
     def __init__(self, delivered: Callable[[], int]) -> None:
         self._delivered = delivered
-        self._parts: deque[tuple[int, array[int]]] = (
-            deque()
-        )  # ordinal of the first, users by ordinal; 0: no event for the bridge
+        self._parts: deque[tuple[int, array[int]]] = deque()  # ordinal of the first, users by ordinal
         self._events = 0
         self.truncated = False
 
     def note(self, batch: Batch) -> None:
         """A batch that the features stream has counted."""
-        users = array("I", [crc32(event.user_id.encode()) or 1 if event is not None else 0 for event in batch.events])
-        self._add(batch.first_ordinal, users)
+        self._add(batch.first_ordinal, array("I", map(crc32, map(str.encode, batch.users))))
 
     def _add(self, first: int, users: array[int]) -> None:
         done = self._delivered()
@@ -65,7 +62,7 @@ class Backlog:
 
     def behind(self, user_id: str) -> int:
         """How many events of the user the Python service has not been given yet."""
-        done, wanted = self._delivered(), crc32(user_id.encode()) or 1
+        done, wanted = self._delivered(), crc32(user_id.encode())
         parts = list(self._parts)
         if not parts or parts[-1][0] + len(parts[-1][1]) <= done:
             return 0
@@ -80,6 +77,4 @@ def _user(record: bytes) -> int:
     """The hash of a record's user_id, which stands third in the stored JSON (events.py), before anything a client names."""
     start = record.index(_MARK) + len(_MARK)
     text = record[start : record.index(b'"', start)]
-    if b"\\" in text:
-        return 1
-    return crc32(text) or 1
+    return crc32(text) if b"\\" not in text else 0

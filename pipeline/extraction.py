@@ -1,135 +1,231 @@
 """Extraction: what an event adds to each family, as one function per event type, written as source and compiled.
 
-A field is read and judged once for all columns that look at it, and columns without anything to add cost nothing. Generated code
-does so at a third of the cost of closures, and this is what every event goes through.
+A field is read and judged once for all columns that look at it, of whatever entity, before anything is changed. Generated code
+does so at a third of the cost of closures, and this is what every event goes through. It comes in two forms that share all but
+their end: one gives what the event adds as a list, the other counts it in the newest tiles of its entities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Protocol
 
-from pipeline.aggregations import LARGEST, SCALE, WEIGHT_SCALE, Column, bucket_of, sorting
-from pipeline.definitions import ENVELOPE, Malformed
+from pipeline.aggregations import BUCKETS, LARGEST, SCALE, WEIGHT_SCALE, Column, sorting
+from pipeline.definitions import ENVELOPE, Entity, Malformed
 from pipeline.events import Event, Stored
 from pipeline.families import Family
+from pipeline.tiles import Entity as Tiles
+from pipeline.tiles import Layout
 
-Deltas = list[tuple[int, int, int]]  # (family's index, its finest tile, what the event adds)
-Extract = Callable[[Mapping[str, Any], Event | Stored, int], Deltas]  # data, event, event time (ms)
+Data = Mapping[str, Any]
+Deltas = list[tuple[int, int]]  # (family's index, what the event adds)
+Extract = Callable[[Data, Event | Stored, int], Deltas]  # data, event, event time (ms)
+Count = Callable[..., None]  # data, event, event time, now (ms), then for each kind an entity, or None
 Match = tuple[str, tuple[Any, ...]] | None
 
 
-def compile_extraction(families: Sequence[tuple[int, Family]]) -> Extract:
-    """The function for the families, with their indexes, that events of one type count in. What it returns raises Malformed."""
-    return _Writer(families).compile()
+class Counting(Protocol):
+    """The part of Windows that tiles other than the newest ones are counted by."""
+
+    layout: Layout
+
+    def ripen(self, entity: Tiles, now: int) -> None: ...
+
+    def turn(self, entity: Tiles, group: int, tile: int, now: int) -> bool: ...
+
+    def add_late(self, entity: Tiles, ts: int, deltas: Deltas, now: int) -> None: ...
+
+
+def compile_extraction(layout: Layout, event_type: str | None) -> Extract:
+    """The function for a type's events, None for the types that no family names. What it returns raises Malformed."""
+    extract: Extract = _compiled_extraction(layout.families, event_type)
+    return extract
+
+
+def compile_counting(windows: Mapping[Entity, Counting], event_type: str | None, kinds: Collection[Entity]) -> Count:
+    """The function that counts a type's events, none ahead of the clock or from before 1970, in the entities of these kinds;
+    it takes one of each kind that `windows` has, in that order. It raises Malformed; nothing is changed then."""
+    families = tuple((kind, some.layout.families if kind in kinds else ()) for kind, some in windows.items())
+    methods = [method for some in windows.values() for method in (some.ripen, some.turn, some.add_late)]
+    count: Count = _compiled_counting(families, event_type)(*methods)
+    return count
+
+
+@lru_cache(maxsize=1_000)
+def _compiled_extraction(families: tuple[Family, ...], event_type: str | None) -> Any:
+    writer = _Writer([("e", Layout(families))], event_type)
+    writer.write("def extract(data, event, ts):", 0)
+    writer.judge(1)
+    writer.write("out = []", 1)
+    for i, _ in writer.families["e"]:
+        writer.write(f"if e{i}: out.append(({i}, e{i}))", 1)
+    writer.write("return out", 1)
+    return writer.compile("extract")
+
+
+@lru_cache(maxsize=1_000)
+def _compiled_counting(families: tuple[tuple[Entity, tuple[Family, ...]], ...], event_type: str | None) -> Any:
+    """Of the methods of each kind's windows a function; it holds no others, so that equal families share one."""
+    layouts = [(kind, Layout(some)) for kind, some in families]
+    writer = _Writer(layouts, event_type)
+    methods = [f"{kind}_{method}" for kind, _ in layouts for method in ("ripen", "turn", "add_late")]
+    writer.write(f"def bind({', '.join(methods)}):", 0)
+    writer.write(f"def count(data, event, ts, now, {', '.join(kind for kind, _ in layouts)}):", 1)
+    writer.judge(2)
+    for kind, layout in layouts:
+        if writer.families[kind]:
+            writer.count(kind, layout, 2)
+    writer.write("return count", 1)
+    return writer.compile("bind")
 
 
 class _Writer:
-    """Lines of source, and the constants they name."""
+    """Lines of source, and the constants they name. What an event adds to a family is in a variable, its kind and index."""
 
-    def __init__(self, families: Sequence[tuple[int, Family]]) -> None:
-        self._families = families
+    def __init__(self, layouts: Sequence[tuple[str, Layout]], event_type: str | None) -> None:
+        self.families = {
+            kind: [(i, f) for i, f in enumerate(layout.families) if f.event_type in (None, event_type)]
+            for kind, layout in layouts
+        }
+        self._always: set[str] = set()  # variables that are never 0
         self._lines: list[str] = []
         self._constants: dict[str, Any] = {
             "sorting": sorting,
-            "bucket_of": bucket_of,
-            "mask_of": mask_of,
+            "log": math.log,
+            "digest": digest,
             "judge": judge,
         }
 
-    def compile(self) -> Extract:
-        numbers: dict[tuple[str, Match], list[tuple[int, Family, Column, int]]] = {}
-        tables: dict[str, dict[int, dict[Any, int]]] = {}
-        names: list[tuple[int, Column]] = []
-        sums: dict[int, int] = {}  # families with lanes -> what every event adds
-        for i, family in self._families:
+    def compile(self, name: str) -> Any:
+        exec(compile("\n".join(self._lines), "<extraction>", "exec"), self._constants)
+        return self._constants[name]
+
+    def write(self, line: str, depth: int) -> None:
+        self._lines.append("    " * depth + line)
+
+    def judge(self, depth: int) -> None:
+        """Read the fields, and have in each family's variable what the event adds."""
+        numbers: dict[tuple[str, Match], list[tuple[str, Family, Column, int]]] = {}
+        tables: dict[str, dict[str, dict[Any, int]]] = {}
+        names: dict[tuple[str, Match], list[tuple[str, Column]]] = {}
+        sums: dict[str, int] = {}  # variables -> what every event adds
+        for variable, family in self._variables():
+            sums[variable] = 0
             for lane, column in enumerate(family.columns):
                 shift = sum(family.widths[:lane])
-                if column.light:
-                    sums.setdefault(i, 0)
                 if column.kind == "bits":
-                    names.append((i, column))
+                    names.setdefault((column.field or "", column.where), []).append((variable, column))
                 elif column.kind != "ones":
-                    numbers.setdefault((column.field or "", column.where), []).append((i, family, column, shift))
+                    numbers.setdefault((column.field or "", column.where), []).append((variable, family, column, shift))
                 elif column.where is None:
-                    sums[i] += 1 << shift
+                    sums[variable] += 1 << shift
                 else:
-                    table = tables.setdefault(column.where[0], {}).setdefault(i, {})
+                    table = tables.setdefault(column.where[0], {}).setdefault(variable, {})
                     for value in column.where[1]:
                         table[value] = table.get(value, 0) + (1 << shift)
-        variable = {i for of in tables.values() for i in of} | {
-            i for group in numbers.values() for i, _, column, _ in group if column.light
-        }
-        tile = self._tiles()
-        always = ", ".join(f"({i}, {tile[i]}, {c})" for i, c in sums.items() if c and i not in variable)
-        self._write(f"out = [{always}]", 1)
-        self._write("get = data.get", 1)
-        for i in sums.keys() & variable:
-            self._write(f"d{i} = {sums[i]}", 1)
-        for field, by_family in tables.items():
-            self._write(f"v = {self._read(field)}", 1)
-            self._write("if v.__hash__ is not None:", 1)
-            for i, table in by_family.items():
-                self._write(f"d{i} += {self._constant(table)}.get(v, 0)", 2)
-        for (field, where), group in numbers.items():
-            self._number(field, where, group, tile)
-        for i, column in names:
-            self._name(i, column, tile)
-        for i in sums.keys() & variable:
-            self._write(f"if d{i}: out.append(({i}, {tile[i]}, d{i}))", 1)
-        source = "def extract(data, event, ts):\n" + "\n".join([*self._lines, "    return out"])
-        exec(compile(source, "<extraction>", "exec"), self._constants)
-        made: Extract = self._constants["extract"]
-        return made
+        self._always = {variable for variable, constant in sums.items() if constant}
+        if numbers or tables or names:
+            self.write("get = data.get", depth)
+        for constant in dict.fromkeys(sums.values()):
+            self.write(" = ".join([v for v, c in sums.items() if c == constant] + [str(constant)]), depth)
+        for field, by_variable in tables.items():
+            self.write("try:", depth)
+            self.write(f"v = {self._read(field)}", depth + 1)
+            for variable, table in by_variable.items():
+                self.write(f"{variable} += {self._constant(table)}.get(v, 0)", depth + 1)
+            self.write("except TypeError: pass  # a list or an object", depth)
+        for (field, where), columns in numbers.items():
+            self._number(field, where, columns, depth)
+        for (field, where), columns_ in names.items():
+            self.write(f"v = {self._read(field)}", depth)
+            self.write("if v is not None" + self._and(where) + ":", depth)
+            self.write("h = digest(v if type(v) is str else repr(v))", depth + 1)
+            for variable, column in columns_:
+                self.write(f"{variable} = 1 << h % {column.bits}", depth + 1)
 
-    def _tiles(self) -> dict[int, str]:
-        """For each family the variable that holds the event's tile; families with tiles of one length share it."""
-        for length in dict.fromkeys(family.tiles[0] for _, family in self._families):
-            self._write(f"t{length} = ts // {length}", 1)
-        return {i: f"t{family.tiles[0]}" for i, family in self._families}
+    def _variables(self) -> Iterator[tuple[str, Family]]:
+        for kind, families in self.families.items():
+            for i, family in families:
+                yield f"{kind}{i}", family
 
-    def _number(
-        self, field: str, where: Match, group: list[tuple[int, Family, Column, int]], tile: Mapping[int, str]
-    ) -> None:
-        kinds = {column.kind for _, _, column, _ in group}
-        self._write(f"n = get({field!r})", 1)
-        self._write("if n is not None" + self._and(where) + ":", 1)
-        self._write(
+    def _number(self, field: str, where: Match, columns: list[tuple[str, Family, Column, int]], depth: int) -> None:
+        kinds = {column.kind for _, _, column, _ in columns}
+        self.write(f"n = get({field!r})", depth)
+        self.write("if n is not None" + self._and(where) + ":", depth)
+        inner = depth + 1
+        self.write(
             f"if type(n) is not float and type(n) is not int or not {-LARGEST!r} <= n <= {LARGEST!r}: judge(n, {field!r})",
-            2,
+            inner,
         )
         if kinds & {"total", "squares", "decayed"}:
-            self._write(f"q = round(n * {SCALE})", 2)
+            self.write(f"q = round(n * {SCALE})", inner)
         if kinds & {"greatest", "least", "latest"}:
-            self._write("s = sorting(n)", 2)
-        for i, family, column, shift in group:
+            self.write("s = sorting(n)", inner)
+        sums: dict[str, list[str]] = {}
+        for variable, family, column, shift in columns:
             match column.kind:
                 case "present":
-                    self._write(f"d{i} += {1 << shift}", 2)
+                    sums.setdefault(variable, []).append(str(1 << shift))
                 case "total":
-                    self._write(f"d{i} += q << {shift}", 2)
+                    sums.setdefault(variable, []).append(f"(q << {shift})")
                 case "squares":
-                    self._write(f"d{i} += q * q << {shift}", 2)
+                    sums.setdefault(variable, []).append(f"(q * q << {shift})")
                 case "greatest":
-                    self._write(f"out.append(({i}, {tile[i]}, s))", 2)
+                    self.write(f"{variable} = s", inner)
                 case "least":
-                    self._write(f"out.append(({i}, {tile[i]}, {2**64 - 1} - s))", 2)
+                    self.write(f"{variable} = {2**64 - 1} - s", inner)
                 case "latest":
-                    self._write(f"out.append(({i}, {tile[i]}, (ts if ts > 0 else 0) << 64 | s))", 2)
+                    self.write(f"{variable} = (ts if ts > 0 else 0) << 64 | s", inner)
                 case "buckets":
                     low, high = column.more
-                    self._write(f"out.append(({i}, {tile[i]}, 1 << 32 * bucket_of(n, {low!r}, {high!r})))", 2)
+                    # The first and the last bucket are for what lies outside.
+                    place = f"log(n / {low!r}) / {math.log(high / low)!r} * {BUCKETS - 2}"
+                    self.write(f"if n <= {low!r}: {variable} = 1", inner)
+                    self.write(f"elif n >= {high!r}: {variable} = {1 << 32 * (BUCKETS - 1)}", inner)
+                    self.write(f"else: {variable} = 1 << 32 * min(1 + int({place}), {BUCKETS - 2})", inner)
                 case _:
                     half_ms, tile_ms = column.more[0] * 1000, family.tiles[0]
-                    self._write(f"w = round(2.0 ** (ts % {tile_ms} / {half_ms}) * {WEIGHT_SCALE})", 2)
-                    self._write(f"out.append(({i}, {tile[i]}, w + (w * q << 64)))", 2)
+                    self.write(f"w = round(2.0 ** (ts % {tile_ms} / {half_ms}) * {WEIGHT_SCALE})", inner)
+                    self.write(f"{variable} = w + (w * q << 64)", inner)
+        for variable, parts in sums.items():
+            self.write(f"{variable} += {' + '.join(parts)}", inner)
 
-    def _name(self, i: int, column: Column, tile: Mapping[int, str]) -> None:
-        self._write(f"v = {self._read(column.field or '')}", 1)
-        self._write("if v is not None" + self._and(column.where) + ":", 1)
-        self._write(f"out.append(({i}, {tile[i]}, mask_of(v if type(v) is str else repr(v), {column.bits})))", 2)
+    def count(self, kind: str, layout: Layout, depth: int) -> None:
+        """Add the variables of a kind to the newest tiles of its entity."""
+        self.write(f"if {kind} is not None:", depth)
+        self.write(f"if {kind}.future: {kind}_ripen({kind}, now)", depth + 1)
+        self.write(f"tiles, values, touched = {kind}.tiles, {kind}.values, 0", depth + 1)
+        by_group: dict[int, list[tuple[int, Family]]] = {}
+        for i, family in self.families[kind]:
+            by_group.setdefault(layout.group[i], []).append((i, family))
+        for group, families in by_group.items():
+            inner = depth + 1
+            variables = [f"{kind}{i}" for i, _ in families]
+            if self._always.isdisjoint(variables):
+                self.write(f"if {' or '.join(variables)}:", inner)
+                inner += 1
+            self.write(f"t = ts // {layout.lengths[group]}", inner)
+            self.write(f"if tiles[{group}] == t or {kind}_turn({kind}, {group}, t, now):", inner)
+            for i, family in families:
+                self._merge(f"{kind}{i}", i, family, inner + 1)
+            late = ", ".join(f"({i}, {kind}{i})" for i, _ in families)
+            self.write(f"else: {kind}_add_late({kind}, ts, ({late},), now)", inner)
+        # Not before: whoever turns to another tile marks what it moves by the same bits.
+        self.write(f"{kind}.touched |= touched", depth + 1)
+
+    def _merge(self, variable: str, i: int, family: Family, depth: int) -> None:
+        match family.columns[0].kind:
+            case "bits":
+                self.write(f"v = values[{i}]", depth)
+                self.write(f"if v | {variable} != v: values[{i}] = v | {variable}; touched |= {1 << i}", depth)
+            case "greatest" | "least" | "latest":
+                self.write(f"if {variable} > values[{i}]: values[{i}] = {variable}; touched |= {1 << i}", depth)
+            case _:
+                unless = "" if variable in self._always else f"if {variable}: "
+                self.write(f"{unless}values[{i}] += {variable}; touched |= {1 << i}", depth)
 
     def _and(self, where: Match) -> str:
         return "" if where is None else f" and {self._read(where[0])} in {self._constant(where[1])}"
@@ -142,9 +238,6 @@ class _Writer:
         self._constants[name] = value
         return name
 
-    def _write(self, line: str, depth: int) -> None:
-        self._lines.append("    " * depth + line)
-
 
 def judge(number: Any, field: str) -> None:
     """Raises Malformed for what is no number, or too large to be summed."""
@@ -153,7 +246,6 @@ def judge(number: Any, field: str) -> None:
 
 
 @lru_cache(maxsize=100_000)
-def mask_of(name: str, bits: int) -> int:
-    """The bit that stands for a name among so many."""
-    digest = blake2b(name.encode(errors="replace"), digest_size=4).digest()
-    return 1 << int.from_bytes(digest, "little") % bits
+def digest(name: str) -> int:
+    """32 bits that stand for a name."""
+    return int.from_bytes(blake2b(name.encode(errors="replace"), digest_size=4).digest(), "little")

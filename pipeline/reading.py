@@ -85,10 +85,10 @@ class Reading:
     def _states(self, entity: Entity, i: int, at: int, ripe: _Cells) -> States | None:
         """A family's numbers; None where it has no tile at all. `ripe` are event times and what they add."""
         family, slot = self.families[i], self._layout.first[i]
-        newest, state = entity.tiles[i], entity.values[i]
+        newest, state = entity.tiles[self._layout.group[i]], entity.values[i]
         rows = [bytes(held) if held else b"" for held in entity.rows[slot : slot + len(family.windows)]]
         cells = [(ts // family.tiles[0], delta) for ts, delta in ripe]
-        if newest >= 0:
+        if state:
             cells.append((newest, state & self._layout.mask[slot]))
         elif not cells and not any(rows):
             return None
@@ -131,10 +131,7 @@ class Reading:
         """
         empties, leaves = [], [ts for ts, _, _ in entity.future[:1]]
         for i, family in enumerate(self.families):
-            if entity.tiles[i] < 0:
-                starts: list[int] = []
-            else:
-                starts = [entity.tiles[i] * family.tiles[0]]
+            starts = [entity.tiles[self._layout.group[i]] * family.tiles[0]] if entity.values[i] else []
             for level, (window, tile_ms) in enumerate(zip(family.windows, family.tiles, strict=True)):
                 rows, step = (
                     entity.rows[self._layout.first[i] + level],

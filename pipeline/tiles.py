@@ -1,8 +1,9 @@
 """Tiles in memory: the state of one entity, and where each family's levels are in it.
 
-Of each family an entity has the newest tile of the finest level at hand, as two plain integers; the others are flat rows in one
-bytearray per level (a slot), ascending: tile number (u32), then the state. Flat bytes, because the garbage collector would walk
-millions of small objects and pause the whole process.
+Of each family an entity has the newest tile of the finest level at hand, as a plain integer. Families whose finest tiles are of
+one length (a group) share that tile's number; a family without an event in it has 0 there. The other tiles are flat rows in one
+bytearray per family and level (a slot), ascending: tile number (u32), then the state. Flat bytes, because the garbage collector
+would walk millions of small objects and pause the whole process.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class Entity:
         "values",
     )
 
-    def __init__(self, families: int, slots: int) -> None:
+    def __init__(self, families: int, groups: int, slots: int) -> None:
         self.position = 0
-        self.tiles = [-1] * families
+        self.tiles = [-1] * groups
         self.values = [0] * families
         self.rows: list[bytearray | None] = [None] * slots
         self.touched = 0
@@ -54,7 +55,11 @@ class Entity:
 
 
 class Layout:
-    """The slots of a set of families: `first` of each family, and per slot its family and level, and a state's bytes and mask."""
+    """The slots of a set of families: `first` of each family, and per slot its family and level, and a state's bytes and mask.
+
+    `group` tells each family's. Per group, `lengths` tells how long its tiles are (ms), `members` which families are in it,
+    `horizons` the longest window (ms) that one of them has.
+    """
 
     def __init__(self, families: Sequence[Family]) -> None:
         self.families = tuple(families)
@@ -62,9 +67,13 @@ class Layout:
         self.slots = [(i, level) for i, f in enumerate(self.families) for level in range(len(f.windows))]
         self.size = [self.families[i].sizes[level] for i, level in self.slots]
         self.mask = [(1 << 8 * size) - 1 for size in self.size]
+        self.lengths = sorted({f.tiles[0] for f in self.families})
+        self.group = [self.lengths.index(f.tiles[0]) for f in self.families]
+        self.members = [[i for i, g in enumerate(self.group) if g == group] for group in range(len(self.lengths))]
+        self.horizons = [max(self.families[i].windows[-1] for i in members) for members in self.members]
 
     def new(self) -> Entity:
-        return Entity(len(self.families), len(self.slots))
+        return Entity(len(self.families), len(self.lengths), len(self.slots))
 
     def bound(self) -> int:
         """The bytes that an entity's tiles never pass: for each window its tiles, one at either edge, and one being filled."""

@@ -7,8 +7,8 @@ to coarser levels, and brought to the store and back.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from heapq import heapify, heappop, heappush
-from operator import add
 from typing import Any
 
 import msgspec
@@ -54,22 +54,14 @@ class Windows:
         self._prefix = [self.families[i].id + bytes([level]) for i, level in self._slots]
         self._by_prefix = {prefix: slot for slot, prefix in enumerate(self._prefix)}
         self._by_id = {family.id: i for i, family in enumerate(self.families)}
-        self._fine = [(family.merge, 1 << i) for i, family in enumerate(self.families)]
-        untyped = [(i, family) for i, family in enumerate(self.families) if family.event_type is None]
-        self._extract_any = compile_extraction(untyped)
-        self._extract: dict[str, Extract] = {
-            event_type: compile_extraction(
-                [(i, f) for i, f in enumerate(self.families) if f.event_type in (None, event_type)]
-            )
-            for event_type in {f.event_type for f in self.families if f.event_type is not None}
-        }
+        self._merge = [family.merge for family in self.families]
+        self._members = [[(i, *self._newest(i)) for i in members] for members in self.layout.members]
+        self._rows_of = lru_cache(maxsize=10_000)(self._touched_rows)
+        self.event_types = frozenset(f.event_type for f in self.families if f.event_type is not None)
+        self._extract_any = compile_extraction(self.layout, None)
+        self._extract: dict[str, Extract] = {kind: compile_extraction(self.layout, kind) for kind in self.event_types}
         self.horizon_ms = max((family.windows[-1] for family in chosen), default=0)
         self._reading = Reading(self.features, self.layout)
-
-    @property
-    def event_types(self) -> frozenset[str]:
-        """The event types whose data some definition reads."""
-        return frozenset(self._extract)
 
     def new(self) -> Entity:
         return self.layout.new()
@@ -82,46 +74,55 @@ class Windows:
 
     def add(self, entity: Entity, ts: int, deltas: Deltas, now: int) -> None:
         """Count an event in its own tiles; one that is ahead of the clock waits, one from before 1970 has no tile."""
-        if entity.future and entity.future[0][0] <= now:
-            self._ripen(entity, now)
+        if entity.future:
+            self.ripen(entity, now)
         if not 0 <= ts <= now:
             if ts > now:
-                for i, _, delta in deltas:
+                for i, delta in deltas:
                     heappush(entity.future, (ts, i, delta))
                 entity.stirred = True
             return
-        fine, tiles, values = self._fine, entity.tiles, entity.values
-        touched = 0
-        for i, tile, delta in deltas:
-            if tiles[i] == tile:
-                before = values[i]
-                merge, bit = fine[i]
-                after = before + delta if merge is add else merge(before, delta)
+        for i, delta in deltas:
+            group = self.layout.group[i]
+            tile = ts // self.layout.lengths[group]
+            if entity.tiles[group] == tile or self.turn(entity, group, tile, now):
+                before = entity.values[i]
+                after = self._merge[i](before, delta)
                 if after != before:
-                    values[i] = after
-                    touched |= bit
+                    entity.values[i] = after
+                    entity.touched |= 1 << i
             else:
-                self._open(entity, i, ts, tile, delta, now)
-        entity.touched |= touched
+                self.add_late(entity, ts, [(i, delta)], now)
 
-    def _open(self, entity: Entity, i: int, ts: int, tile: int, delta: int, now: int) -> None:
-        """Count in another tile than the newest: a newer one takes its place, an older one is looked up."""
+    def turn(self, entity: Entity, group: int, tile: int, now: int) -> bool:
+        """Have this as a group's newest tile, empty; False for one that is older than the newest, or too old for any window."""
+        newest = entity.tiles[group]
+        if tile < newest or tile <= (now - self.layout.horizons[group]) // self.layout.lengths[group]:
+            return False
         entity.begun += 1
-        slot, newest = self._first[i], entity.tiles[i]
-        if tile < newest or ts <= now - self.families[i].windows[-1]:
-            self._put(entity, i, 0, tile, delta, now)
-        else:
-            if newest >= 0:
+        for i, slot, mask, size, window in self._members[group]:
+            state, unsaved = entity.values[i], entity.touched >> i & 1
+            if state or unsaved:
                 rows = entity.rows[slot]
                 if rows is None:
                     rows = entity.rows[slot] = bytearray()
-                rows += NUMBER.pack(newest) + (entity.values[i] & self._mask[slot]).to_bytes(self._size[slot], "little")
-                if entity.touched >> i & 1:
+                rows += NUMBER.pack(newest) + (state & mask).to_bytes(size, "little")
+                entity.values[i] = 0
+                if unsaved:
                     entity.changed.append((slot, newest))
-            entity.values[i] = delta
-            entity.tiles[i] = tile
-            entity.touched |= 1 << i
-            self._hand_up(entity, i, now)
+                    entity.touched ^= 1 << i
+                if NUMBER.unpack_from(rows)[0] <= (now - window) // self.layout.lengths[group]:
+                    self._hand_up(entity, i, now)
+        entity.tiles[group] = tile
+        entity.ended += 1
+        return True
+
+    def add_late(self, entity: Entity, ts: int, deltas: Deltas, now: int) -> None:
+        """Count in older tiles than the newest."""
+        entity.begun += 1
+        for i, delta in deltas:
+            if delta:
+                self._put(entity, i, 0, ts // self.families[i].tiles[0], delta, now)
         entity.ended += 1
 
     def _put(self, entity: Entity, i: int, level: int, tile: int, state: int, now: int) -> None:
@@ -141,7 +142,7 @@ class Windows:
         while at >= 0 and (number := NUMBER.unpack_from(rows, at)[0]) > tile:
             at -= step
         if at >= 0 and number == tile:
-            merged = self._fine[i][0](int.from_bytes(rows[at + 4 : at + step], "little"), state) & self._mask[slot]
+            merged = self._merge[i](int.from_bytes(rows[at + 4 : at + step], "little"), state) & self._mask[slot]
             rows[at + 4 : at + step] = merged.to_bytes(step - 4, "little")
         else:
             at += step
@@ -163,13 +164,16 @@ class Windows:
             if at:
                 del rows[:at]
 
-    def _ripen(self, entity: Entity, now: int) -> None:
+    def ripen(self, entity: Entity, now: int) -> None:
+        """Count what waited for its time and has it now."""
+        if not entity.future or entity.future[0][0] > now:
+            return
         entity.begun += 1
         ripe = []
         while entity.future and entity.future[0][0] <= now:
             ripe.append(heappop(entity.future))
         for ts, i, delta in ripe:
-            self.add(entity, ts, [(i, ts // self.families[i].tiles[0], delta)], now)
+            self.add(entity, ts, [(i, delta)], now)
         entity.stirred = True
         entity.ended += 1
 
@@ -190,18 +194,12 @@ class Windows:
     def dump(self, entity: Entity, key: str, now: int) -> list[list[Any]]:
         """The commands that bring the store up to this entity: only the rows that changed, and the position with them."""
         words: list[Any] = [self._position, entity.position]
-        touched, i = entity.touched, 0
-        while touched:
-            if touched & 1:
-                slot = self._first[i]
-                words.append(self._prefix[slot] + NUMBER.pack(entity.tiles[i]))
-                words.append((entity.values[i] & self._mask[slot]).to_bytes(self._size[slot], "little"))
-            touched >>= 1
-            i += 1
+        for i, group, prefix, mask, size in self._rows_of(entity.touched):
+            words += prefix + NUMBER.pack(entity.tiles[group]), (entity.values[i] & mask).to_bytes(size, "little")
         for slot, tile in dict.fromkeys(entity.changed):
             raw = self._row(entity, slot, tile)
             if raw is not None:
-                words += [self._prefix[slot] + NUMBER.pack(tile), raw]
+                words += self._prefix[slot] + NUMBER.pack(tile), raw
         gone = list(dict.fromkeys(entity.gone))
         if entity.stirred and entity.future:
             kept = [
@@ -221,6 +219,20 @@ class Windows:
             commands.append(["PEXPIREAT", key, entity.expires])
         entity.touched, entity.changed, entity.gone, entity.stirred = 0, [], [], False
         return commands
+
+    def _newest(self, i: int) -> tuple[int, int, int, int]:
+        """Of a family's newest tile the slot, mask and bytes, and the window (ms) of its level."""
+        slot = self._first[i]
+        return slot, self._mask[slot], self._size[slot], self.families[i].windows[0]
+
+    def _touched_rows(self, touched: int) -> list[tuple[int, int, bytes, int, int]]:
+        """The families of these bits: index, group, and of the newest tile its field without the number, mask and bytes."""
+        found = []
+        for i, group in enumerate(self.layout.group):
+            if touched >> i & 1:
+                slot, mask, size, _ = self._newest(i)
+                found.append((i, group, self._prefix[slot], mask, size))
+        return found
 
     def _row(self, entity: Entity, slot: int, tile: int) -> bytes | None:
         """The state of a row, None where it has been handed up since."""
@@ -254,12 +266,16 @@ class Windows:
                     entity.stirred = True
             elif field != self._position and self.kept == frozenset():
                 entity.gone.append(field)
+        newest = entity.tiles
         for slot, rows in found.items():
             rows.sort()
             i, level = self._slots[slot]
             if level == 0:
-                tile, state = rows.pop()
-                entity.tiles[i], entity.values[i] = tile, int.from_bytes(state, "little")
+                newest[self.layout.group[i]] = max(newest[self.layout.group[i]], rows[-1][0])
+        for slot, rows in found.items():
+            i, level = self._slots[slot]
+            if level == 0 and rows[-1][0] == newest[self.layout.group[i]]:
+                entity.values[i] = int.from_bytes(rows.pop()[1], "little")
             if rows:
                 entity.rows[slot] = bytearray(b"".join([NUMBER.pack(tile) + state for tile, state in rows]))
         return entity

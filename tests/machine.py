@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import pipeline.log as log_module
-from pipeline import checkpoints, keys, lease, windows
+from pipeline import checkpoints, keys, lease
 from pipeline.checkpoints import Audit, Progress
 from pipeline.errors import Fenced
 from pipeline.events import CANARY_USER, canary
@@ -32,7 +32,7 @@ from pipeline.streams.features import Features
 from pipeline.streams.storage import ROW
 from pipeline.tiles import Entity
 from tests.helpers import DAY_MS, HOUR_MS, NOON, STREAMS, Clock, parsed
-from tests.model import ADDRESSEES, DIES, LATE_MS, USERS, Entry, Event, Instance, Model, batch, compile_once, events
+from tests.model import ADDRESSEES, DIES, LATE_MS, USERS, Entry, Event, Instance, Model, batch, events
 
 SEGMENT_BYTES = 1_000  # a frame or two, so that segments are sealed and trimmed within a few steps
 HOURS = [(NOON - ago) // 1000 for ago in range(0, LATE_MS + 1, HOUR_MS)]
@@ -68,7 +68,6 @@ class Machine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(log_module, "SEGMENT_BYTES", SEGMENT_BYTES)
         self.patch.setattr(fold, "_CHUNK", 1)  # a commit per user: crashes fall between them
-        self.patch.setattr(windows, "compile_extraction", compile_once)
         self.clock, self.model, self.reader = Clock(NOON), Model(), Features(self.store)
         self.canaries = 0
         self.instances = [Instance(name, self.store, self.clock) for name in ("first", "second")]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from hypothesis import strategies as st
 
 from pipeline import checkpoints
-from pipeline.extraction import Extract, compile_extraction
-from pipeline.families import Family
 from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, REDRIVE
 from pipeline.lease import Lease
 from pipeline.log import Log
@@ -175,13 +172,3 @@ def _event(number: int, kind: str, user: str, late: int) -> Event:
         "app_version": kind,  # by which the model knows it again
         "data": data,
     }
-
-
-@lru_cache
-def _compiled(families: tuple[tuple[int, Family], ...]) -> Extract:
-    return compile_extraction(families)
-
-
-def compile_once(families: Iterable[tuple[int, Family]]) -> Extract:
-    """compile_extraction, whose functions hold no state: made once for all the instances of a test."""
-    return _compiled(tuple(families))

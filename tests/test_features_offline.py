@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.catalogue import FEATURES
-from pipeline.definitions import DAY, Entity, Feature
+from pipeline.definitions import DAY, Entity, Feature, Malformed
 from pipeline.demo import City
 from pipeline.errors import Unprocessable
+from pipeline.events import Stored
+from pipeline.extraction import compile_counting
 from pipeline.feature_store import FeatureStore
 from pipeline.ingest import judge
 from pipeline.log import Log, Request
@@ -107,6 +109,41 @@ def test_offline_value_at_an_events_log_position_equals_the_one_committed_online
         for user in USERS:
             assert_same(features.values([user], now).get(user, {}), past(events, features.windows, user, now))
         now += pause
+
+
+def fields(commands: list[list[Any]]) -> dict[Any, Any]:
+    """What a dump writes, in whichever order."""
+    return {
+        field: raw
+        for name, _, *words in commands
+        if name == "HSET"
+        for field, raw in zip(words[::2], words[1::2], strict=True)
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 40 * DAY_MS), kinds, st.sampled_from([None, "s1", "s2"])), max_size=30))
+def test_counting_straight_in_the_tiles_does_what_adding_an_events_deltas_does(items):
+    of: dict[Entity, Windows] = {kind: Windows(FEATURES, None, kind) for kind in ("user", "merchant", "zone")}
+    straight = {kind: windows.new() for kind, windows in of.items()}
+    added = {kind: windows.new() for kind, windows in of.items()}
+    now = NOON
+    for age, (kind, data), session in items:
+        now += HOUR_MS
+        posted = Stored("e", kind, "u", "", "1", "x", data, session)
+        count = compile_counting(of, kind, list(of))
+        try:
+            deltas = {kind: windows.extract(posted, data, now - age) for kind, windows in of.items()}
+        except Malformed:
+            with pytest.raises(Malformed):
+                count(data, posted, now - age, now, *straight.values())
+        else:
+            count(data, posted, now - age, now, *straight.values())
+            for kind, windows in of.items():
+                windows.add(added[kind], now - age, deltas[kind], now)
+        for kind, windows in of.items():
+            assert windows.values(straight[kind], now) == windows.values(added[kind], now)
+            assert fields(windows.dump(straight[kind], "k", now)) == fields(windows.dump(added[kind], "k", now))
 
 
 @on_a_store

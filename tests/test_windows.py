@@ -9,10 +9,13 @@ from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.definitions import DAY, HOUR, Feature
+from pipeline.events import Stored
+from pipeline.extraction import compile_counting
 from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.features import Features
@@ -222,15 +225,17 @@ def test_events_stamped_ahead_cost_no_more_the_more_of_them_wait(store):
     assert b"f" not in words
 
 
-def test_reader_beside_the_pipeline_never_sees_a_tile_twice_or_not_at_all():
+@pytest.mark.parametrize("straight", [True, False])
+def test_reader_beside_the_pipeline_never_sees_a_tile_twice_or_not_at_all(straight):
     """At each line of the pipeline's code a reader would be right, or is told to look again."""
     features = [Feature(name=f"of_{s}", aggregation="count", window_s=s, description="d") for s in (HOUR, DAY)]
     windows = Windows(features)
-    entity, tile_ms = windows.new(), windows.families[0].tiles[0]
+    entity, anything = windows.new(), Stored("e", "t", "u", "", "1", "x", {})
+    count = compile_counting({"user": windows}, None, ["user"])
     torn: list[Any] = []
 
     def look(frame: FrameType, kind: str, _: object) -> Any:
-        if frame.f_code.co_filename != inspect.getsourcefile(Windows):
+        if frame.f_code.co_filename not in (inspect.getsourcefile(Windows), "<extraction>"):
             return None
         if kind == "line":
             sys.settrace(None)
@@ -245,7 +250,10 @@ def test_reader_beside_the_pipeline_never_sees_a_tile_twice_or_not_at_all():
         for ts in (at, at - HOUR_MS + MINUTE_MS // 2, at + 1):
             before = windows.values(entity, at)
             sys.settrace(look)
-            windows.add(entity, ts, [(0, ts // tile_ms, 1)], at)
+            if straight and ts <= at:
+                count({}, anything, ts, at, entity)
+            else:
+                windows.add(entity, ts, [(0, 1)], at)
             sys.settrace(None)
     assert not torn
 
@@ -253,7 +261,7 @@ def test_reader_beside_the_pipeline_never_sees_a_tile_twice_or_not_at_all():
 def test_reader_waits_for_what_the_pipeline_is_about_to_finish(monkeypatch):
     windows = Windows([Feature(name="n", aggregation="count", window_s=HOUR, description="d")])
     entity, pauses = windows.new(), iter(range(100))
-    windows.add(entity, NOON, [(0, NOON // MINUTE_MS, 1)], NOON)
+    windows.add(entity, NOON, [(0, 1)], NOON)
     entity.begun += 1
     entity.values[0] = 7  # a state that nobody should see
 

@@ -6,6 +6,7 @@ The features stream folds what arrives, backfill what was stored before a defini
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -14,8 +15,8 @@ import msgspec
 from pipeline import keys
 from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature, Malformed
-from pipeline.events import CANARY_TYPE
-from pipeline.extraction import Deltas
+from pipeline.events import CANARY_TYPE, Event, Stored
+from pipeline.extraction import Count, Counting, compile_counting
 from pipeline.families import Family
 from pipeline.frames import REDRIVE
 from pipeline.store import Command, Store
@@ -59,6 +60,16 @@ class Table:
                 del self.entities[i]
 
 
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """How the events of a type are counted, and of which kinds of entities."""
+
+    count: Count
+    of_user: bool
+    of_payee: bool
+    of_zone: bool
+
+
 class Fold:
     """Counts each event once in every entity it is of.
 
@@ -81,18 +92,11 @@ class Fold:
             kind: Table(store, Windows(features, families, kind, suffix)) for kind in PREFIXES
         }
         users = self.tables["user"].windows
-        self._typed: dict[str, list[Table]] = {}
-        for event_type in {f.event_type for f in families if f.event_type is not None}:
-            self._typed[event_type] = [
-                table
-                for kind, table in self.tables.items()
-                if event_type in table.windows.event_types
-                or (kind == "user" and any(f.event_type is None for f in users.families))
-            ]
-        self._any = any(f.event_type is None for f in users.families)
         self._joins = REPORT in self.tables["merchant"].windows.event_types
-        if self._joins:
-            self._typed.setdefault(PAYMENT, [self.tables["user"]] if self._any else [])
+        types = {f.event_type for f in families if f.event_type is not None} | ({PAYMENT} if self._joins else set())
+        self._counters = {event_type: self._counter(event_type) for event_type in types}
+        self._untyped = self._counter(None) if any(f.event_type is None for f in users.families) else None
+        self._until = max((family.until for family in families), default=0)
         self._paid: dict[str, dict[str, str]] = {}  # day of arrival -> transaction -> merchant, not written yet
         self._writing: dict[str, dict[str, str]] = {}
         self._cutting: list[tuple[Table, str, Entity]] = []  # what the present checkpoint has yet to write
@@ -116,76 +120,129 @@ class Fold:
         for table in self.tables.values():
             table.entities, table.dirty = {}, {}
 
+    def _counter(self, event_type: str | None) -> Counter:
+        untyped = any(f.event_type is None for f in self.tables["user"].windows.families)
+        kinds = [
+            kind
+            for kind, table in self.tables.items()
+            if event_type in table.windows.event_types or (kind == "user" and untyped)
+        ]
+        windows: dict[Kind, Counting] = {kind: table.windows for kind, table in self.tables.items()}
+        return Counter(compile_counting(windows, event_type, kinds), *(kind in kinds for kind in self.tables))
+
     def process(self, batch: Batch, now: int, upto: int | None = None) -> Outcome:
         """Count a batch, or its events before the ordinal `upto`."""
         outcome = Outcome()
-        counted: dict[Kind, list[tuple[str, int, Deltas]]] = {kind: [] for kind in self.tables}
-        of_users = counted["user"]
-        users, typed, ts, newest = self.tables["user"], self._typed, batch.ts, self.newest
+        first = batch.first_ordinal
+        events = batch.events if upto is None else batch.events[: max(0, upto - first)]
         merchants = self._merchants(batch) if self._joins else {}
-        extract = users.windows.extract
-        events = batch.events if upto is None else batch.events[: max(0, upto - batch.first_ordinal)]
+        filled = self._first_places(batch) if batch.to & REDRIVE and self._until else None
+        of_users, of_payees, of_zones = self.tables.values()
+        users, payees, zones = of_users.entities, of_payees.entities, of_zones.entities
+        counters, untyped, ts, newest = self._counters, self._untyped, batch.ts, self.newest
         for index, event in enumerate(events):
             if event is None:
                 outcome.dead.append((index, UNDECODABLE))
                 continue
-            outcome.done += 1
-            tables = typed.get(event.event_type)
-            at = ts[index]
-            if tables is None:
-                if self._any and event.event_type != CANARY_TYPE:
-                    of_users.append((event.user_id, index, extract(event, _NO_DATA, at)))
+            event_type, user_id = event.event_type, event.user_id
+            counter = counters.get(event_type, untyped)
+            if counter is None or event_type == CANARY_TYPE:
                 continue
-            data = batch.data(index)
+            data = event.data if type(event) is Stored else batch.data(index) if counter is not untyped else _NO_DATA
+            # Each of its entities, unless the event is read again after a crash and already in it.
+            ordinal, at = first + index, ts[index]
+            payee_id = zone_id = None
+            user = payee = zone = None
+            if counter.of_user:
+                user = users.get(user_id) or self._fetch(batch, events, merchants, users, user_id)
+                if ordinal < user.position:
+                    user = None
+            if counter.of_payee:
+                payee_id = merchants.get(str(data.get("transaction_id"))) if event_type == REPORT else merchant_of(data)
+                if payee_id is not None:
+                    payee = payees.get(payee_id) or self._fetch(batch, events, merchants, payees, payee_id)
+                    if ordinal < payee.position:
+                        payee = None
+            if counter.of_zone:
+                zone_id = batch.zones[index]
+                if zone_id is not None:
+                    zone = zones.get(zone_id) or self._fetch(batch, events, merchants, zones, zone_id)
+                    if ordinal < zone.position:
+                        zone = None
             try:
-                for judge in self._judges:
-                    judge.extract(event, data, at)
-                made = [(table, table.windows.extract(event, data, at)) for table in tables]
+                if self._judges and counter is not untyped:
+                    for judge in self._judges:
+                        judge.extract(event, data, at)
+                if 0 <= at <= now and filled is None:
+                    counter.count(data, event, at, now, user, payee, zone)
+                else:
+                    self._count_apart(
+                        counter, event, data, at, now, (user, payee, zone), filled[index] if filled else None
+                    )
             except Malformed as error:
-                outcome.done -= 1
                 outcome.dead.append((index, f"malformed: {error}"))
                 continue
-            if newest.get(event.event_type, 0) < at <= now:
-                newest[event.event_type] = at
-            if self._joins and event.event_type == PAYMENT:
+            if user is not None:
+                user.position = ordinal + 1
+                of_users.dirty[user_id] = user
+            if payee is not None and payee_id is not None:
+                payee.position = ordinal + 1
+                of_payees.dirty[payee_id] = payee
+            if zone is not None and zone_id is not None:
+                zone.position = ordinal + 1
+                of_zones.dirty[zone_id] = zone
+            if counter is not untyped and newest.get(event_type, 0) < at <= now:
+                newest[event_type] = at
+            if event_type == PAYMENT and self._joins:
                 self._remember(batch.arrivals[index], data, merchants)
-            for table, deltas in made:
-                kind = table.windows.kind
-                if kind == "user":
-                    of_users.append((event.user_id, index, deltas))
-                    continue
-                if kind == "zone":
-                    owner = batch.zones[index]
-                elif event.event_type == REPORT:
-                    owner = merchants.get(str(data.get("transaction_id")))
-                else:
-                    owner = merchant_of(data)
-                if owner is not None:
-                    counted[kind].append((owner, index, deltas))
-        if batch.to & REDRIVE and any(family.until for family in self.families):
-            self._leave_out_filled(batch, counted)
-        first = batch.first_ordinal
-        for kind, table in self.tables.items():
-            table.load({owner for owner, _, _ in counted[kind]})
-            entities, dirty, add = table.entities, table.dirty, table.windows.add
-            for owner, index, deltas in counted[kind]:
-                entity = entities[owner]
-                if first + index >= entity.position:  # else read again after a crash, and already in it
-                    add(entity, ts[index], deltas, now)
-                    entity.position = first + index + 1
-                    dirty[owner] = entity
         if ts:
             newest[""] = max(newest.get("", 0), min(max(ts), now))  # of any type
         self.ordinal = first + len(events)
+        outcome.done = len(events) - len(outcome.dead)
         return outcome
+
+    def _fetch(
+        self,
+        batch: Batch,
+        events: Sequence[Event | Stored | None],
+        merchants: Mapping[str, str],
+        entities: Mapping[str, Entity],
+        owner: str,
+    ) -> Entity:
+        """One of `entities` that was not in memory: in one round trip for each kind all come that the batch may count for."""
+        found = [(i, e, self._counters.get(e.event_type, self._untyped)) for i, e in enumerate(events) if e is not None]
+        counted = [(i, e, c) for i, e, c in found if c is not None and e.event_type != CANARY_TYPE]
+        of_users, of_payees, of_zones = self.tables.values()
+        of_users.load({e.user_id for _, e, c in counted if c.of_user})
+        payees = [merchant_of(batch.data(i)) for i, _, c in counted if c.of_payee]
+        of_payees.load({payee for payee in (*payees, *merchants.values()) if payee is not None})
+        of_zones.load({zone for i, _, c in counted if c.of_zone and (zone := batch.zones[i]) is not None})
+        return entities[owner]
+
+    def _count_apart(
+        self,
+        counter: Counter,
+        event: Event | Stored,
+        data: Mapping[str, Any],
+        ts: int,
+        now: int,
+        entities: Sequence[Entity | None],
+        place: int | None,
+    ) -> None:
+        """Count an event that is ahead of the clock, from before 1970, or sent again: then `place` is where it stood at first,
+        and a backfill has counted it already in the families that it filled beyond that. Raises Malformed."""
+        flags = (counter.of_user, counter.of_payee, counter.of_zone)
+        tables = [some.windows for some, has in zip(self.tables.values(), flags, strict=True) if has]
+        made = [(windows, windows.extract(event, data, ts)) for windows in tables]
+        chosen = [entity for entity, has in zip(entities, flags, strict=True) if has]
+        for (windows, deltas), entity in zip(made, chosen, strict=True):
+            if entity is not None:
+                kept = [d for d in deltas if place is None or windows.families[d[0]].until <= place]
+                windows.add(entity, ts, kept, now)
 
     def _merchants(self, batch: Batch) -> dict[str, str]:
         """The merchants of the payments that the batch's fraud reports are about, from before the batch."""
-        asked = {
-            str(batch.data(i).get("transaction_id"))
-            for i, event in enumerate(batch.events)
-            if event is not None and event.event_type == REPORT
-        }
+        asked = {str(batch.data(i).get("transaction_id")) for i in batch.by_type.get(REPORT, ())}
         if not asked:
             return {}
         wanted, today = sorted(asked), batch.arrivals[-1] // _DAY_MS
@@ -209,8 +266,8 @@ class Fold:
             merchants[str(transaction)] = merchant
             self._paid.setdefault(f"{keys.PAID}{arrival // _DAY_MS}", {})[str(transaction)] = merchant
 
-    def _leave_out_filled(self, batch: Batch, counted: dict[Kind, list[tuple[str, int, Deltas]]]) -> None:
-        """Of dead letters that were sent again, what a backfill has counted already, where they stood at first."""
+    def _first_places(self, batch: Batch) -> list[int]:
+        """Where dead letters that were sent again stood in the log at first."""
         places, asked = list(batch.places), list(range(len(batch)))
         while asked:
             raws = self._store.call("HMGET", keys.REDRIVEN, *[f"<features-{places[i]}" for i in asked])
@@ -218,9 +275,7 @@ class Fold:
             for i, letter in before.items():
                 places[i] = int(letter.rpartition("-")[2])
             asked = list(before)
-        for kind, rows in counted.items():
-            until = [family.until for family in self.tables[kind].windows.families]
-            rows[:] = [(who, i, [d for d in deltas if until[d[0]] <= places[i]]) for who, i, deltas in rows]
+        return places
 
     def chunks(self, now: int) -> Iterator[list[Command]]:
         """What brings the store up to the entities that are dirty now; empty once another call has overtaken it."""
