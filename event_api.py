@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from hashlib import blake2b, sha1, sha256
 from heapq import heappop, heappush
@@ -71,6 +71,7 @@ SAVED, LATEST_SAVE_MS = 20, 20_000  # states a tick; the greatest time that a fr
 STORE_TIMEOUT_S = 2.0
 LARGEST = 1e15  # in size, that a number may have to be summed
 OTHER, ACCEPTED, REJECTED, ANSWERED, PAYMENT, REQUEST = range(6)
+EPOCH, MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 CITY = " city"  # the demand of the city, kept like a user; no user_id holds a space
 OWNER, JOURNAL, COUNTS, STATE, SEEN = (
     f"py:{{py}}:{name}" for name in ("owner", "journal", "counts", "state:", "seen:")
@@ -232,66 +233,68 @@ def verdict(error: Exception) -> tuple[str, str, str]:
     return at[1] if at else "event", "invalid", text
 
 
-def take(events: Iterable[tuple[int, Event]], now: int) -> tuple[dict[bytes, tuple[Fact, ...]], int, list[Rejection]]:
+def take(events: list[tuple[int, Event]], now: int) -> tuple[dict[bytes, tuple[Fact, ...]], int, list[Rejection]]:
     """What each new event means to the features, by the digest of its id; the duplicates among them; the rejected."""
     fresh: dict[bytes, tuple[Fact, ...]] = {}
     duplicates, rejected = 0, []
+    ids = "".join([event.event_id or "" for _, event in events])
+    plain = (
+        ids.isascii() and ids.isprintable() and " " not in ids and "/" not in ids
+    )  # quicker than the pattern for each
     for index, event in events:
         event_id, stamp, problem = event.event_id, event.timestamp, None
         if stamp is None:
             ts = now
         elif isinstance(stamp, datetime):
-            stamp = stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)
-            ts = int((stamp.timestamp() * 1000 + 0.0005) // 1)  # half a microsecond: floats fall short of whole ones
+            ts = ((stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)) - EPOCH) // MILLISECOND
         else:
             ts = int(stamp)
             if stamp < 1e11:
                 problem = "timestamp", "looks_like_seconds", f"{stamp} is seconds; multiply by 1000 for milliseconds"
         if ts - now > HOUR:
             problem = "timestamp", "in_the_future", "more than one hour ahead of this clock; check the device's clock"
-        if event.event_type == "ride_request_response" and event.data and not _summable(event.data.response_time):
+        facts = _facts(event, ts)
+        if facts is None:
             problem = "data.response_time", "invalid", f"it takes a number up to {LARGEST:g} in size, or null"
         if not is_type(event.event_type):
             problem = "event_type", "invalid", "it takes 1 to 64 characters of a-z 0-9 _ . -"
         if not is_user(event.user_id):
             problem = "user_id", "invalid", "it takes 1 to 128 characters without spaces, control characters or /"
-        if event_id is not None and not is_name(event_id):
+        if event_id is not None and not (0 < len(event_id) <= 128 if plain else is_name(event_id)):
             problem = "event_id", "invalid", "it takes 1 to 128 characters without spaces, control characters or /"
         if problem:
             rejected.append(Rejection(index, event_id, *problem))
-            continue
-        digest = os.urandom(12) if event_id is None else blake2b(event_id.encode(), digest_size=12).digest()
-        if digest in fresh:
-            duplicates += 1
-        else:
-            fresh[digest] = _facts(event, ts)
+        elif facts is not None:
+            digest = os.urandom(12) if event_id is None else blake2b(event_id.encode(), digest_size=12).digest()
+            if digest in fresh:
+                duplicates += 1
+            else:
+                fresh[digest] = facts
     return fresh, duplicates, rejected
 
 
-def _facts(event: Event, ts: int) -> tuple[Fact, ...]:
-    kind, value, data, user = OTHER, math.nan, event.data, event.user_id
-    match event.event_type:
-        case "ride_request_response" if data:
+def _facts(event: Event, ts: int) -> tuple[Fact, ...] | None:
+    """None where a `response_time` cannot be summed."""
+    event_type, data, user, session = event.event_type, event.data, event.user_id, event.session_id
+    if event_type == "ride_request_response":
+        if data:
             kind = ACCEPTED if data.response == "accepted" else REJECTED if data.response == "rejected" else ANSWERED
             value = _number(data.response_time)
-        case "payment" if data:
-            value = _number(data.amount)
-            kind = PAYMENT if value == value else OTHER
-        case "ride_request":
-            quantity = _number(data.quantity) if data else math.nan
-            quantity = quantity if quantity > 0 else 1.0
-            return (user, ts, OTHER, math.nan, event.session_id), (CITY, ts, REQUEST, quantity, None)
-        case "nexus.canary":
-            return ()
-    return ((user, ts, kind, value, event.session_id),)
+            return ((user, ts, kind, value, session),) if value == value or data.response_time is None else None
+    elif event_type == "payment":
+        if data and (value := _number(data.amount)) == value:
+            return ((user, ts, PAYMENT, value, session),)
+    elif event_type == "ride_request":
+        quantity = _number(data.quantity) if data else math.nan
+        quantity = quantity if quantity > 0 else 1.0
+        return (user, ts, OTHER, math.nan, session), (CITY, ts, REQUEST, quantity, None)
+    elif event_type == "nexus.canary":
+        return ()
+    return ((user, ts, OTHER, math.nan, session),)
 
 
 def _number(value: Any) -> float:
     return float(value) if type(value) in (int, float) and abs(value) <= LARGEST else math.nan
-
-
-def _summable(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and abs(value) <= LARGEST)
 
 
 # -------------------------------------------------------------------------------------------- features
@@ -334,47 +337,51 @@ WINDOWS: tuple[tuple[str, int, int, tuple[str, ...]], ...] = (
 )
 
 
-def add(state: State, fact: Fact, now: int) -> None:
-    """Count one fact; one of a later time waits."""
-    _, ts, kind, value, session = fact
-    if ts > now:
-        state.future = [*(state.future or ()), fact]
-        return
-    if kind == REQUEST:
-        if (tile := ts // DEMAND_TILE) > state.demand_edge:
-            state.requests[tile] = state.requests.get(tile, 0.0) + value
-        return
-    if ts > state.newest:
-        state.newest = ts
-    if (tile := ts // DAY_TILE) > state.day_edge:
-        state.events[tile] = state.events.get(tile, 0) + 1
-        if ts < state.first.get(tile, ts + 1):
-            state.first[tile] = ts
-        sessions = state.sessions
-        if session is not None and (session in sessions or len(sessions) < MAX_SESSIONS):
-            sessions[session] = max(tile, sessions.get(session, 0))
-        if ACCEPTED <= kind <= ANSWERED:
+def add(state: State, facts: Iterable[Fact], now: int) -> None:
+    """Count facts; those of a later time wait."""
+    events, first, sessions = state.events, state.first, state.sessions
+    for fact in facts:
+        _, ts, kind, value, session = fact
+        if ts > now:
+            state.future = state.future or []
+            state.future.append(fact)
+            continue
+        if kind == REQUEST:
+            if (tile := ts // DEMAND_TILE) > state.demand_edge:
+                state.requests[tile] = state.requests.get(tile, 0.0) + value
+            continue
+        if ts > state.newest:
+            state.newest = ts
+        if (tile := ts // DAY_TILE) > state.day_edge:
+            events[tile] = events.get(tile, 0) + 1
+            if ts < first.get(tile, ts + 1):
+                first[tile] = ts
+            if (
+                session is not None
+                and (seen := sessions.get(session, 0)) < tile
+                and (seen or len(sessions) < MAX_SESSIONS)
+            ):
+                sessions[session] = tile
             if kind == ACCEPTED:
                 state.accepted[tile] = state.accepted.get(tile, 0) + 1
             elif kind == REJECTED:
                 state.rejected[tile] = state.rejected.get(tile, 0) + 1
-            if value == value:
+            if value == value and ACCEPTED <= kind <= ANSWERED:
                 state.response_count[tile] = state.response_count.get(tile, 0) + 1
                 state.response_sum[tile] = state.response_sum.get(tile, 0.0) + value
-    if kind == REJECTED and (tile := ts // HOUR_TILE) > state.hour_edge:
-        state.rejections[tile] = state.rejections.get(tile, 0) + 1
-    elif kind == PAYMENT and (tile := ts // WEEK_TILE) > state.week_edge:
-        state.payment_count[tile] = state.payment_count.get(tile, 0) + 1
-        state.payment_sum[tile] = state.payment_sum.get(tile, 0.0) + value
-        state.payment_squares[tile] = state.payment_squares.get(tile, 0.0) + value * value
+        if kind == REJECTED and (tile := ts // HOUR_TILE) > state.hour_edge:
+            state.rejections[tile] = state.rejections.get(tile, 0) + 1
+        elif kind == PAYMENT and (tile := ts // WEEK_TILE) > state.week_edge:
+            state.payment_count[tile] = state.payment_count.get(tile, 0) + 1
+            state.payment_sum[tile] = state.payment_sum.get(tile, 0.0) + value
+            state.payment_squares[tile] = state.payment_squares.get(tile, 0.0) + value * value
 
 
 def advance(state: State, now: int) -> State:
     """Bring a state to `now`: count what has come due, drop the tiles that are no longer wholly inside their window."""
     if state.future:
         waiting, state.future = state.future, None
-        for fact in waiting:
-            add(state, fact, now)
+        add(state, waiting, now)
     if state.tick == (tick := now // HOUR_TILE):  # all windows and tiles are multiples of this one
         return state
     state.tick = tick
@@ -557,8 +564,7 @@ class Service:
         """The state of a user, which must be in memory, with every accepted event in it."""
         state = self.states[user]
         if facts := self.uncounted.pop(user, None):
-            for fact in facts:
-                add(state, fact, now)
+            add(state, facts, now)
             state.seq = self.seq  # the user has no others up to there
         return advance(state, now)
 

@@ -567,7 +567,7 @@ def test_tiles_equal_brute_force_to_within_one_tile(facts: list[tuple], steps: l
     """Counted at several later times: each count lies between those of the window and of the window less a tile."""
     state, rows = api.State(), [(NOW - age, kind, float(value), session) for age, kind, value, session in facts]
     for ts, kind, value, session in rows:
-        api.add(state, ("u", ts, kind, value, session), NOW)
+        api.add(state, [("u", ts, kind, value, session)], NOW)
     now = NOW
     for step in [0, *steps]:
         now += step
@@ -602,7 +602,7 @@ def test_a_tile_is_at_most_a_sixtieth_of_its_window() -> None:
 
 def test_a_user_whose_windows_are_empty_has_null_means_and_zero_counts() -> None:
     state = api.State()
-    api.add(state, ("u", NOW, api.REJECTED, 2.0, "s"), NOW)
+    api.add(state, [("u", NOW, api.REJECTED, 2.0, "s")], NOW)
     assert api.features(state, NOW)["recent_rejections"] == 1
     later = api.features(state, NOW + 8 * api.DAY)
     assert {name for name, value in later.items() if value is None} == {
@@ -625,8 +625,8 @@ def test_timestamps_are_read_to_the_millisecond() -> None:
 
 def test_a_field_of_a_strange_type_counts_as_absent() -> None:
     event = api.decode_event(json.dumps({**answer("a"), "data": {"response": ["accepted"]}}))
-    ((fact,),) = api.take([(0, event)], NOW)[0].values()
+    (facts,) = api.take([(0, event)], NOW)[0].values()
     state = api.State()
-    api.add(state, fact, NOW + api.DAY)
-    values = api.features(state, max(fact[1], NOW))
+    api.add(state, facts, NOW + api.DAY)
+    values = api.features(state, max(facts[0][1], NOW))
     assert (values["acceptance_rate"], values["response_time"]) == (None, None)
