@@ -17,11 +17,10 @@ from pipeline.store import Command, Store
 
 ZONE_RESOLUTION = 7  # H3 cells of about 5 km², the size of a city district
 
-_decode_event = msgspec.json.Decoder(Event).decode
-_decode_events = msgspec.json.Decoder(list[Event]).decode
-_decode_json = msgspec.json.Decoder().decode
+_decode_event = msgspec.json.Decoder(Stored).decode
+_decode_events = msgspec.json.Decoder(list[Stored]).decode
 UNDECODABLE = "undecodable: the stored event is not of a form this version knows"
-_BLANK = Event("", "", "", "", msgspec.Raw(b"{}"))  # stands in the columns where an event is undecodable
+_BLANK = Stored("", "", "", "", "", "", {})  # stands in the columns where an event is undecodable
 T = TypeVar("T")
 
 
@@ -33,17 +32,16 @@ class Batch:
     """
 
     def __init__(self, frames: list[Frame], skip: int = 0, single: bool = False) -> None:
-        self.events: list[Event | Stored | None] = []
+        self.events: list[Stored | None] = []
         self.ts: list[int] = []
         self.places: list[int] = []
         self.arrivals: list[int] = []
         self.sources: list[str] = []
         self._records: list[bytes] = []
-        self._data: dict[int, dict[str, Any]] = {}
         self.first_ordinal = frames[0].ordinal + skip
         self.to = frames[0].to
         self.canary = bool(self.to & CANARY)
-        self._raw = False  # whether some events were read from the store, with `data` and location in their raw form
+        at_hand = True
         for frame in frames:
             stop = skip + 1 if single else len(frame.records)
             records = frame.records[skip:stop]
@@ -54,13 +52,13 @@ class Batch:
             else:
                 self.events += _decoded(records)
                 self.ts += map(event_time, records)
-                self._raw = True
+                at_hand = False
             first = frame.place(0)
             self.places += range(first + skip, first + stop)
             self.arrivals += [frame.received_at] * (stop - skip)
             self.sources += [frame.source] * (stop - skip)
             skip = 0
-        self.undecodable = [i for i, event in enumerate(self.events) if event is None] if self._raw else []
+        self.undecodable = [] if at_hand else [i for i, event in enumerate(self.events) if event is None]
         last = frames[-1]
         self.after = (
             last.after()
@@ -76,18 +74,12 @@ class Batch:
         return len(self.events)
 
     def data(self, index: int) -> dict[str, Any]:
-        """The decoded `data` of one event."""
+        """The `data` of one event."""
         event = self.events[index]
-        if isinstance(event, Stored):
-            return event.data
-        data = self._data.get(index)
-        if data is None:
-            decoded = _decode_json(event.data) if event is not None else {}
-            data = self._data[index] = decoded if type(decoded) is dict else {}
-        return data
+        return event.data if event is not None else {}
 
     @cached_property
-    def _rows(self) -> Sequence[Event | Stored]:
+    def _rows(self) -> Sequence[Stored]:
         return [event or _BLANK for event in self.events] if self.undecodable else self.events  # type: ignore[return-value]
 
     @cached_property
@@ -100,7 +92,7 @@ class Batch:
 
     @cached_property
     def sessions(self) -> list[str]:
-        """ "" where there is none."""
+        """Empty texts where there is none."""
         return [event.session_id or "" for event in self._rows]
 
     @cached_property
@@ -122,8 +114,6 @@ class Batch:
     def zones(self) -> list[str | None]:
         """The H3 cell of each event: a ride request's pickup, else its location, else None."""
         spots: list[Any] = [event.location for event in self._rows]
-        if self._raw:
-            spots = [_decode_json(spot) if type(spot) is msgspec.Raw else spot for spot in spots]
         pickups = {
             i: pickup
             for i in self.by_type.get("ride_request", ())
@@ -152,7 +142,7 @@ class Batch:
         return Outcome(len(self) - len(self.undecodable), [(index, UNDECODABLE) for index in self.undecodable])
 
 
-def _decoded(records: list[bytes]) -> list[Event | None]:
+def _decoded(records: list[bytes]) -> list[Stored | None]:
     """The events of records, None where one is of no form this version knows: all at once, as costs half, if all are sound."""
     try:
         events: list[Any] = _decode_events(b"[%b]" % b",".join([record[8:] for record in records]))
@@ -163,7 +153,7 @@ def _decoded(records: list[bytes]) -> list[Event | None]:
     return [_decoded_alone(record) for record in records]
 
 
-def _decoded_alone(record: bytes) -> Event | None:
+def _decoded_alone(record: bytes) -> Stored | None:
     try:
         return _decode_event(split(record)[1])
     except msgspec.MsgspecError:
