@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -190,6 +191,32 @@ def test_aggregates_count_by_second_minute_and_hour_of_event_time(store):
     assert counts(store, 60, NOON - MINUTE_MS)["all"] == 1
     assert counts(store, 3600, NOON)["all"] == 2
     assert counts(store, 3600, NOON - HOUR_MS)["all"] == 2
+
+
+def test_aggregates_agree_with_a_plain_count_in_every_step_and_dimension(store):
+    stream = Aggregates(store)
+    expected: Counter[tuple[int, int, str]] = Counter()
+    for n in range(3):
+        times = [NOON - i * 7919 * 1000 // (n + 1) % (5 * HOUR_MS) for i in range(60)]
+        events = [
+            event(f"t{i % 4}", f"u{i % 7}", device_type=f"d{i % 3}", timestamp=t, location={"lat": i % 5, "lng": 1})
+            for i, t in enumerate(times)
+        ]
+        batch = batch_of(store, events, NOON, f"s{n}")
+        stream.process(batch, NOON)
+        for i, t in enumerate(times):
+            values = {"type": f"t{i % 4}", "source": f"s{n}", "device": f"d{i % 3}", "zone": batch.zones[i]}
+            for step in (1, 60, 3600):
+                if step > 1 or t // 1000 > NOON // 1000 - 2 * 3600:
+                    for name in ("all", *[f"{name}:{value}" for name, value in values.items()]):
+                        expected[step, t // 1000 // step * step, name] += 1
+        unwritten = Counter({(step, *row[:2]): row[2] for step in (1, 60, 3600) for row in stream.unwritten(step)})
+        write(store, stream.cut(NOON))
+        found: Counter[tuple[int, int, str]] = Counter()
+        for step, start in {key[:2] for key in expected}:
+            found.update({(step, start, name): count for name, count in counts(store, step, start * 1000).items()})
+        assert found == expected
+        assert unwritten <= expected
 
 
 def test_aggregates_add_up_over_checkpoints_and_restarts(store):

@@ -3,9 +3,11 @@ device and zone."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 from pipeline import keys
 from pipeline.store import Command, Store
@@ -18,9 +20,9 @@ MAX_VALUES = {"type": 1_000, "source": 1_000, "device": 1_000, "zone": 50_000}
 OTHER = "~other"  # where values beyond the limit are counted: the key space stays bounded whatever clients send
 RECENT_S = 60
 _USERS_PER_COMMAND = 500
-
-
-Counts = dict[str, Counter[tuple[int, str | None]]]  # dimension -> (second of event time, value) -> events
+# Dimensions whose values are counted together, since they are few; they are told apart when they are written or asked for.
+_TOGETHER = (("type", "source", "device"), ("zone",))
+Counts = tuple[Counter[tuple[Any, ...]], ...]  # for each of these: (second of event time, values) -> events
 
 
 class Aggregates(Stream):
@@ -49,8 +51,8 @@ class Aggregates(Stream):
         whole: tuple[Sequence[str | None], ...] = (batch.types, batch.sources, batch.devices, batch.zones)
         columns = {n: self._bounded(n, batch.counted(column)) for n, column in zip(DIMENSIONS, whole, strict=True)}
         seconds = [ts // 1000 for ts in batch.counted(batch.ts)]
-        for name, values in columns.items():
-            self._pending[name].update(zip(seconds, values, strict=True))  # counts in C
+        for counter, names in zip(self._pending, _TOGETHER, strict=True):
+            counter.update(zip(seconds, *(columns[name] for name in names), strict=True))  # counts in C
         self._see(seconds, batch.counted(batch.users))
         self._note_arrivals(batch.counted(batch.arrivals), columns)
         self._oldest = (now - SECONDS_KEPT_MS) // 1000
@@ -68,12 +70,12 @@ class Aggregates(Stream):
     def _see(self, seconds: list[int], users: Sequence[str]) -> None:
         """Distinct users per hour of event time."""
         by_hour: dict[int, set[str]] = {}
-        hours = [second - second % 3600 for second in seconds]
-        if len(set(hours)) == 1:
-            by_hour[hours[0]] = set(users)
+        first, last = min(seconds, default=0) // 3600 * 3600, max(seconds, default=0) // 3600 * 3600
+        if first == last:
+            by_hour[first] = set(users)
         else:
-            for hour, user_id in zip(hours, users, strict=True):
-                by_hour.setdefault(hour, set()).add(user_id)
+            for second, user_id in zip(seconds, users, strict=True):
+                by_hour.setdefault(second - second % 3600, set()).add(user_id)
         for hour, found in by_hour.items():
             fresh = found - self._seen.setdefault(hour, set())
             if fresh:
@@ -82,14 +84,18 @@ class Aggregates(Stream):
 
     def _note_arrivals(self, arrivals: Sequence[int], columns: dict[str, Sequence[str | None]]) -> None:
         """Counts of the last minute by type and source, for the dashboard."""
-        seconds = [arrival // 1000 for arrival in arrivals]
-        for name in ("type", "source"):
-            for (second, value), n in Counter(zip(seconds, columns[name], strict=True)).items():
-                if second not in self.recent:
-                    self.recent[second] = Counter()
-                    for old in [known for known in self.recent if known < second - RECENT_S]:
-                        del self.recent[old]
-                self.recent[second][f"{name}:{value}"] += n
+        at = 0
+        while at < len(arrivals):  # which ascend
+            second = arrivals[at] // 1000
+            after = bisect_left(arrivals, (second + 1) * 1000, at)
+            if second not in self.recent:
+                self.recent[second] = Counter()
+                for old in [known for known in self.recent if known < second - RECENT_S]:
+                    del self.recent[old]
+            for name in ("type", "source"):
+                for value, n in Counter(columns[name][at:after]).items():
+                    self.recent[second][f"{name}:{value}"] += n
+            at = after
 
     def cut(self, now: int) -> Cut:
         self._writing, self._pending = self._pending, _no_counts()
@@ -127,17 +133,18 @@ class Aggregates(Stream):
 
 
 def _no_counts() -> Counts:
-    return {name: Counter() for name in DIMENSIONS}
+    return tuple(Counter() for _ in _TOGETHER)
 
 
 def _by_field(counts: Counts) -> Counter[tuple[int, str]]:
-    """Counts by second and field; "all" is the sum over the types."""
+    """Counts by second and field; "all" has every event."""
     totals: Counter[tuple[int, str]] = Counter()
-    for name, counter in counts.items():
-        for (second, value), n in list(counter.items()):  # list: another thread may be counting
-            if value is not None:
-                totals[second, f"{name}:{value}"] = n
-            if name == "type":
+    for names, counter in zip(_TOGETHER, counts, strict=True):
+        for (second, *values), n in list(counter.items()):  # list: another thread may be counting
+            for name, value in zip(names, values, strict=True):
+                if value is not None:
+                    totals[second, f"{name}:{value}"] += n
+            if names == _TOGETHER[0]:
                 totals[second, "all"] += n
     return totals
 
