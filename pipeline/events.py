@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from math import isfinite
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -26,7 +26,7 @@ ENVELOPE = frozenset(
     ("event_id", "event_type", "user_id", "session_id", "timestamp", "app_version", "device_type", "location", "data")
 )
 _TYPE = re.compile(r"[a-z0-9_.\-]{1,64}\Z").match
-_NAME = re.compile(r"[^\s/\x00-\x1f\x7f-\x9f]{1,128}\Z").match
+_NAME_CHARACTERS = re.compile(r"[^\s/\x00-\x1f\x7f-\x9f]*\Z").match
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)?\Z").match
 _CANONICAL = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z\Z").match
 _NUMBERS = (int, float)
@@ -39,13 +39,18 @@ _random_bits = _random.getrandbits
 os.register_at_fork(after_in_child=lambda: _random.seed(os.urandom(32)))
 
 encode = msgspec.json.Encoder().encode
+_encode_lines = msgspec.json.Encoder().encode_lines
 decode = msgspec.json.Decoder().decode
 
 
-_known_types: set[str] = (
-    set()
-)  # event types that were judged before: there are few, and a look-up costs less than a match
+# Event types that were judged before: there are few, and a look-up costs less than a match.
+_known_types: set[str] = set()
 _MAX_KNOWN_TYPES = 10_000
+# The parts of a canonical time, ms: what was seen of hours since 1970, all minutes and seconds of an hour, and all ends.
+_hours: dict[str, int] = {}
+_MAX_HOURS = 10_000
+_IN_HOUR = {f":{m:02d}:{s:02d}": (m * 60 + s) * 1000 for m in range(60) for s in range(60)}
+_ENDS = {"Z": 0, **{f".{ms:03d}Z": ms for ms in range(1000)}}
 
 
 class Rejected(Exception):
@@ -73,7 +78,7 @@ class Event(msgspec.Struct, gc=False):
     location: msgspec.Raw = NO_LOCATION
 
 
-class Stored(msgspec.Struct, omit_defaults=True):
+class Stored(msgspec.Struct, omit_defaults=True, gc=False):
     """An event on its way in, encoded as the stored JSON: in this order, an absent session or location left out."""
 
     event_id: str
@@ -85,6 +90,40 @@ class Stored(msgspec.Struct, omit_defaults=True):
     data: dict[str, Any]
     session_id: str | None = None
     location: dict[str, Any] | None = None
+
+
+# What an event may hold beneath its envelope, level by level: so the decoder itself judges depth and numbers.
+if TYPE_CHECKING:
+    _Value = Any
+else:
+    _Scalar = str | Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | float | bool | None
+    _Value = _Scalar
+    for _ in range(MAX_NESTING - 1):
+        _Value = _Scalar | list[_Value] | dict[str, _Value]
+_Text = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+
+
+def _unknown() -> str:
+    return "unknown"
+
+
+def _nothing() -> dict[str, Any]:
+    return {}
+
+
+class Plain(Stored, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """An event as it is posted mostly: nested, and of such types that it can be decoded into what is stored. Its defaults are
+    functions where they are stored too: others are left out, as is an empty `dict`."""
+
+    event_id: _Text = ""
+    event_type: str
+    user_id: _Text
+    timestamp: Any = None
+    app_version: _Text = msgspec.field(default_factory=_unknown)
+    device_type: _Text = msgspec.field(default_factory=_unknown)
+    data: dict[str, _Value] = msgspec.field(default_factory=_nothing)
+    session_id: _Text | None = None
+    location: dict[str, _Value] | None = None
 
 
 class Parsed(msgspec.Struct, gc=False):
@@ -111,13 +150,7 @@ def parse(raw: Any, now: int) -> Parsed:
     elif not _is_name(event_id):
         takes = "a string of 1 to 128 characters without spaces, control characters or /, or absent"
         raise _bad("event_id", event_id, takes)
-    if stamp is None:
-        ts, text = now, rfc3339(now)
-    else:
-        ts, text = parse_rfc3339(stamp) if type(stamp) is str else _epoch_ms(stamp)
-        if ts - now > MAX_AHEAD_MS:
-            ahead = f"{text} is more than one hour ahead of the server's clock ({rfc3339(now)})"
-            raise Rejected("timestamp", "in_the_future", f"{ahead}; check the device's clock")
+    ts, text = _moment(stamp, now)
     session_id, version, device, location = get("session_id"), get("app_version"), get("device_type"), get("location")
     data = _data(raw, user_id)
     for key, value in data.items():
@@ -145,9 +178,41 @@ def parse(raw: Any, now: int) -> Parsed:
         body = encode(stored)
     except (UnicodeEncodeError, ValueError) as error:
         raise Rejected("event", "not_unicode", f"texts are valid Unicode: {error}") from error
-    if len(body) > MAX_EVENT_BYTES:
-        raise Rejected("event", "too_large", f"an event is at most {MAX_EVENT_BYTES} bytes; this one has {len(body)}")
+    _check_size(body)
     return Parsed(event_id, ts, body, stored)
+
+
+def parse_plain(events: Sequence[Plain], now: int) -> list[Parsed]:
+    """What parse() makes of each, for events that are all sound. Raises Rejected where one of them is not: which one it is,
+    and whether it breaks a rule at all, is for parse() to say. The events are changed."""
+    for event in events:
+        if not event.event_id:
+            event.event_id = uuid7(now)
+    if not _are_names("".join([event.user_id + event.event_id for event in events])):
+        raise Rejected("event", "invalid", "a user_id or an event_id holds what it may not")
+    for event_type in {event.event_type for event in events} - _known_types:
+        _check_type(event_type)
+    times: list[int] = []
+    hours, in_hours, ends = _hours.get, _IN_HOUR.get, _ENDS.get
+    for event in events:  # a look-up here, a comparison there: a call for each would cost as much as they do
+        stamp, spot = event.timestamp, event.location
+        ts = None
+        if type(stamp) is str:
+            hour, in_hour, end = hours(stamp[:13]), in_hours(stamp[13:19]), ends(stamp[19:])
+            if hour is not None and in_hour is not None and end is not None:
+                ts = hour + in_hour + end
+        if ts is None:
+            ts, event.timestamp = _moment(stamp, now)
+        times.append(ts)
+        if spot is not None:
+            lat, lng = spot.get("lat"), spot.get("lng")
+            if type(lat) is not float or not -90 <= lat <= 90 or type(lng) is not float or not -180 <= lng <= 180:
+                _check_spot(spot)
+    bodies = _encode_lines(events).split(b"\n")
+    parsed = [Parsed(event.event_id, ts, body, event) for event, ts, body in zip(events, times, bodies, strict=False)]
+    _check_ahead(max(times, default=now), "a timestamp", now)
+    _check_size(max(bodies, key=len))
+    return parsed
 
 
 def _check_type(event_type: Any) -> None:
@@ -161,11 +226,19 @@ def _check_type(event_type: Any) -> None:
 
 def _is_name(value: Any) -> bool:
     """1 to 128 characters without spaces, control characters or /."""
-    if type(value) is not str:
-        return False
-    if value.isascii():
-        return 1 <= len(value) <= 128 and value.isprintable() and " " not in value and "/" not in value
-    return _NAME(value) is not None
+    return type(value) is str and 1 <= len(value) <= 128 and _are_names(value)
+
+
+def _are_names(text: str) -> bool:
+    """There are neither spaces nor control characters nor / in it."""
+    if text.isascii():
+        return text.isprintable() and " " not in text and "/" not in text
+    return _NAME_CHARACTERS(text) is not None
+
+
+def _check_size(body: bytes) -> None:
+    if len(body) > MAX_EVENT_BYTES:
+        raise Rejected("event", "too_large", f"an event is at most {MAX_EVENT_BYTES} bytes; this one has {len(body)}")
 
 
 def canary(event_id: str, now: int) -> Parsed:
@@ -201,15 +274,19 @@ def _text(field: str, value: Any) -> str:
 def _location(value: Any) -> dict[str, Any]:
     if type(value) is not dict:
         raise _bad("location", value, 'an object {"lat", "lng"}, or absent')
-    lat: Any = value.get("lat")
-    lng: Any = value.get("lng")
+    _check_spot(value)
+    if len(value) > 2:
+        _check_nested(value, "location", 1)
+    return value
+
+
+def _check_spot(location: dict[str, Any]) -> None:
+    lat: Any = location.get("lat")
+    lng: Any = location.get("lng")
     if type(lat) not in _NUMBERS or not -90 <= lat <= 90:
         raise _bad("location.lat", lat, "a number from -90 to 90")
     if type(lng) not in _NUMBERS or not -180 <= lng <= 180:
         raise _bad("location.lng", lng, "a number from -180 to 180")
-    if len(value) > 2:
-        _check_nested(value, "location", 1)
-    return value
 
 
 def _check_nested(value: Any, field: str, depth: int) -> None:
@@ -225,6 +302,21 @@ def _check_nested(value: Any, field: str, depth: int) -> None:
                 raise Rejected(field, "not_finite", "numbers are finite as 64-bit floating point, too")
         elif kind is dict or kind is list:
             _check_nested(item, field, depth + 1)
+
+
+def _moment(stamp: Any, now: int) -> tuple[int, str]:
+    """Epoch ms and the canonical text of a posted timestamp; of the arrival where there is none."""
+    if stamp is None:
+        return now, rfc3339(now)
+    ts, text = parse_rfc3339(stamp) if type(stamp) is str else _epoch_ms(stamp)
+    _check_ahead(ts, text, now)
+    return ts, text
+
+
+def _check_ahead(ts: int, text: str, now: int) -> None:
+    if ts - now > MAX_AHEAD_MS:
+        ahead = f"{text} is more than one hour ahead of the server's clock ({rfc3339(now)})"
+        raise Rejected("timestamp", "in_the_future", f"{ahead}; check the device's clock")
 
 
 def _epoch_ms(stamp: Any) -> tuple[int, str]:
@@ -244,6 +336,9 @@ def _epoch_ms(stamp: Any) -> tuple[int, str]:
 
 def parse_rfc3339(text: str) -> tuple[int, str]:
     """Epoch ms and the canonical text (UTC, Z) of an RFC 3339 time; without an offset it is UTC. Raises Rejected."""
+    hour, in_hour, end = _hours.get(text[:13]), _IN_HOUR.get(text[13:19]), _ENDS.get(text[19:])
+    if hour is not None and in_hour is not None and end is not None:
+        return hour + in_hour + end, text
     if not _RFC3339(text):
         raise _bad("timestamp", text, "RFC 3339, such as 2026-01-31T08:00:00Z, or epoch milliseconds")
     leap = timedelta(0)
@@ -257,22 +352,28 @@ def parse_rfc3339(text: str) -> tuple[int, str]:
         raise _bad("timestamp", text, f"a time that exists ({error})") from error
     ts = (moment - _EPOCH) // _MS
     if not leap and _CANONICAL(text):
+        if len(_hours) >= _MAX_HOURS:
+            _hours.clear()
+        _hours[text[:13]] = ts // 3_600_000 * 3_600_000
         return ts, text
     return ts, moment.isoformat().replace("+00:00", "Z")
 
 
-@lru_cache(maxsize=4096)
 def rfc3339(ms: int) -> str:
     """Epoch ms as RFC 3339 with Z and milliseconds."""
-    seconds, rest = divmod(ms, 1000)
-    return f"{(_EPOCH + timedelta(seconds=seconds)).isoformat()[:19]}.{rest:03d}Z"
+    return f"{_to_the_second(ms // 1000)}.{ms % 1000:03d}Z"
+
+
+@lru_cache(maxsize=4096)
+def _to_the_second(seconds: int) -> str:
+    return (_EPOCH + timedelta(seconds=seconds)).isoformat()[:19]
 
 
 def uuid7(now: int) -> str:
     """A UUIDv7 (RFC 9562): 48 bits of epoch ms, then 74 random ones."""
-    tail = _random_bits(74)
-    value = f"{now & 0xFFFFFFFFFFFF:012x}7{tail & 0xFFF:03x}{0x8000 | (tail >> 12 & 0x3FFF):04x}{tail >> 26:012x}"
-    return f"{value[:8]}-{value[8:12]}-{value[12:16]}-{value[16:20]}-{value[20:]}"
+    ms, tail = now & 0xFFFFFFFFFFFF, _random_bits(74)
+    variant = 0x8000 | (tail >> 12 & 0x3FFF)
+    return f"{ms >> 16:08x}-{ms & 0xFFFF:04x}-7{tail & 0xFFF:03x}-{variant:04x}-{tail >> 26:012x}"
 
 
 def _bad(field: str, value: Any, takes: str) -> Rejected:

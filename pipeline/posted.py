@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from pipeline.errors import BadRequest, NexusError, TooLarge
-from pipeline.events import Rejected
+from pipeline.events import Plain, Rejected
 
 MAX_BODY_BYTES = 5 << 20
 MAX_EVENTS = 5_000
@@ -21,6 +21,14 @@ _NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _brackets = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]').finditer
 
+
+class _Batch(msgspec.Struct, forbid_unknown_fields=True):
+    events: list[Plain]
+    source: str | None = None
+
+
+_decode_plain = msgspec.json.Decoder(_Batch | list[Plain]).decode
+_plain_event = msgspec.json.Decoder(Plain)
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 
@@ -56,10 +64,34 @@ def _gunzip(body: bytes) -> bytes:
     return bytes(out)
 
 
+def read_plain(body: bytes, content_type: str) -> tuple[list[Plain], str] | None:
+    """The posted events and their source where all of it can be decoded as is usual; None where it takes read_body() to say
+    what it is. Raises BadRequest."""
+    source: str | None = None
+    try:
+        if _is_ndjson(content_type):
+            events = _plain_event.decode_lines(body)
+        else:
+            try:
+                posted = _decode_plain(body)
+            except msgspec.ValidationError:
+                posted = [_plain_event.decode(body)]
+            events, source = (posted, None) if type(posted) is list else (posted.events, posted.source)
+    except _UNREADABLE:
+        return None
+    if len(events) > MAX_EVENTS:
+        return None
+    return events, "unknown" if source is None else read_source(source)
+
+
+def _is_ndjson(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() in _NDJSON
+
+
 def read_body(body: bytes, content_type: str) -> tuple[list[Any], str]:
     """The posted events and their source, from any of the accepted forms. Raises BadRequest, TooLarge."""
     source: Any = None
-    if content_type.partition(";")[0].strip().lower() in _NDJSON:
+    if _is_ndjson(content_type):
         events = [_line(line) for line in body.split(b"\n") if line.strip()]
     else:
         try:

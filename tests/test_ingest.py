@@ -9,11 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+from pipeline import events
 from pipeline.errors import BadRequest, NexusError, StoreFull, StoreUnavailable, TooLarge
-from pipeline.ingest import Ingest
+from pipeline.ingest import Ingest, Verdicts, judge, judge_plain
 from pipeline.log import Log
-from pipeline.posted import MAX_BODY_BYTES, MAX_EVENTS
+from pipeline.posted import MAX_BODY_BYTES, MAX_EVENTS, read_body, read_plain
 from pipeline.store import Store
 from tests.helpers import NOON, event, frames
 
@@ -283,3 +286,108 @@ def test_requests_that_come_together_are_each_answered_with_their_own_verdicts(i
     assert sum(a["duplicates"] for a in answers.values()) == 15
     assert all(a["event_ids"] == [f"own-{n}", "shared"] for n, a in answers.items())
     assert len(bodies(log)) == 17
+
+
+def deep(levels: int) -> str:
+    return '{"x":[' * (levels // 2) + ("{}" if levels % 2 else "1") + "]}" * (levels // 2)
+
+
+TEXTS = (
+    '"a"', '"b"', '""', '"a b"', '"a/b"', '"\\u00e9\\ud83d\\ude00"', '"\\ud800"', '"a\\u2028b"', '"a\\u0000"', '"t.2-x_y"',
+    '"UPPER"', '"nexus.canary"', '"' + "n" * 128 + '"', '"' + "n" * 129 + '"', '"' + "\u00e9" * 128 + '"', '"z\u00e4z"',
+)  # fmt: skip
+NUMBERS = (
+    "0", "-0", "-0.0", "1.50", "7e2", "90", "-90.5", "180", "1e308", "1e309", "-1e999", "9007199254740993", "1" * 25, "1" * 310,
+    "9" * 500, "9223372036854775807", "9223372036854775808", "-9223372036854775808", "-9223372036854775809", "0.1e-400",
+)  # fmt: skip
+TIMES = (
+    '"2026-06-01T12:00:00Z"', '"2026-06-01T12:00:00.000Z"', '"2026-06-01T11:59:59.25Z"', '"2026-06-01T11:59:60Z"',
+    '"2026-06-01T12:00:00"', '"2026-06-01 12:00:00z"', '"2026-06-01T20:00:00.123456+08:00"', '"2026-06-01T13:00:00.001Z"',
+    '"1815-12-10T00:00:00Z"', '"2026-02-30T00:00:00Z"', '"2026-06-01T12:0000Z"', '"2026-06-01T1\u0662:00:00Z"',
+    str(NOON), str(NOON // 1000), f"{NOON}.75", str(NOON + 3_600_001), "1e300", "253402300800000",
+)  # fmt: skip
+OTHERS = ("true", "false", "null", "[]", "{}", '[1,"a",null]', *(deep(levels) for levels in range(5, 12)))
+MEMBERS = {
+    "event_id": TEXTS, "event_type": TEXTS, "user_id": TEXTS, "session_id": TEXTS, "timestamp": TIMES, "app_version": TEXTS,
+    "device_type": TEXTS, "driver_id": TEXTS, "x": NUMBERS,
+}  # fmt: skip
+anything = st.sampled_from(TEXTS + NUMBERS + TIMES + OTHERS)
+
+
+def objects(values: dict[str, st.SearchStrategy[str]], least: int = 0, most: int = 7) -> st.SearchStrategy[str]:
+    """JSON objects as text, so that a key may come twice and in any order."""
+    pairs = st.one_of([st.builds(f'"{name}":{{}}'.format, value) for name, value in values.items()])
+    return st.lists(pairs, min_size=least, max_size=most).map(lambda chosen: "{" + ",".join(chosen) + "}")
+
+
+spots = objects({name: st.sampled_from(NUMBERS + OTHERS) for name in ("lat", "lng", "accuracy")})
+data = objects(dict.fromkeys(("a", "b", "x"), anything))
+sound = st.builds(
+    lambda id_, user, at, data: f'{{"event_id":"{id_}","event_type":"t","user_id":{user},"timestamp":{at},"data":{data}}}',
+    st.integers(0, 9), st.sampled_from(TEXTS[:2]), st.sampled_from(TIMES[:3]), data,
+)  # fmt: skip
+members: dict[str, st.SearchStrategy[str]] = {
+    name: st.sampled_from(texts) | anything for name, texts in MEMBERS.items()
+}
+members |= {"location": spots | anything, "data": data | anything}
+# The last of a key counts, so that this is sound but for one member.
+nearly_sound = st.builds(lambda one, more: one[:-1] + "," + more[1:], sound, objects(members, 1, 1))
+posted_events = st.one_of(sound, nearly_sound, nearly_sound, objects(members), anything)
+batches = st.lists(posted_events, max_size=4)
+posted_bodies = st.one_of(
+    batches.map(lambda batch: (f"[{','.join(batch)}]", "application/json")),
+    batches.map(lambda batch: ("\n".join(batch), "application/x-ndjson")),
+    batches.map(lambda batch: ("\r\n \n".join(["", *batch, ""]), "application/jsonl")),
+    st.tuples(batches, objects({"source": anything, "y": anything})).map(
+        lambda given: (given[1].replace("{", f'{{"events":[{",".join(given[0])}],', 1).replace(",}", "}"), "")
+    ),
+    posted_events.map(lambda one: (one, "application/json")),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(posted_bodies)
+@example(('[{"event_type":"t","user_id":"u","data":{"n":' + "1" * 4400 + "}}]", ""))
+@example(('[{"event_type":"t","user_id":"u","data":{"s":"' + "x" * 65_400 + '"}}]', ""))
+@example((f"[{','.join(['{}'] * 5001)}]", ""))
+def test_plain_bodies_get_the_verdicts_and_the_stored_form_that_each_event_gets_by_itself(given_body):
+    text, kind = given_body
+    body = text.encode("utf-8", "surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(events, "uuid7", lambda now: "made")
+        slow = outcome(lambda: read_body(body, kind), lambda found: judge(found, NOON))
+        plain = outcome(lambda: read_plain(body, kind), lambda found: judge_plain(found, NOON))
+    assert plain in (slow, None)
+
+
+def outcome(read: Any, judged: Any) -> Any:
+    """The verdicts, the stored bytes, their times and the source; or the error; None where the reader passes."""
+    try:
+        found = read()
+        if found is None:
+            return None
+        verdicts: Verdicts | None = judged(found[0])
+    except NexusError as error:
+        return type(error), str(error)
+    if verdicts is None:
+        return None
+    kept = [(event.event_id, event.ts, event.body, forms(event.stored)) for event in verdicts.kept]
+    return kept, verdicts.positions, verdicts.rejected, verdicts.event_ids, found[1]
+
+
+def forms(stored: events.Stored) -> dict[str, Any]:
+    """Each field with its type, which == alone does not tell for numbers."""
+    return {name: repr(getattr(stored, name)) for name in events.Stored.__struct_fields__}
+
+
+def test_most_bodies_are_plain():
+    one = '{"event_type":"t","user_id":"z\u00e4z","location":{"lat":1,"lng":2.5,"accuracy":9},"data":{"a":{"b":[1,null]}}}'
+    for body, kind in (
+        (f"[{one}]", ""),
+        (one, ""),
+        (f'{{"events":[{one},{one}],"source":"app"}}', "application/json"),
+        (f"{one}\n\n{one}\n", "application/x-ndjson"),
+    ):
+        found = read_plain(body.encode(), kind)
+        assert found is not None
+        assert judge_plain(found[0], NOON) is not None
