@@ -30,8 +30,10 @@ PATH = "/bench/stages"
 STAGES: tuple[tuple[Any, str, str], ...] = (
     (hot_route.HotRoute, "__call__", "ingest: HTTP and answer"),
     (ingest.Ingest, "post", "ingest: group commit and the rest"),
-    (ingest, "read_body", "ingest: decode"),
-    (ingest, "judge", "ingest: judge"),
+    (ingest, "read_plain", "ingest: decode"),
+    (ingest, "judge_plain", "ingest: judge"),
+    (ingest, "read_body", "ingest: decode, not plain"),
+    (ingest, "judge", "ingest: judge, not plain"),
     (log.Log, "accept", "ingest: pack and store call"),
     (worker.Group, "work", "pipeline: loop"),
     (worker.Worker, "checkpoint_step", "checkpoint: steps"),
