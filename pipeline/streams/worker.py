@@ -21,8 +21,12 @@ from pipeline.store import Command, Store
 from pipeline.streams.stream import Batch, Cut, Stream
 
 CHECKPOINT_S = 1.0
-IDLE_CHECKPOINT_S = 0.1
-COMMIT_SHARE = 5  # a checkpoint's own time, this many times over, is the least pause before the next one
+IDLE_CHECKPOINT_S = 0.1  # after the last event: there is nothing to coalesce any more
+CHECKPOINT_SHARE = (
+    9  # a checkpoint's own time, this many times over, is the pause before the next one: rows coalesce under load
+)
+MOST_CHECKPOINT_S = 3.0  # but no longer: so much of the log is read again after a crash
+PASS_EVENTS = 300  # and the frame that goes beyond: a few ms, which is how long what comes behind waits
 POLL_S = 0.1
 
 BITS = {name: 1 << i for i, name in enumerate(STREAMS)}
@@ -89,6 +93,8 @@ class Worker:
         self._cuts: dict[str, tuple[Cut, Progress]] = {}
         self._steps: Iterator[None] | None = None
         self._pause = CHECKPOINT_S
+        self._fed = self._began = time.monotonic()  # the latest batch; the checkpoint that is under way
+        self._spent_s = 0.0  # on it so far
 
     def run(self) -> None:
         """The thread's body; what ended it is in `error`, None after a clean stop."""
@@ -119,7 +125,8 @@ class Worker:
     def feed(self, name: str, batch: Batch) -> None:
         """One stream takes in one batch; anything it throws comes out."""
         if batch.to & BITS[name]:
-            self.busy = Busy(name, batch.first_ordinal, time.monotonic())
+            self._fed = time.monotonic()
+            self.busy = Busy(name, batch.first_ordinal, self._fed)
             try:
                 outcome = self.streams[name].process(batch, self.shared.clock())
             except Exception:
@@ -162,13 +169,20 @@ class Worker:
 
     def checkpoint_step(self, idle: bool) -> bool:
         """Carry the checkpoint on by one step; True when there was something to do."""
+        began = time.monotonic()
         if self._steps is None:
-            elapsed = time.monotonic() - self.checkpointed
-            if elapsed < (IDLE_CHECKPOINT_S if idle else self._pause) or not self._moved():
+            idle = idle and began - self._fed >= IDLE_CHECKPOINT_S
+            if began - self.checkpointed < (IDLE_CHECKPOINT_S if idle else self._pause) or not self._moved():
                 return False
-            self._steps = self._checkpoint()
-        if next(self._steps, self) is self:
+            self._steps, self._spent_s, self._began = self._checkpoint(), 0.0, began
+        done = next(self._steps, self) is self
+        ended = time.monotonic()
+        self._spent_s += ended - began
+        if done:
             self._steps = None
+            self._pause = max(
+                CHECKPOINT_S - (ended - self._began), min(CHECKPOINT_SHARE * self._spent_s, MOST_CHECKPOINT_S)
+            )
         return True
 
     def checkpoint(self) -> None:
@@ -184,8 +198,6 @@ class Worker:
         return moved or any(stream.unsaved for stream in self.streams.values())
 
     def _checkpoint(self) -> Iterator[None]:
-        began = time.monotonic()
-        spent = 0.0
         now = self.shared.clock()
         for name, stream in list(self.streams.items()):
             if (cut := self._of(name, partial(stream.cut, now))) is not None:
@@ -196,18 +208,17 @@ class Worker:
                 chunk = self._of(name, partial(next, self._cuts[name][0].chunks, None))
                 if chunk is None:
                     break
-                spent += self._commit(chunk)
+                self._commit(chunk)
                 yield
         final: list[Command] = []
         cuts, self._cuts = self._cuts, {}
         for cut, progress in cuts.values():
             final += [*cut.final, *checkpoints.advance(progress, self.shared.clock())]
-        spent += self._commit(final)
+        self._commit(final)
         for name, (cut, progress) in cuts.items():
             cut.done()
             self._committed[name] = progress.position
         self.checkpointed = time.monotonic()
-        self._pause = max(CHECKPOINT_S - (self.checkpointed - began), COMMIT_SHARE * spent, 0.0)
 
     def _of(self, name: str, part: Callable[[], T]) -> T | None:
         """A stream's part in what is done for all; where it throws or hangs, the trouble is the stream's own."""
@@ -227,12 +238,10 @@ class Worker:
         """Whether the others go on without a stream that threw."""
         return False
 
-    def _commit(self, commands: list[Command]) -> float:
+    def _commit(self, commands: list[Command]) -> None:
         if self.abandoned:
             raise Fenced("this worker hung and was replaced")
-        began = time.monotonic()
         checkpoints.commit(self.shared.store, self.epoch, commands)
-        return time.monotonic() - began
 
 
 class Group(Worker):
@@ -303,12 +312,12 @@ class Group(Worker):
         return True
 
     def _runs(self, frames: list[Frame]) -> Iterator[list[Frame]]:
-        """Neighbouring frames with the same addressees, about a thousand events at a time."""
+        """Neighbouring frames with the same addressees, some events at a time."""
         edges = {position.ordinal for position in self.at.values()}
         run: list[Frame] = []
         size = 0
         for frame in frames:
-            if run and (frame.to != run[0].to or size >= 1000 or frame.ordinal in edges):
+            if run and (frame.to != run[0].to or size >= PASS_EVENTS or frame.ordinal in edges):
                 yield run
                 run, size = [], 0
             run.append(frame)
