@@ -369,7 +369,10 @@ class Runtime:
 
 
 def tidy_memory() -> None:
-    """Collect the young, then freeze what lives: a full collection over all users' state would stop every thread for
-    long."""
-    gc.collect(1)
-    gc.freeze()
+    """Where memory has grown, collect the young and freeze what lives: a full collection over all users' state would stop
+    every thread for long."""
+    if gc.get_count()[
+        1
+    ]:  # else no collection has come due since the last time, and this one would cost 20 ms for nothing
+        gc.collect(1)
+        gc.freeze()
