@@ -49,7 +49,7 @@ class GroupCommit:
             leads = not self._leading
             self._leading = True
         if not leads:
-            ticket.turn.wait()
+            ticket.turn.acquire()
         if ticket.taken is None and ticket.error is None:
             self._lead()
         if ticket.error is not None:
@@ -75,9 +75,9 @@ class GroupCommit:
             heir = self._waiting[0] if self._waiting else None
             self._leading = heir is not None
         for ticket in group[1:]:
-            ticket.turn.set()
+            ticket.turn.release()
         if heir is not None:
-            heir.turn.set()
+            heir.turn.release()
 
 
 class _Ticket:
@@ -85,8 +85,9 @@ class _Ticket:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.size = sum(len(event.body) for event in request.events)
-        self.turn = threading.Event()
+        self.size = sum([len(event.body) for event in request.events])
+        self.turn = threading.Lock()  # held until its request is done or leads: cheaper than an Event, and used once
+        self.turn.acquire()
         self.taken: Taken | None = None
         self.error: Exception | None = None
 

@@ -5,15 +5,15 @@ A segment is a string to which frames (frames.py) are appended, up to 8 MiB or o
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import struct
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -34,6 +34,7 @@ from pipeline.frames import (
     pack,
     parse_frames,
     record,
+    records_of,
     split,
 )
 from pipeline.store import Store
@@ -43,6 +44,7 @@ SEGMENT_MS = 3_600_000
 
 _HEAD = struct.Struct("<18Q")
 _DAMAGE_KEPT = 4096
+_DIGEST_BYTES = 10  # accept.lua knows it, too
 _TAIL_EVENTS = 20_000
 _FORGET_WORDS = 2_000
 _MOVED_AT_ONCE = 500  # buckets of an earlier version's id table: some 20 ms of the store
@@ -110,9 +112,10 @@ class Taken:
     duplicates: list[int]
 
 
-def digest(event_id: str) -> bytes:
-    """10 bytes that stand for an event id in the id table: among 10^9 ids two collide with a chance of 4 in 10^7."""
-    return hashlib.blake2b(event_id.encode(), digest_size=10).digest()
+def digests(event_ids: Iterable[str]) -> list[bytes]:
+    """10 bytes for each event id, which stand for it in the id table: among 10^9 ids two collide with a chance of 4 in
+    10^7."""
+    return [blake2b(event_id.encode(), digest_size=_DIGEST_BYTES).digest() for event_id in event_ids]
 
 
 class Log:
@@ -136,10 +139,10 @@ class Log:
         """
         rejected = sum(r.rejected for r in requests)
         args: list[str | bytes | int] = []
-        records = [[record(event.ts, event.body) for event in request.events] for request in requests]
+        records = [records_of(request.events) for request in requests]
         for request, packed in zip(requests, records, strict=True):
-            digests = b"".join([digest(event.event_id) for event in request.events])
-            args += [request.to, request.source.encode(), len(packed), digests, pack(packed)]
+            ids = b"".join(digests([event.event_id for event in request.events]))
+            args += [request.to, request.source.encode(), len(packed), ids, pack(packed)]
         with self._accepting:
             self._number += 1
             answer = self._accept([now, rejected, SEGMENT_BYTES, SEGMENT_MS, self._number, len(requests), *args])
@@ -307,8 +310,9 @@ class Log:
             frames, _ = parse_frames(raw[at:] if at else raw, segment, at)
             self._forget_redriven([frame for frame in frames if frame.to & REDRIVE])
             for frame in frames:
-                for index, packed in enumerate(frame.records if not frame.to & REDRIVE else ()):
-                    words += [digest(_event_id(packed)), _PLACE.pack(frame.address.to_bytes(6, "little"), index)]
+                ids = () if frame.to & REDRIVE else digests(map(_event_id, frame.records))
+                for index, digest in enumerate(ids):
+                    words += [digest, _PLACE.pack(frame.address.to_bytes(6, "little"), index)]
                 at = frame.next - (segment << SHIFT)
             if at < len(raw):  # what stands there is damaged
                 at = next_header(raw, at + 1, 0, sys.maxsize)
@@ -346,7 +350,7 @@ class Log:
 
     def locate(self, event_ids: Sequence[str]) -> list[int | None]:
         """The places of events by id, None where unknown."""
-        found = self._store.call("HMGET", self._ids(), *map(digest, event_ids)) if event_ids else []
+        found = self._store.call("HMGET", self._ids(), *digests(event_ids)) if event_ids else []
         return [_place(packed) if packed else None for packed in found]
 
     def _ids(self) -> str:
