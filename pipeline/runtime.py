@@ -102,9 +102,9 @@ class Runtime:
         self.actions = Actions(self)
         self.models = Models(self)
         self.serving = Serving(self, clock)
-        self.publisher = Publisher(self.store, self.lease, self._live_features, clock, self.feature_health)
         self.demand_warming: str | None = "not asked yet"
         self._stop = threading.Event()
+        self.publisher = Publisher(self.store, self.lease, self._live_features, clock, self.feature_health, self._stop)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_ready = threading.Event()
         self._bridge_thread: threading.Thread | None = None

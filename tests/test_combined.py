@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -22,10 +23,12 @@ from pipeline.errors import PartnerUnreachable
 from pipeline.events import rfc3339
 from pipeline.feature_health import FeatureHealth
 from pipeline.feature_store import FeatureStore
+from pipeline.foreign import read_moment
 from pipeline.frames import BRIDGE_ONLY, Position
 from pipeline.lease import Lease
 from pipeline.log import Log
 from pipeline.publisher import Publisher
+from pipeline.runtime import wall_clock
 from pipeline.store import Store
 from pipeline.streams.features import Features
 from pipeline.streams.storage import EventStore, Storage
@@ -384,6 +387,33 @@ def test_user_whose_event_comes_between_a_cut_and_its_writing_is_published_too(s
     write(store, both.stream.cut(NOON))
     publish.publish()
     assert published(store, "v")["event_count_24h"] == 1
+
+
+def test_user_is_published_at_most_once_a_second(store, publisher):
+    publish, both = publisher
+    publish._clock = wall_clock
+    both.take(response("u", timestamp=NOON))
+    made: list[int] = []
+    until = time.monotonic() + 2.5
+    while time.monotonic() < until:
+        both.stream.changed["u"] = None
+        if publish.publish():
+            made.append(read_moment("", json.loads(store.call("GET", keys.SERVING + "u"))["computed_at"]))
+    assert len(made) >= 2
+    assert all(later - earlier >= 1_000 for earlier, later in pairwise(made))
+
+
+def test_publisher_takes_less_of_the_interpreter_the_more_all_else_takes(publisher, monkeypatch):
+    publish, _ = publisher
+    now, spent = 100.0, 10.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "process_time", lambda: spent)
+    publish._share()
+    shares = []
+    for busy in (0.0, 0.4, 0.8, 1.5):
+        now, spent = now + 1, spent + busy
+        shares.append(publish._share())
+    assert shares == pytest.approx([0.5, 0.25, 0.05, 0.05])
 
 
 def test_health_of_features_tells_nulls_values_out_of_range_and_age(store, publisher):
