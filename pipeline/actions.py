@@ -91,7 +91,7 @@ class Actions:
             },
             "python": {
                 "processed": settled - len(refused),
-                "queued": taken.taken - settled,
+                "queued": taken.taken - settled + self._still_waiting(verdicts, taken),
                 "error": None if delivered else self._why_queued(),
             },
             "combined_features": {user: found.combined for user, found in combined.items()},
