@@ -22,6 +22,7 @@ from pipeline.store import Command, Store
 
 KEPT = 1_000
 LATEST = 5
+PIECE_BYTES = 1 << 18  # of the log, looked through for users at a time: some ms
 _BRIDGE = keys.STREAMS.index("bridge")
 _encode = msgspec.json.Encoder().encode
 
@@ -76,8 +77,21 @@ class Ledger:
         """A commit must end exactly here, so that the account of an outage is its own."""
         return self.current is not None and self.current.edge == ordinal
 
+    @property
+    def counting(self) -> bool:
+        """All that waited is through, but not all of its users have been counted."""
+        return self.current is not None and self.current.caught_up is not None
+
     def opened(self, reason: str, began: int) -> list[Command]:
         """The circuit is open: a new record, or a relapse of the one that has not been caught up with yet."""
+        before: list[Command] = []
+        if self.counting:
+            while self.count_users():
+                pass
+            before = self._finished()
+        return before + self._opened(reason, began)
+
+    def _opened(self, reason: str, began: int) -> list[Command]:
         outage = self.current
         if outage is None:
             audit = checkpoints.audit(self._store)
@@ -103,22 +117,28 @@ class Ledger:
 
     def progressed(self, progress: Progress) -> list[Command]:
         """Events were delivered or given up; belongs into the same commit."""
-        if self.current is None:
+        if self.current is None or self.counting:
             return []
         self.current.delivered += progress.processed
         self.current.dead += len(progress.dead)
         return [("SET", keys.OUTAGE, _encode(self.current))]
 
     def settle(self, ordinal: int, now: int) -> list[Command]:
-        """Once all events before the edge are behind the bridge: the record's last state."""
+        """Once all events before the edge are behind the bridge: call by call some more of the users, then the record's
+        last state."""
         outage = self.current
         if outage is None or outage.edge is None or ordinal < outage.edge:
             return []
-        while self.count_users():
-            pass
-        outage.caught_up = now
+        kept: list[Command] = []
+        if outage.caught_up is None:
+            outage.caught_up = now
+            kept = [("SET", keys.OUTAGE, _encode(outage))]
+        return kept if self.count_users() else self._finished()
+
+    def _finished(self) -> list[Command]:
+        outage, self.current = self.current, None
+        assert outage is not None
         outage.users = int(self._store.call("PFCOUNT", keys.OUTAGE_USERS))
-        self.current = None
         return [
             ("LPUSH", keys.OUTAGES, _encode(outage)),
             ("LTRIM", keys.OUTAGES, 0, KEPT - 1),
@@ -131,7 +151,7 @@ class Ledger:
         outage = self.current
         if outage is None or (outage.edge is not None and outage.start[3] >= outage.edge):
             return False
-        frames = self._log.read(Position(*outage.start))
+        frames = self._log.read(Position(*outage.start), PIECE_BYTES)
         if not frames:
             return False
         users = set()

@@ -11,12 +11,15 @@ import msgspec
 import pytest
 
 from pipeline import checkpoints, keys, outages
+from pipeline.checkpoints import Progress
 from pipeline.circuit import Circuit
+from pipeline.events import rfc3339
+from pipeline.log import Log
 from pipeline.runtime import Runtime, wall_clock
 from pipeline.streams.gate import Gate
 from tests import misbehaving as partners
 from tests.conftest import Start, client_of
-from tests.helpers import event, until
+from tests.helpers import NOON, append, event, frames, until
 from tests.misbehaving import Misbehaving
 
 
@@ -263,6 +266,65 @@ def test_events_sent_again_while_they_wait_are_told_to_be_queued(start_nexus, se
     settled(nexus)
     status, answer = nexus.actions.send_batch({"events": events})
     assert (status, answer["sent"], answer["queued"], answer["duplicates"]) == (200, 0, 0, 2)
+
+
+def test_hybrid_process_tells_events_sent_again_while_they_wait_to_be_queued(start_nexus, server):
+    nexus = start(start_nexus, server)
+    nexus.bridge.control("pause")
+    events = [event(user="u1"), event(user="u2")]
+    assert nexus.actions.hybrid_process({"events": events})[1]["python"]["queued"] == 2
+    answer = nexus.actions.hybrid_process({"events": [*events, event(user="u3"), events[0]]})[1]
+    assert (answer["degraded"], answer["duplicates"], answer["python"]["queued"]) == (True, 3, 3)
+    nexus.bridge.control("resume")
+    settled(nexus)
+    answer = nexus.actions.hybrid_process({"events": events})[1]
+    assert (answer["degraded"], answer["duplicates"], answer["python"]["queued"]) == (False, 2, 0)
+
+
+def taken(log: Log, users: range) -> Progress:
+    """Events of these users are in the log, in frames of ten, and delivered."""
+    for first in users[::10]:
+        append(log, [event(user=f"u{i}") for i in range(first, first + 10)], NOON)
+    return Progress("bridge", frames(log)[-1].after(), len(users))
+
+
+def test_users_of_an_outage_are_counted_in_pieces_and_what_is_delivered_meanwhile_is_none_of_it(
+    store, log, monkeypatch
+):
+    monkeypatch.setattr(outages, "PIECE_BYTES", 5_000)
+    ledger = outages.Ledger(store, log)
+    store.many(ledger.opened("away", NOON))
+    done = taken(log, range(300))
+    store.many([*ledger.closed(NOON), *ledger.progressed(done)])
+    reads, read = [], log.read
+    monkeypatch.setattr(log, "read", lambda *args: reads.append(args) or read(*args))
+    assert store.many(ledger.settle(done.position.ordinal, NOON + 1)) == [True]
+    assert (len(reads), ledger.counting) == (1, True)
+    store.many([*ledger.progressed(taken(log, range(300, 310)))])
+    again = outages.Ledger(store, log)  # a restart meanwhile
+    again.load()
+    for looked in range(1_000):
+        store.many(again.settle(310, NOON + 2 + looked))
+        if not again.counting:
+            break
+    [row] = outages.rows(store, 5)
+    assert looked > 5
+    assert row["users"] == pytest.approx(300, rel=0.05)
+    assert (row["delivered"], row["unexplained"], row["caught_up"]) == (300, 0, rfc3339(NOON + 1))
+
+
+def test_an_outage_that_begins_while_the_users_of_the_last_are_counted_is_its_own(store, log, monkeypatch):
+    monkeypatch.setattr(outages, "PIECE_BYTES", 5_000)
+    ledger = outages.Ledger(store, log)
+    store.many(ledger.opened("away", NOON))
+    done = taken(log, range(300))
+    store.many([*ledger.closed(NOON), *ledger.progressed(done)])
+    store.many([*ledger.settle(300, NOON + 1), *checkpoints.advance(done, NOON)])
+    store.many(ledger.opened("away again", NOON + 2))
+    newest, older = outages.rows(store, 5)
+    assert (newest["reason"], newest["users"], newest["relapses"]) == ("away again", 0, 0)
+    assert (older["unexplained"], older["relapses"]) == (0, 0)
+    assert older["users"] == pytest.approx(300, rel=0.05)
 
 
 def test_hybrid_process_answers_degraded_while_the_partner_is_away(start_nexus, server):

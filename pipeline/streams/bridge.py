@@ -221,7 +221,7 @@ class Bridge:
                 await self._linger()
                 if not self._send_next():
                     break
-        counting = self.circuit.state != "closed" and self.ledger.count_users()
+        counting = self.ledger.counting or (self.circuit.state != "closed" and self.ledger.count_users())
         due = self.gate.dirty or (self._windows and self._windows[0].unfinished == 0)
         await self._rest(_COMMIT_S if counting or due else _IDLE_S)
 
