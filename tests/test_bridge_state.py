@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import msgspec
 import pytest
@@ -296,10 +297,10 @@ def test_users_of_an_outage_are_counted_in_pieces_and_what_is_delivered_meanwhil
     store.many(ledger.opened("away", NOON))
     done = taken(log, range(300))
     store.many([*ledger.closed(NOON), *ledger.progressed(done)])
-    reads, read = [], log.read
-    monkeypatch.setattr(log, "read", lambda *args: reads.append(args) or read(*args))
-    assert store.many(ledger.settle(done.position.ordinal, NOON + 1)) == [True]
-    assert (len(reads), ledger.counting) == (1, True)
+    with monkeypatch.context() as patched:
+        patched.setattr(log, "read", read := MagicMock(side_effect=log.read))
+        assert store.many(ledger.settle(done.position.ordinal, NOON + 1)) == [True]
+    assert (read.call_count, ledger.counting) == (1, True)
     store.many([*ledger.progressed(taken(log, range(300, 310)))])
     again = outages.Ledger(store, log)  # a restart meanwhile
     again.load()
