@@ -29,7 +29,7 @@ _TYPE = re.compile(r"[a-z0-9_.\-]{1,64}\Z").match
 _NAME_CHARACTERS = re.compile(r"[^\s/\x00-\x1f\x7f-\x9f]*\Z").match
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)?\Z").match
 _CANONICAL = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z\Z").match
-_NUMBERS = (int, float)
+_NUMBERS = frozenset((int, float))
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MS = timedelta(milliseconds=1)
 
@@ -46,10 +46,9 @@ decode = msgspec.json.Decoder().decode
 # Event types that were judged before: there are few, and a look-up costs less than a match.
 _known_types: set[str] = set()
 _MAX_KNOWN_TYPES = 10_000
-# The parts of a canonical time, ms: what was seen of hours since 1970, all minutes and seconds of an hour, and all ends.
-_hours: dict[str, int] = {}
-_MAX_HOURS = 10_000
-_IN_HOUR = {f":{m:02d}:{s:02d}": (m * 60 + s) * 1000 for m in range(60) for s in range(60)}
+# A canonical time is looked up in two parts: up to the second, of those that were met lately, and what follows it, in ms.
+_seconds: dict[str, int] = {}
+_MAX_SECONDS = 10_000
 _ENDS = {"Z": 0, **{f".{ms:03d}Z": ms for ms in range(1000)}}
 
 
@@ -192,22 +191,16 @@ def parse_plain(events: Sequence[Plain], now: int) -> list[Parsed]:
         raise Rejected("event", "invalid", "a user_id or an event_id holds what it may not")
     for event_type in {event.event_type for event in events} - _known_types:
         _check_type(event_type)
-    times: list[int] = []
-    hours, in_hours, ends = _hours.get, _IN_HOUR.get, _ENDS.get
-    for event in events:  # a look-up here, a comparison there: a call for each would cost as much as they do
-        stamp, spot = event.timestamp, event.location
-        ts = None
-        if type(stamp) is str:
-            hour, in_hour, end = hours(stamp[:13]), in_hours(stamp[13:19]), ends(stamp[19:])
-            if hour is not None and in_hour is not None and end is not None:
-                ts = hour + in_hour + end
-        if ts is None:
-            ts, event.timestamp = _moment(stamp, now)
-        times.append(ts)
-        if spot is not None:
-            lat, lng = spot.get("lat"), spot.get("lng")
-            if type(lat) is not float or not -90 <= lat <= 90 or type(lng) is not float or not -180 <= lng <= 180:
-                _check_spot(spot)
+    spots = [event.location for event in events if event.location is not None]
+    if spots and not _are_spots(spots):
+        raise Rejected("location", "invalid", "a location is not on earth")
+    try:
+        times = [_seconds[stamp[:19]] + _ENDS[stamp[19:]] for stamp in [event.timestamp for event in events]]
+    except (KeyError, TypeError):
+        times = []
+        for event in events:
+            ts, event.timestamp = _moment(event.timestamp, now)
+            times.append(ts)
     bodies = _encode_lines(events).split(b"\n")
     parsed = [Parsed(event.event_id, ts, body, event) for event, ts, body in zip(events, times, bodies, strict=False)]
     _check_ahead(max(times, default=now), "a timestamp", now)
@@ -274,19 +267,26 @@ def _text(field: str, value: Any) -> str:
 def _location(value: Any) -> dict[str, Any]:
     if type(value) is not dict:
         raise _bad("location", value, 'an object {"lat", "lng"}, or absent')
-    _check_spot(value)
+    lat: Any = value.get("lat")
+    lng: Any = value.get("lng")
+    if type(lat) not in _NUMBERS or not -90 <= lat <= 90:
+        raise _bad("location.lat", lat, "a number from -90 to 90")
+    if type(lng) not in _NUMBERS or not -180 <= lng <= 180:
+        raise _bad("location.lng", lng, "a number from -180 to 180")
     if len(value) > 2:
         _check_nested(value, "location", 1)
     return value
 
 
-def _check_spot(location: dict[str, Any]) -> None:
-    lat: Any = location.get("lat")
-    lng: Any = location.get("lng")
-    if type(lat) not in _NUMBERS or not -90 <= lat <= 90:
-        raise _bad("location.lat", lat, "a number from -90 to 90")
-    if type(lng) not in _NUMBERS or not -180 <= lng <= 180:
-        raise _bad("location.lng", lng, "a number from -180 to 180")
+def _are_spots(locations: Sequence[dict[str, Any]]) -> bool:
+    """What _location() says of each of some locations, one at least, whose numbers are finite."""
+    try:
+        lats, lngs = [location["lat"] for location in locations], [location["lng"] for location in locations]
+    except KeyError:
+        return False
+    if not _NUMBERS.issuperset([*map(type, lats), *map(type, lngs)]):
+        return False
+    return min(lats) >= -90 and max(lats) <= 90 and min(lngs) >= -180 and max(lngs) <= 180
 
 
 def _check_nested(value: Any, field: str, depth: int) -> None:
@@ -336,9 +336,9 @@ def _epoch_ms(stamp: Any) -> tuple[int, str]:
 
 def parse_rfc3339(text: str) -> tuple[int, str]:
     """Epoch ms and the canonical text (UTC, Z) of an RFC 3339 time; without an offset it is UTC. Raises Rejected."""
-    hour, in_hour, end = _hours.get(text[:13]), _IN_HOUR.get(text[13:19]), _ENDS.get(text[19:])
-    if hour is not None and in_hour is not None and end is not None:
-        return hour + in_hour + end, text
+    second, ms = _seconds.get(text[:19]), _ENDS.get(text[19:])
+    if second is not None and ms is not None:
+        return second + ms, text
     if not _RFC3339(text):
         raise _bad("timestamp", text, "RFC 3339, such as 2026-01-31T08:00:00Z, or epoch milliseconds")
     leap = timedelta(0)
@@ -352,9 +352,9 @@ def parse_rfc3339(text: str) -> tuple[int, str]:
         raise _bad("timestamp", text, f"a time that exists ({error})") from error
     ts = (moment - _EPOCH) // _MS
     if not leap and _CANONICAL(text):
-        if len(_hours) >= _MAX_HOURS:
-            _hours.clear()
-        _hours[text[:13]] = ts // 3_600_000 * 3_600_000
+        if len(_seconds) >= _MAX_SECONDS:
+            _seconds.clear()
+        _seconds[text[:19]] = ts // 1000 * 1000
         return ts, text
     return ts, moment.isoformat().replace("+00:00", "Z")
 
