@@ -550,8 +550,8 @@ class Service:
         uncounted, now = self.uncounted, now_ms()
         for fact in facts:
             user = fact[0]
-            if user in uncounted:
-                uncounted[user].append(fact)
+            if (others := uncounted.get(user)) is not None:
+                others.append(fact)
             else:
                 uncounted[user] = [fact]
                 self.unpublished.setdefault(user, seq)
@@ -562,11 +562,11 @@ class Service:
 
     def count(self, user: str, now: int) -> State:
         """The state of a user, which must be in memory, with every accepted event in it."""
-        state = self.states[user]
+        state = advance(self.states[user], now)  # first: then there is less to go through
         if facts := self.uncounted.pop(user, None):
             add(state, facts, now)
             state.seq = self.seq  # the user has no others up to there
-        return advance(state, now)
+        return state
 
     def evict(self) -> None:
         """Keep what is in memory bounded. With the lock held: who reads a stored state must not find it changed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -392,6 +393,57 @@ def test_who_is_asked_for_is_published_anew_also_one_that_is_not_in_memory(servi
         until(lambda: public(store, "driver_1") == service.features("driver_1"))
     service.post(answer("b", response="rejected"))
     until(lambda: rejections(store) == 1)
+
+
+def test_more_changes_than_are_published_at_once_are_all_published_and_stored(service: Service, store: Store) -> None:
+    users = [f"driver_{i}" for i in range(5 * api.PUBLISHED)]
+    service.post(*(answer(f"a-{user}", user, "rejected") for user in users))
+    service.post(*(answer(f"b-{user}", user, "rejected") for user in users))
+    until(lambda: all(rejections(store, user) == 2 for user in users))
+    until(lambda: store.client.xlen(api.JOURNAL) == 0)
+    assert len(store.client.keys(f"{api.STATE}*")) == len(users)
+
+
+def test_what_no_state_held_yet_when_the_process_was_killed_is_counted_once(service: Service, store: Store) -> None:
+    users = [f"driver_{i}" for i in range(6 * api.PUBLISHED)]
+    for name in ("a", "b", "c"):
+        service.post(*(answer(f"{name}-{user}", user, "rejected") for user in users))
+    until(lambda: store.client.exists(*(api.STATE + user for user in users)))
+    service.kill()
+    assert store.client.exists(*(api.STATE + user for user in users)) < len(users)
+    service.start()
+    assert service.features(users[0])["recent_rejections"] == service.features(users[-1])["recent_rejections"] == 3
+    until(lambda: all(rejections(store, user) == 3 for user in users))
+
+
+def test_users_that_left_the_memory_are_loaded_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "MAX_STATES", 10)
+    users = [f"driver_{i}" for i in range(40)]
+
+    async def rounds() -> list[Any]:
+        service = api.Service(f"unix://{store.folder}/valkey.sock", cluster=False)
+        for n in range(3):
+            events = [json.dumps(answer(f"{n}-{user}", user, "rejected")).encode() for user in users]
+            fresh, _, _ = api.take([(i, api.decode_event(event)) for i, event in enumerate(events)], api.now_ms())
+            assert await service.accept(fresh, 0) == (len(users), 0)
+            service.evict()
+            assert len(service.uncounted) == len(users)
+            await service.flush(everything=True)
+            while len(service.states) > api.MAX_STATES:
+                service.evict()
+        states = [await service.read(user) for user in users]
+        await service.client.aclose()
+        return [api.features(state, api.now_ms())["recent_rejections"] for state in states if state]
+
+    assert asyncio.run(rounds()) == [3] * len(users)
+    assert {rejections(store, user) for user in users} == {3}
+
+
+def test_those_who_wait_longest_come_first_and_none_beyond_the_bound() -> None:
+    queue = {"a": 10, "b": 20, "c": 30, "d": 40}
+    assert api.longest(queue, 2, latest=5) == ["a", "b"]
+    assert api.longest(queue, 1, latest=30) == ["a", "b", "c"]
+    assert api.longest(queue, 9, latest=5) == list(queue)
 
 
 def test_two_processes_on_one_store_lose_nothing(service: Service, store: Store) -> None:
