@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -123,7 +124,7 @@ class Log:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._tail: dict[int, Frame] = {}  # by address, in order
+        self._tail: OrderedDict[int, Frame] = OrderedDict()  # by address; the first is let go of first
         self._tail_events = 0
         self._tail_lock = threading.Lock()
         self._answered = keys.ANSWERED + uuid.uuid4().hex
@@ -189,7 +190,7 @@ class Log:
             self._tail[taken.address] = frame
             self._tail_events += len(records)
             while self._tail_events > _TAIL_EVENTS and len(self._tail) > 1:
-                oldest = self._tail.pop(next(iter(self._tail)))
+                _, oldest = self._tail.popitem(last=False)
                 self._tail_events -= len(oldest.records)
 
     def drop_tail(self) -> None:
@@ -198,7 +199,7 @@ class Log:
             self._clear_tail()
 
     def _clear_tail(self) -> None:
-        self._tail, self._tail_events = {}, 0
+        self._tail, self._tail_events = OrderedDict(), 0
 
     def recent(self, position: Position, limit: int = 1 << 20) -> list[Frame]:
         """The frames from a position on that this process has just appended, about `limit` bytes of them."""

@@ -59,10 +59,9 @@ for _ = 1, tonumber(ARGV[6]) do
   make_room(64 + #source + #packed, segment_bytes, segment_ms, KEYS[4])
   local address = seg * 16777216 + off
   local verdict = {string.format('%d', address), ordinal, 0, string.format('%d', last)}
-  local digests, dropped, taken, words = {}, {}, {}, {}
-  for i = 1, n do digests[i] = string.sub(joined, i * 10 - 9, i * 10) end
-  local found, frame = n > 0 and places(digests), struct.pack('<I6', address)
-  local count = 0
+  local digests, dropped, taken, words = {struct.unpack(string.rep('c10', n), joined)}, {}, {}, {}
+  digests[n + 1] = nil  -- where it ended
+  local found, count = n > 0 and places(digests), 0
   for i = 1, n do
     local digest = digests[i]
     if found[i] or taken[digest] then
@@ -70,7 +69,7 @@ for _ = 1, tonumber(ARGV[6]) do
       verdict[#verdict + 1] = i - 1
     else
       taken[digest] = true
-      words[2 * count + 1], words[2 * count + 2] = digest, frame .. struct.pack('<I2', count)
+      words[2 * count + 1], words[2 * count + 2] = digest, struct.pack('<I6I2', address, count)
       count = count + 1
     end
   end
