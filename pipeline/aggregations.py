@@ -39,6 +39,7 @@ _LANE_BITS = {"ones": 32, "present": 32, "total": 112, "squares": 192, "buckets"
               "greatest": 64, "least": 64, "latest": 48 + 64}  # fmt: skip
 _DOUBLE, _U64 = struct.Struct(">d"), struct.Struct(">Q")
 _TOP = 1 << 63
+_U64_MAX, _TOTAL_TOP = 2**64 - 1, 1 << 159
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,18 +145,6 @@ def error(f: Feature) -> float | None:
 # ---------------------------------------------------------------------------------------------- what a state says
 
 
-def lanes(state: int, widths: Sequence[int]) -> list[int]:
-    """The numbers in a state, from its lowest lane on; each may be negative, and then has borrowed from the next."""
-    found = []
-    for width in widths:
-        value = state & (1 << width) - 1
-        if value >> width - 1:
-            value -= 1 << width
-        found.append(value)
-        state = (state - value) >> width
-    return found
-
-
 def distinct(state: int, bits: int) -> int:
     """Linear counting (Whang et al. 1990): how many names set so many bits."""
     zeros = bits - state.bit_count()
@@ -180,9 +169,9 @@ def quantile(state: int, q: float, low: float, high: float) -> float | None:
 
 def decayed(state: int, age_ms: float, half_life_s: float) -> tuple[float, float]:
     """Weight and weighted sum of a tile that began `age_ms` ago."""
-    weight, total = lanes(state, (64, 160))
+    weight, total = state & _U64_MAX, (state >> 64) + _TOTAL_TOP & 2 * _TOTAL_TOP - 1
     faded = 2.0 ** (-age_ms / (half_life_s * 1000))
-    return weight * faded, total / SCALE * faded
+    return weight * faded, (total - _TOTAL_TOP) / SCALE * faded
 
 
 def _std(count: int, total: int, squares: int) -> float | None:

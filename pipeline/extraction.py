@@ -210,13 +210,14 @@ class _Writer:
             self.write(f"t = ts // {layout.lengths[group]}", inner)
             self.write(f"if tiles[{group}] == t or {kind}_turn({kind}, {group}, t, now):", inner)
             for i, family in families:
-                self._merge(f"{kind}{i}", i, family, inner + 1)
+                self._merge(f"{kind}{i}", i, family, sure=len(families) == 1, depth=inner + 1)
             late = ", ".join(f"({i}, {kind}{i})" for i, _ in families)
             self.write(f"else: {kind}_add_late({kind}, ts, ({late},), now)", inner)
         # Not before: whoever turns to another tile marks what it moves by the same bits.
         self.write(f"{kind}.touched |= touched", depth + 1)
 
-    def _merge(self, variable: str, i: int, family: Family, depth: int) -> None:
+    def _merge(self, variable: str, i: int, family: Family, sure: bool, depth: int) -> None:
+        """`sure`: the variable is known not to be 0."""
         match family.columns[0].kind:
             case "bits":
                 self.write(f"v = values[{i}]", depth)
@@ -224,8 +225,8 @@ class _Writer:
             case "greatest" | "least" | "latest":
                 self.write(f"if {variable} > values[{i}]: values[{i}] = {variable}; touched |= {1 << i}", depth)
             case _:
-                unless = "" if variable in self._always else f"if {variable}: "
-                self.write(f"{unless}values[{i}] += {variable}; touched |= {1 << i}", depth)
+                condition = "" if sure or variable in self._always else f"if {variable}: "
+                self.write(f"{condition}values[{i}] += {variable}; touched |= {1 << i}", depth)
 
     def _and(self, where: Match) -> str:
         return "" if where is None else f" and {self._read(where[0])} in {self._constant(where[1])}"

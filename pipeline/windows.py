@@ -6,6 +6,7 @@ to coarser levels, and brought to the store and back.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
@@ -96,22 +97,22 @@ class Windows:
 
     def turn(self, entity: Entity, group: int, tile: int, now: int) -> bool:
         """Have this as a group's newest tile, empty; False for one that is older than the newest, or too old for any window."""
-        newest = entity.tiles[group]
-        if tile < newest or tile <= (now - self.layout.horizons[group]) // self.layout.lengths[group]:
+        newest, length, values = entity.tiles[group], self.layout.lengths[group], entity.values
+        if tile < newest or tile <= (now - self.layout.horizons[group]) // length:
             return False
         entity.begun += 1
         for i, slot, mask, size, window in self._members[group]:
-            state, unsaved = entity.values[i], entity.touched >> i & 1
+            state, unsaved = values[i], entity.touched >> i & 1
             if state or unsaved:
                 rows = entity.rows[slot]
                 if rows is None:
                     rows = entity.rows[slot] = bytearray()
                 rows += NUMBER.pack(newest) + (state & mask).to_bytes(size, "little")
-                entity.values[i] = 0
+                values[i] = 0
                 if unsaved:
                     entity.changed.append((slot, newest))
                     entity.touched ^= 1 << i
-                if NUMBER.unpack_from(rows)[0] <= (now - window) // self.layout.lengths[group]:
+                if NUMBER.unpack_from(rows)[0] <= (now - window) // length:
                     self._hand_up(entity, i, now)
         entity.tiles[group] = tile
         entity.ended += 1
@@ -138,14 +139,11 @@ class Windows:
         rows, step = entity.rows[slot], self._size[slot] + 4
         if rows is None:
             rows = entity.rows[slot] = bytearray()
-        at = len(rows) - step
-        while at >= 0 and (number := NUMBER.unpack_from(rows, at)[0]) > tile:
-            at -= step
-        if at >= 0 and number == tile:
+        at = _place(rows, step, tile)
+        if at < len(rows) and NUMBER.unpack_from(rows, at)[0] == tile:
             merged = self._merge[i](int.from_bytes(rows[at + 4 : at + step], "little"), state) & self._mask[slot]
             rows[at + 4 : at + step] = merged.to_bytes(step - 4, "little")
         else:
-            at += step
             rows[at:at] = NUMBER.pack(tile) + state.to_bytes(step - 4, "little")
         entity.changed.append((slot, tile))
 
@@ -179,46 +177,52 @@ class Windows:
 
     def values(self, entity: Entity, at: int) -> Values:
         """All features as of `at`: events with a time in (at - window, at], the older edge rounded up to a whole tile."""
-        return self._reading.values(entity, at)
+        return self._reading.values_and_due(entity, at, 0)[0]
 
     def due(self, entity: Entity, at: int, spacing_ms: int) -> int | None:
         """When the values of `at` should be looked at again; see Reading."""
-        return self._reading.due(entity, at, spacing_ms)
+        return self._reading.values_and_due(entity, at, spacing_ms)[1]
 
     def values_and_due(self, entity: Entity, at: int, spacing_ms: int) -> tuple[Values, int | None]:
-        """All features as of `at`, and when (epoch ms) they should be looked at again; see values() and due()."""
-        return self._reading.values(entity, at), self._reading.due(entity, at, spacing_ms)
+        """The values of `at`, and when they should be looked at again; see Reading."""
+        return self._reading.values_and_due(entity, at, spacing_ms)
 
     # ------------------------------------------------------------------------------------------ the store's form
 
     def dump(self, entity: Entity, key: str, now: int) -> list[list[Any]]:
         """The commands that bring the store up to this entity: only the rows that changed, and the position with them."""
         words: list[Any] = [self._position, entity.position]
+        tiles, values = entity.tiles, entity.values
         for i, group, prefix, mask, size in self._rows_of(entity.touched):
-            words += prefix + NUMBER.pack(entity.tiles[group]), (entity.values[i] & mask).to_bytes(size, "little")
-        for slot, tile in dict.fromkeys(entity.changed):
-            raw = self._row(entity, slot, tile)
-            if raw is not None:
-                words += self._prefix[slot] + NUMBER.pack(tile), raw
-        gone = list(dict.fromkeys(entity.gone))
-        if entity.stirred and entity.future:
-            kept = [
-                (
-                    ts,
-                    self.families[i].id,
-                    (delta & self._mask[self._first[i]]).to_bytes(self._size[self._first[i]], "little"),
-                )
-                for ts, i, delta in entity.future
-            ]
-            words += [self._future, msgspec.msgpack.encode(kept)]
-        elif entity.stirred:
-            gone.append(self._future)
-        commands = [["HDEL", key, *some] for some in _pieces(gone)] + [["HSET", key, *some] for some in _pieces(words)]
+            words += prefix + NUMBER.pack(tiles[group]), (values[i] & mask).to_bytes(size, "little")
+        entity.touched = 0
+        if entity.changed:
+            for slot, tile in dict.fromkeys(entity.changed):
+                raw = self._row(entity, slot, tile)
+                if raw is not None:
+                    words += self._prefix[slot] + NUMBER.pack(tile), raw
+            entity.changed = []
+        gone, entity.gone = entity.gone, []
+        if entity.stirred:
+            entity.stirred = False
+            if entity.future:
+                words += self._future, msgspec.msgpack.encode(self._waiting(entity))
+            else:
+                gone.append(self._future)
+        commands = [["HDEL", key, *some] for some in _pieces(list(dict.fromkeys(gone)))] if gone else []
+        commands += [["HSET", key, *some] for some in _pieces(words)]
         if entity.expires < now + self.horizon_ms:
             entity.expires = now + self.horizon_ms + _EXPIRY_SLACK_MS
             commands.append(["PEXPIREAT", key, entity.expires])
-        entity.touched, entity.changed, entity.gone, entity.stirred = 0, [], [], False
         return commands
+
+    def _waiting(self, entity: Entity) -> list[tuple[int, bytes, bytes]]:
+        """What is stamped ahead, as it is stored: event time, family's id, and what it adds."""
+        found = []
+        for ts, i, delta in entity.future:
+            _, mask, size, _ = self._newest(i)
+            found.append((ts, self.families[i].id, (delta & mask).to_bytes(size, "little")))
+        return found
 
     def _newest(self, i: int) -> tuple[int, int, int, int]:
         """Of a family's newest tile the slot, mask and bytes, and the window (ms) of its level."""
@@ -236,14 +240,10 @@ class Windows:
 
     def _row(self, entity: Entity, slot: int, tile: int) -> bytes | None:
         """The state of a row, None where it has been handed up since."""
-        rows, step = entity.rows[slot], self._size[slot] + 4
-        at = len(rows) - step if rows else -1
-        while rows is not None and at >= 0:
-            number = NUMBER.unpack_from(rows, at)[0]
-            if number <= tile:
-                return bytes(rows[at + 4 : at + step]) if number == tile else None
-            at -= step
-        return None
+        rows, step = entity.rows[slot] or b"", self._size[slot] + 4
+        at = _place(rows, step, tile)
+        there = at < len(rows) and NUMBER.unpack_from(rows, at)[0] == tile
+        return bytes(rows[at + 4 : at + step]) if there else None
 
     def load(self, flat: Mapping[bytes, bytes]) -> Entity:
         """An entity from its hash in the store; fields that nobody reads any more are marked to be deleted."""
@@ -287,5 +287,13 @@ class Windows:
         heapify(entity.future)
 
 
+def _place(rows: bytes | bytearray, step: int, tile: int) -> int:
+    """The offset of a tile's row, or of where it belongs. Most come last."""
+    last = len(rows) - step
+    if last < 0 or NUMBER.unpack_from(rows, last)[0] < tile:
+        return last + step
+    return step * bisect_left(range(last // step), tile, key=lambda row: NUMBER.unpack_from(rows, row * step)[0])
+
+
 def _pieces(words: list[Any]) -> list[list[Any]]:
-    return [words[at : at + _WORDS] for at in range(0, len(words), _WORDS)]
+    return [words] if len(words) <= _WORDS else [words[at : at + _WORDS] for at in range(0, len(words), _WORDS)]

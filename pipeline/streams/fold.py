@@ -243,21 +243,14 @@ class Fold:
     def _merchants(self, batch: Batch) -> dict[str, str]:
         """The merchants of the payments that the batch's fraud reports are about, from before the batch."""
         asked = {str(batch.data(i).get("transaction_id")) for i in batch.by_type.get(REPORT, ())}
-        if not asked:
-            return {}
-        wanted, today = sorted(asked), batch.arrivals[-1] // _DAY_MS
-        days = range(today + 1, today - self._retention_ms // _DAY_MS - 2, -1)
-        rows = self._store.many([("HMGET", f"{keys.PAID}{day}", *wanted) for day in days])
         found: dict[str, str] = {}
-        for at, transaction in enumerate(wanted):
-            pending = next(
-                (d[transaction] for d in (*self._paid.values(), *self._writing.values()) if transaction in d), None
-            )
-            stored = next((row[at] for row in rows if row[at] is not None), None)
-            if pending is not None:
-                found[transaction] = pending
-            elif stored is not None:
-                found[transaction] = stored.decode()
+        for paid in (*self._paid.values(), *self._writing.values()):
+            found = {transaction: paid[transaction] for transaction in asked if transaction in paid} | found
+        if wanted := sorted(asked.difference(found)):
+            today = batch.arrivals[-1] // _DAY_MS
+            days = range(today + 1, today - self._retention_ms // _DAY_MS - 2, -1)
+            stored = self._store.find([f"{keys.PAID}{day}" for day in days], wanted)
+            found |= {t: merchant.decode() for t, merchant in zip(wanted, stored, strict=True) if merchant is not None}
         return found
 
     def _remember(self, arrival: int, data: Mapping[str, Any], merchants: dict[str, str]) -> None:
