@@ -13,10 +13,12 @@ import msgspec
 from pipeline import keys
 from pipeline.frames import Position
 from pipeline.log import Head
-from pipeline.store import Command, Store, Word
+from pipeline.store import Command, Store
 
 JOURNAL_LENGTH = 20_000  # commits remembered per stream: hours at one a second, days when quiet
 _JOURNAL = struct.Struct("<QQ")
+_SIZE = struct.Struct("<I")
+_MOST_WORDS = 6_000  # a multiple of 2: fields stay with their values
 _encode = msgspec.json.Encoder().encode
 
 
@@ -85,11 +87,31 @@ class Audit:
 
 def commit(store: Store, epoch: int, commands: Iterable[Command]) -> None:
     """Run the commands as one atomic step. Raises Fenced (nothing was written) or StoreError (it may have been)."""
-    words: list[Word] = [epoch]
+    store.run("commit", (keys.OWNER,), (epoch, _packed(commands)))
+
+
+def _packed(commands: Iterable[Command]) -> bytes:
+    """Commands as one word: the store takes longer to take thousands of words in than to carry them out. Each is the number
+    of its words, then the words, each behind its length."""
+    parts: list[bytes] = []
+    add, size = parts.append, _SIZE.pack
     for command in commands:
-        words.append(len(command))
-        words += command
-    store.run("commit", (keys.OWNER,), words)
+        for some in (command,) if len(command) <= _MOST_WORDS else _pieces(command):
+            add(size(len(some)))
+            for word in some:
+                if type(word) is not bytes:
+                    if not isinstance(word, (str, int, float)):
+                        raise TypeError(f"a word is bytes, text or a number, not {type(word).__name__}")
+                    word = str(word).encode()
+                add(size(len(word)))
+                add(word)
+    return b"".join(parts)
+
+
+def _pieces(command: Command) -> list[Command]:
+    """A command of more words than a script can hand on at once (its stack takes 8,000) as several: HSET, HDEL, ZADD, LPUSH ...
+    all take a key and then as many as one likes."""
+    return [(*command[:2], *command[at : at + _MOST_WORDS]) for at in range(2, len(command), _MOST_WORDS)]
 
 
 def advance(progress: Progress, now: int) -> list[Command]:

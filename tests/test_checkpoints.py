@@ -84,6 +84,29 @@ def test_commit_of_a_writer_that_lost_the_lease_writes_nothing(store, log, epoch
     assert account(store, "features").processed == 0
 
 
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        (b"", b""),
+        (bytes(range(256)) * 300, bytes(range(256)) * 300),
+        ("caf\u00e9 \r\n", "caf\u00e9 \r\n".encode()),
+        (2**63 - 1, b"9223372036854775807"),
+        (-1, b"-1"),
+        (0.1, b"0.1"),
+    ],
+)
+def test_commit_writes_each_word_as_it_is(store, epoch, word, kept):
+    commit(store, epoch, [("SET", "ml:{p}:x", word), ("HSET", "ml:{p}:y", word, word), ("HSET", "ml:{p}:y", "z", 1)])
+    assert store.call("GET", "ml:{p}:x") == kept
+    assert store.call("HGET", "ml:{p}:y", kept) == kept
+    assert store.call("HGET", "ml:{p}:y", "z") == b"1"
+
+
+def test_commit_takes_no_word_of_another_kind(store, epoch):
+    with pytest.raises(TypeError):
+        commit(store, epoch, [("SET", "ml:{p}:x", None)])  # type: ignore[list-item]
+
+
 def test_commit_into_an_emptied_store_is_refused(store, epoch):
     store.call("FLUSHALL")
     with pytest.raises(Fenced):

@@ -3,21 +3,16 @@
 -- allow-oom, so that a backlog drains while ingest already refuses.
 --
 -- KEYS 1 owner
--- ARGV 1 epoch, then commands, each as its number of words and the words
-local MOST = 6000  -- words that Lua hands on at once (its stack takes 8,000), a multiple of 2: fields stay with their values
+-- ARGV 1 epoch, 2 the commands: of each the number of its words, then each word behind its length (all numbers u32)
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
   return redis.error_reply('FENCED another writer holds the lease')
 end
-local i, count = 2, #ARGV
-while i <= count do
-  local last = i + tonumber(ARGV[i])
-  if last - i <= MOST then
-    redis.call(unpack(ARGV, i + 1, last))
-  else  -- HSET, HDEL, ZADD, LPUSH ... all take a key and then as many as one likes
-    for at = i + 3, last, MOST do
-      redis.call(ARGV[i + 1], ARGV[i + 2], unpack(ARGV, at, math.min(at + MOST - 1, last)))
-    end
-  end
-  i = last + 1
+local commands, at, count, formats = ARGV[2], 1, nil, {}
+while at <= #commands do
+  count, at = struct.unpack('<I4', commands, at)
+  if not formats[count] then formats[count] = '<' .. string.rep('I4c0', count) end
+  local words = {struct.unpack(formats[count], commands, at)}
+  at = words[count + 1]
+  redis.call(unpack(words, 1, count))
 end
 return 'OK'
