@@ -23,6 +23,7 @@ from pipeline.streams.watch import Watch
 from pipeline.throttle import SINGLES_EVENTS, Throttle
 
 PROBE_EVENTS = 50  # in a call that tries whether the partner is back
+FILL = 0.85  # of what a call may hold
 _SUSPECT_PAUSE_S = 1.0  # the most between two calls that tell the bad event from the good ones
 _TOO_LARGE = 413
 log = logging.getLogger(__name__)
@@ -60,8 +61,12 @@ class Sender:
         return "batch" in self._partner.supports
 
     def share(self) -> tuple[int, int]:
-        """How many lanes there are to be, and how many events of a window each is to get."""
-        return self.throttle.lanes, self.throttle.events if self.batches else SINGLES_EVENTS
+        """How many lanes there are to be, and how many events of a window each is to get on average: users fall unevenly,
+        and a lane that has more than a call may hold needs a second one."""
+        lanes, most = self.throttle.lanes, self.throttle.events
+        if not self.batches:
+            return lanes, SINGLES_EVENTS
+        return lanes, most if lanes == 1 else max(1, int(most * FILL))
 
     def start(self) -> None:
         """For a new epoch."""
@@ -163,7 +168,9 @@ class Sender:
             self._jury.took()
             self._watch.took()
         if self.batches:
-            self.throttle.went_well(delivery.events >= self.throttle.events, delivery.latency_ms, timeout_ms)
+            most = self.throttle.events
+            full = delivery.events >= most or (window.full and 2 * delivery.events >= most)
+            self.throttle.went_well(full, delivery.latency_ms, timeout_ms)
         else:
             self.throttle.went_well(window.full, delivery.latency_ms / delivery.events, float("inf"))
         self._answered(delivery)
