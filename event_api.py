@@ -62,12 +62,12 @@ VERSION = "1.0.0"
 HOUR, DAY, WEEK = 3_600_000, 86_400_000, 7 * 86_400_000  # all times are epoch milliseconds
 HOUR_TILE, DAY_TILE, WEEK_TILE, DEMAND_TILE = 20_000, 600_000, 7_200_000, 1_800_000
 MAX_EVENTS, MAX_BODY = 5_000, 40 << 20
-MAX_STATES, MAX_SESSIONS = 50_000, 100  # in memory; per user
+MAX_STATES, MAX_UNSAVED, MAX_SESSIONS = 50_000, 25_000, 100  # in memory; of them not yet stored; per user
 SEEN_PERIOD, SEEN_PERIODS = 2 * DAY, 5  # one set of ids per two days: an id is known for 8 to 10 days
 KEEP_S = 8 * 86_400  # an idle user is forgotten a day after its last window has run empty
 TICK_S = 0.1  # how often the flusher looks
-PUBLISHED, PUBLISH_MS, LATEST_MS = 100, 900, 5_000  # users a tick; a user's least and a change's greatest time to it
-SAVED, LATEST_SAVE_MS = 20, 20_000  # states a tick; the greatest time that a frame is kept for one
+PUBLISHED, PUBLISH_MS, LATEST_MS = 100, 900, 5_000  # users a tick; a user at most so often; a change at the latest
+SAVED, LATEST_SAVE_MS = 20, 20_000  # states a tick; a state at the latest, which bounds the journal
 STORE_TIMEOUT_S = 2.0
 LARGEST = 1e15  # in size, that a number may have to be summed
 OTHER, ACCEPTED, REJECTED, ANSWERED, PAYMENT, REQUEST = range(6)
@@ -428,11 +428,11 @@ def rfc3339(ms: int) -> str:
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def longest(queue: dict[str, int], most: int, latest: int) -> list[str]:
-    """The first users of a queue: `most` of them, and those that wait since `latest` or longer."""
+def longest(queue: dict[str, int], most: int, now: int, limit: int) -> list[str]:
+    """The first users of a queue: `most` of them, and those that have waited `limit` ms; all if the clock went back."""
     users: list[str] = []
     for user, since in queue.items():
-        if len(users) >= most and since > latest:
+        if len(users) >= most and abs(now - since) < limit:
             break
         users.append(user)
     return users
@@ -571,8 +571,7 @@ class Service:
     def evict(self) -> None:
         """Keep what is in memory bounded. With the lock held: who reads a stored state must not find it changed."""
         if len(self.states) > MAX_STATES:  # the front is what has not been saved for the longest time
-            idle = (user for user in self.states if user not in self.unsaved and user not in self.unpublished)
-            for user in list(islice(idle, MAX_STATES // 10)):
+            for user in list(islice((user for user in self.states if user not in self.unsaved), MAX_STATES // 10)):
                 del self.states[user]
 
     async def flush(self, everything: bool = False) -> None:
@@ -582,16 +581,16 @@ class Service:
             _, user = heappop(self.due)
             self.unpublished.setdefault(user, self.seq + 1)
             self.unsaved.setdefault(user, self.seq + 1)
-        publish = longest(self.unpublished, PUBLISHED, now - LATEST_MS)
-        save = longest(self.unsaved, SAVED, now - LATEST_SAVE_MS)
+        publish = longest(self.unpublished, PUBLISHED, now, LATEST_MS)
         publish = [user for user in publish if user not in states or states[user].published <= now - PUBLISH_MS]
+        save = longest(self.unsaved, max(SAVED, len(self.unsaved) - MAX_UNSAVED), now, LATEST_SAVE_MS)
         if everything:
             publish, save = list(self.unpublished), list(self.unsaved)
-        users, stored = list(dict.fromkeys(publish + save)), set(save)
+        users, saved = list(dict.fromkeys(publish + save)), set(save)
         for at in range(0, len(users), 200):  # in parts, so that requests come in between
             if self.states is states:
                 async with self.store():
-                    await self._write(users[at : at + 200], stored)
+                    await self._write(users[at : at + 200], saved)
 
     async def _write(self, users: list[str], save: set[str]) -> None:
         """Publish users, and store the states of those in `save`: none is stored that is not published."""

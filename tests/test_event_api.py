@@ -441,9 +441,10 @@ def test_users_that_left_the_memory_are_loaded_again(store: Store, monkeypatch: 
 
 def test_those_who_wait_longest_come_first_and_none_beyond_the_bound() -> None:
     queue = {"a": 10, "b": 20, "c": 30, "d": 40}
-    assert api.longest(queue, 2, latest=5) == ["a", "b"]
-    assert api.longest(queue, 1, latest=30) == ["a", "b", "c"]
-    assert api.longest(queue, 9, latest=5) == list(queue)
+    assert api.longest(queue, 2, now=50, limit=45) == ["a", "b"]
+    assert api.longest(queue, 1, now=50, limit=20) == ["a", "b", "c"]
+    assert api.longest(queue, 9, now=50, limit=45) == list(queue)
+    assert api.longest(queue, 1, now=-1000, limit=45) == list(queue)  # the clock was set back
 
 
 def test_two_processes_on_one_store_lose_nothing(service: Service, store: Store) -> None:
