@@ -20,9 +20,9 @@ from pipeline.streams.features import Features
 PER_STEP = 100  # users: some ms, then others have their turn; smaller steps begin with cold caches too often
 ROUND_S = 0.85  # a round ends before the next one is due
 ONCE_MS = 1_000  # a user is published at most so often
-# Of the interpreter's time, from an idle process to one in which all else takes FULL of it: then public keys come later,
+# Of a round's time, from an idle process to one in which all else takes FULL of it: then public keys come later,
 # the routes stay fresh.
-MOST_SHARE, LEAST_SHARE, FULL = 0.5, 0.05, 0.8
+MOST_SHARE, LEAST_SHARE, FULL = 0.7, 0.05, 0.8
 DUE_PER_ROUND = 500
 SPACING_MS = 60_000  # a user that nothing happens to is looked at again so often at most, and when a window empties
 _encode = msgspec.json.Encoder().encode
@@ -71,7 +71,7 @@ class Publisher:
             too_soon_s = max(0, self._recent.get(users[-1], 0) + ONCE_MS - self._clock()) / 1000
             if too_soon_s > ends - time.monotonic() or self._stop.wait(too_soon_s):
                 break
-            began = time.thread_time()
+            began, spent = time.monotonic(), time.thread_time()
             for user_id in users:
                 stream.changed.pop(user_id, None)
             try:
@@ -79,10 +79,11 @@ class Publisher:
             except Exception:
                 stream.changed.update(dict.fromkeys(users))
                 raise
-            spent = time.thread_time() - began
-            self._spent_s += spent
+            self._spent_s += time.thread_time() - spent
             done += len(users)
-            if self._stop.wait(spent / share - spent):
+            if self._stop.wait(
+                (time.monotonic() - began) * (1 / share - 1)
+            ):  # the longer the more had others to do, too
                 break
         else:
             checkpoints.commit(self._store, self._lease.epoch, [("SET", keys.PUBLISHED, _encode(astuple(position)))])
@@ -90,7 +91,7 @@ class Publisher:
         return done
 
     def _share(self) -> float:
-        """How much of the interpreter's time this round may take, by what all else has taken since the last one."""
+        """How much of its time this round may work, by what all else has taken since the last one."""
         now, spent = time.monotonic(), time.process_time() - self._spent_s
         (last, before), self._seen = self._seen, (now, spent)
         others = (spent - before) / max(now - last, 0.001)

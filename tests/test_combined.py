@@ -27,7 +27,7 @@ from pipeline.foreign import read_moment
 from pipeline.frames import BRIDGE_ONLY, Position
 from pipeline.lease import Lease
 from pipeline.log import Log
-from pipeline.publisher import Publisher
+from pipeline.publisher import LEAST_SHARE, MOST_SHARE, Publisher
 from pipeline.runtime import wall_clock
 from pipeline.store import Store
 from pipeline.streams.features import Features
@@ -413,7 +413,7 @@ def test_publisher_takes_less_of_the_interpreter_the_more_all_else_takes(publish
     for busy in (0.0, 0.4, 0.8, 1.5):
         now, spent = now + 1, spent + busy
         shares.append(publish._share())
-    assert shares == pytest.approx([0.5, 0.25, 0.05, 0.05])
+    assert shares == pytest.approx([MOST_SHARE, MOST_SHARE / 2, LEAST_SHARE, LEAST_SHARE])
 
 
 def test_health_of_features_tells_nulls_values_out_of_range_and_age(store, publisher):
