@@ -81,9 +81,8 @@ class Publisher:
                 raise
             self._spent_s += time.thread_time() - spent
             done += len(users)
-            if self._stop.wait(
-                (time.monotonic() - began) * (1 / share - 1)
-            ):  # the longer the more had others to do, too
+            took_s = time.monotonic() - began  # the longer the more others had to do, too
+            if self._stop.wait(took_s * (1 / share - 1)):
                 break
         else:
             checkpoints.commit(self._store, self._lease.epoch, [("SET", keys.PUBLISHED, _encode(astuple(position)))])
