@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from heapq import heappush
+from typing import Any
 
 from pipeline.families import Family
 
 NUMBER = struct.Struct("<I")
+
+_NONE: Any = ()  # the lists of an entity before anything is in them: most never have any, and one for all is in the cache
 
 
 class Entity:
@@ -46,12 +50,27 @@ class Entity:
         self.values = [0] * families
         self.rows: list[bytearray | None] = [None] * slots
         self.touched = 0
-        self.changed: list[tuple[int, int]] = []
-        self.gone: list[bytes] = []
-        self.future: list[tuple[int, int, int]] = []
+        self.changed: list[tuple[int, int]] = _NONE
+        self.gone: list[bytes] = _NONE
+        self.future: list[tuple[int, int, int]] = _NONE
         self.stirred = False
         self.expires = 0
         self.begun = self.ended = 0
+
+    def mark(self, slot: int, tile: int) -> None:
+        """A row has changed."""
+        self.changed = self.changed or []
+        self.changed.append((slot, tile))
+
+    def forget(self, field: bytes) -> None:
+        """A row, or what else had this field in the store, has left."""
+        self.gone = self.gone or []
+        self.gone.append(field)
+
+    def wait(self, ts: int, family: int, delta: int) -> None:
+        """Keep what is stamped ahead until its time has come."""
+        self.future = self.future or []
+        heappush(self.future, (ts, family, delta))
 
 
 class Layout:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from heapq import heapify, heappop, heappush
+from heapq import heappop
 from typing import Any
 
 import msgspec
@@ -30,7 +30,7 @@ _FIELD = 8  # bytes of a tile's field in the store: family id (3), level (1), ti
 
 
 class Windows:
-    """The arithmetic of tiles for one kind of entity; it holds no state. All times are epoch ms and passed in.
+    """The arithmetic of tiles for one kind of entity; it holds no state of them. All times are epoch ms and passed in.
 
     `features` are those that values() answers; `families`, planned from them where not given, those that events are counted in.
     """
@@ -57,6 +57,7 @@ class Windows:
         self._by_id = {family.id: i for i, family in enumerate(self.families)}
         self._merge = [family.merge for family in self.families]
         self._members = [[(i, *self._newest(i)) for i in members] for members in self.layout.members]
+        self._latest = [-1] * len(self._members)  # by group, the tile that an entity came to last
         self._rows_of = lru_cache(maxsize=10_000)(self._touched_rows)
         self.event_types = frozenset(f.event_type for f in self.families if f.event_type is not None)
         self._extract_any = compile_extraction(self.layout, None)
@@ -80,7 +81,7 @@ class Windows:
         if not 0 <= ts <= now:
             if ts > now:
                 for i, delta in deltas:
-                    heappush(entity.future, (ts, i, delta))
+                    entity.wait(ts, i, delta)
                 entity.stirred = True
             return
         for i, delta in deltas:
@@ -110,11 +111,16 @@ class Windows:
                 rows += NUMBER.pack(newest) + (state & mask).to_bytes(size, "little")
                 values[i] = 0
                 if unsaved:
-                    entity.changed.append((slot, newest))
+                    entity.mark(slot, newest)
                     entity.touched ^= 1 << i
                 if NUMBER.unpack_from(rows)[0] <= (now - window) // length:
                     self._hand_up(entity, i, now)
-        entity.tiles[group] = tile
+        latest = self._latest[group]
+        if latest == tile:
+            tile = (
+                latest  # one number for all entities that are in this tile: whoever compares it finds it in the cache
+            )
+        self._latest[group] = entity.tiles[group] = tile
         entity.ended += 1
         return True
 
@@ -145,7 +151,7 @@ class Windows:
             rows[at + 4 : at + step] = merged.to_bytes(step - 4, "little")
         else:
             rows[at:at] = NUMBER.pack(tile) + state.to_bytes(step - 4, "little")
-        entity.changed.append((slot, tile))
+        entity.mark(slot, tile)
 
     def _hand_up(self, entity: Entity, i: int, now: int) -> None:
         """Rows that left their level's window go into the next coarser level, or are let go."""
@@ -156,7 +162,7 @@ class Windows:
                 continue
             edge, step, at = (now - window) // tile_ms, self._size[slot + level] + 4, 0
             while at < len(rows) and (tile := NUMBER.unpack_from(rows, at)[0]) <= edge:
-                entity.gone.append(self._prefix[slot + level] + NUMBER.pack(tile))
+                entity.forget(self._prefix[slot + level] + NUMBER.pack(tile))
                 self._put(entity, i, level, tile, int.from_bytes(rows[at + 4 : at + step], "little"), now)
                 at += step
             if at:
@@ -202,14 +208,15 @@ class Windows:
                 if raw is not None:
                     words += self._prefix[slot] + NUMBER.pack(tile), raw
             entity.changed = []
-        gone, entity.gone = entity.gone, []
-        if entity.stirred:
-            entity.stirred = False
-            if entity.future:
-                words += self._future, msgspec.msgpack.encode(self._waiting(entity))
-            else:
-                gone.append(self._future)
-        commands = [["HDEL", key, *some] for some in _pieces(list(dict.fromkeys(gone)))] if gone else []
+        if entity.stirred and not entity.future:
+            entity.forget(self._future)
+        elif entity.stirred:
+            words += self._future, msgspec.msgpack.encode(self._waiting(entity))
+        entity.stirred = False
+        commands = []
+        if entity.gone:
+            commands += [["HDEL", key, *some] for some in _pieces(list(dict.fromkeys(entity.gone)))]
+            entity.gone = []
         commands += [["HSET", key, *some] for some in _pieces(words)]
         if entity.expires < now + self.horizon_ms:
             entity.expires = now + self.horizon_ms + _EXPIRY_SLACK_MS
@@ -258,14 +265,14 @@ class Windows:
                 if slot is not None:
                     found.setdefault(slot, []).append((NUMBER.unpack_from(field, 4)[0], value))
                 elif self.kept is not None and field[:3] not in self.kept:
-                    entity.gone.append(field)
+                    entity.forget(field)
             elif field == self._future or (field.startswith(FUTURE) and self.kept == frozenset()):
                 self._load_future(entity, value)
                 if field != self._future:
-                    entity.gone.append(field)
+                    entity.forget(field)
                     entity.stirred = True
             elif field != self._position and self.kept == frozenset():
-                entity.gone.append(field)
+                entity.forget(field)
         newest = entity.tiles
         for slot, rows in found.items():
             rows.sort()
@@ -283,8 +290,7 @@ class Windows:
     def _load_future(self, entity: Entity, raw: bytes) -> None:
         for ts, family_id, state in msgspec.msgpack.decode(raw):
             if family_id in self._by_id:
-                entity.future.append((ts, self._by_id[family_id], int.from_bytes(state, "little")))
-        heapify(entity.future)
+                entity.wait(ts, self._by_id[family_id], int.from_bytes(state, "little"))
 
 
 def _place(rows: bytes | bytearray, step: int, tile: int) -> int:
