@@ -20,12 +20,12 @@ from pipeline.log import Log
 from pipeline.store import Command, Store
 from pipeline.streams.stream import Batch, Cut, Stream
 
-CHECKPOINT_S = 1.0
-IDLE_CHECKPOINT_S = 0.1  # after the last event: there is nothing to coalesce any more
-CHECKPOINT_SHARE = (
-    9  # a checkpoint's own time, this many times over, is the pause before the next one: rows coalesce under load
-)
+# Rows of what changed coalesce from one checkpoint to the next: it may take a tenth of the time, and comes the later the more
+# there is to write. After the last event there is nothing to coalesce any more.
+CHECKPOINT_S = 0.5  # at least, from one's beginning to the next
+CHECKPOINT_SHARE = 9  # pause at least so many times as long as the latest took,
 MOST_CHECKPOINT_S = 3.0  # but no longer: so much of the log is read again after a crash
+IDLE_CHECKPOINT_S = 0.1
 PASS_EVENTS = 300  # and the frame that goes beyond: a few ms, which is how long what comes behind waits
 POLL_S = 0.1
 
