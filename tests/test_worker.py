@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from pipeline.lease import Lease
 from pipeline.log import Log
 from pipeline.runtime import Runtime
 from pipeline.store import Store
+from pipeline.streams import worker
 from pipeline.streams.aggregates import Aggregates
 from pipeline.streams.storage import Query, Storage
 from pipeline.streams.straggler import MAX_ATTEMPTS
@@ -242,6 +244,49 @@ def test_stream_that_joins_within_a_frame_is_fed_no_event_of_it_again(
     group.checkpoint()
     accounts = checkpoints.audit(store).accounts
     assert (accounts["aggregates"].processed, accounts["aggregates"].unexplained) == (12, 0)
+
+
+@pytest.fixture
+def now(group: Group, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock that paces the group, in seconds: it stands still until set."""
+    clock = [100.0]
+    monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    group.checkpointed = clock[0]
+    return clock
+
+
+def feed(group: Group) -> None:
+    append(group.shared.log, [event()], NOON)
+    group._pass(Batch([frames(group.shared.log)[-1]]))
+
+
+def test_checkpoint_comes_a_moment_after_the_last_event_but_not_between_two(group: Group, now: list[float]) -> None:
+    for _ in range(4):
+        now[0] += 0.09
+        feed(group)
+        assert not group.checkpoint_step(True)
+    now[0] += 0.11
+    assert group.checkpoint_step(True)
+
+
+def test_checkpoint_that_takes_long_is_not_followed_by_the_next_at_once(
+    group: Group, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = checkpoints.commit
+
+    def slow(*given: Any) -> None:
+        now[0] += 0.2
+        commit(*given)
+
+    monkeypatch.setattr(checkpoints, "commit", slow)
+    feed(group)
+    now[0] += 1.0
+    assert group.checkpoint_step(False)
+    feed(group)
+    now[0] += 1.7  # a tenth of the time is for checkpoints
+    assert not group.checkpoint_step(False)
+    now[0] += 0.2
+    assert group.checkpoint_step(False)
 
 
 def test_stream_that_throws_as_it_joins_leaves_the_others_alone(group: Group) -> None:
