@@ -16,11 +16,12 @@ counts while all of it is inside, so an expired event is never counted.
 
 How events are kept: one script adds a batch to a journal and its ids to the seen ones, or does neither. The users'
 states live in this process; an event is counted when its user is next published, stored or asked for. Ten times a
-second `features:{user_id}` is written for those who have waited for the longest, so many that it stays cheap: at once
-under light load, within five seconds under any. States are stored likewise, but more seldom, and the journal is cut to
-what no stored state has yet; whoever starts, or had lost the store, claims it and replays the journal. The scripts
-refuse a process that is no longer the owner; it then drops what it holds. The keys of a script share the tag {py}, for
-Cluster: there the public keys are written just before the states, with the journal as outbox.
+second `features:{user_id}` is written for those who were asked for and those who have waited for the longest, so many
+that it stays cheap: at once under light load, within ten seconds under any. States are stored likewise, but more
+seldom, and the journal is cut to what no stored state has yet; whoever starts, or had lost the store, claims it and
+replays the journal. The scripts refuse a process that is no longer the owner; it then drops what it holds. The keys of a
+script share the tag {py}, for Cluster: there the public keys are written just before the states, with the journal as
+outbox.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ MAX_STATES, MAX_UNSAVED, MAX_SESSIONS = 50_000, 25_000, 100  # in memory; of the
 SEEN_PERIOD, SEEN_PERIODS = 2 * DAY, 5  # one set of ids per two days: an id is known for 8 to 10 days
 KEEP_S = 8 * 86_400  # an idle user is forgotten a day after its last window has run empty
 TICK_S = 0.1  # how often the flusher looks
-PUBLISHED, PUBLISH_MS, LATEST_MS = 100, 900, 5_000  # users a tick; a user at most so often; a change at the latest
+PUBLISHED, PUBLISH_MS, LATEST_MS = 100, 900, 10_000  # users a tick; a user at most so often; a change at the latest
 SAVED, LATEST_SAVE_MS = 20, 20_000  # states a tick; a state at the latest, which bounds the journal
 STORE_TIMEOUT_S = 2.0
 LARGEST = 1e15  # in size, that a number may have to be summed
@@ -464,6 +465,7 @@ class Service:
         self.uncounted: dict[str, list[Fact]] = {}  # what the states lack; each of these users is in the next two
         self.unpublished: dict[str, int] = {}  # user -> the first frame that its public key lacks; lowest first
         self.unsaved: dict[str, int] = {}  # user -> the first frame that its stored state lacks; lowest first
+        self.asked: dict[str, None] = {}  # users that are published before all others
         self.due: list[tuple[int, str]] = []  # when an event that waits for its time will count; a heap
 
     async def run(self, script: str, keys: list[str], args: list[Any]) -> Any:
@@ -586,7 +588,8 @@ class Service:
         save = longest(self.unsaved, max(SAVED, len(self.unsaved) - MAX_UNSAVED), now, LATEST_SAVE_MS)
         if everything:
             publish, save = list(self.unpublished), list(self.unsaved)
-        users, saved = list(dict.fromkeys(publish + save)), set(save)
+        users, saved = list(dict.fromkeys([*self.asked, *publish, *save])), set(save)
+        self.asked.clear()
         for at in range(0, len(users), 200):  # in parts, so that requests come in between
             if self.states is states:
                 async with self.store():
@@ -657,6 +660,7 @@ class Service:
                         return None
                     if publish:
                         self.unpublished.setdefault(user, self.seq + 1)
+                        self.asked[user] = None
                     return self.count(user, now_ms())
             self.forget()
 

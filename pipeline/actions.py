@@ -3,13 +3,15 @@ test_integration."""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pipeline import checkpoints
 from pipeline import events as event_forms
 from pipeline.canary import Canary
-from pipeline.errors import BadRequest, TooLarge
+from pipeline.errors import BadRequest, PartnerError, TooLarge
 from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY
 from pipeline.ingest import Verdicts, judge
 from pipeline.log import Taken
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
 _SLACK_S = 1.0
-_PUBLISHED_S = 2.0  # how long the Python service's public features are waited for; it writes them about once a second
+_PUBLISHED_S = 2.0  # how long the Python service's public features are waited for
+_UNASKED_S = 0.3  # before it is asked for them: then it writes them at once, under load it would take seconds
+_ASKED = 32  # users at a time
 _LOOK_S = 0.02
 
 
@@ -126,14 +130,27 @@ class Actions:
     def _wait_published(self, users: list[str], since: int, deadline: float) -> None:
         """Until a Python service that publishes features has published those of the users, events of `since`
         included."""
-        if "features" not in self._nexus.bridge.partner.supports:
+        partner = self._nexus.bridge.partner
+        if "features" not in partner.supports:
             return
-        deadline = min(deadline, time.monotonic() + _PUBLISHED_S)
-        waiting = users
+
+        async def ask(some: list[str]) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await asyncio.gather(*map(partner.features, some), return_exceptions=True)
+
+        began = time.monotonic()
+        deadline = min(deadline, began + _PUBLISHED_S)
+        waiting, asked = users, set[str]()
         while waiting and time.monotonic() < deadline:
             found = self._nexus.features.partner(waiting)
             waiting = [user for user in waiting if (found[user].computed_at or 0) < since]
-            if waiting:
+            some = [user for user in waiting if user not in asked][:_ASKED]
+            if some and time.monotonic() > began + _UNASKED_S:
+                with suppress(PartnerError):
+                    self._nexus.in_bridge(ask(some))
+                asked.update(some)
+            elif waiting:
                 self._nexus.pause(_LOOK_S)
 
     def _refused(self, verdicts: Verdicts, taken: Taken, settled: int) -> list[dict[str, Any]]:

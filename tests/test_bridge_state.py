@@ -343,6 +343,23 @@ def test_hybrid_process_answers_degraded_while_the_partner_is_away(start_nexus, 
     assert answer["python"]["error"]
 
 
+def test_hybrid_process_asks_for_the_features_that_a_busy_partner_has_not_published_yet(start_nexus, server):
+    def publish_when_asked(server: Misbehaving, asked: partners.Asked, answer: partners.Answer) -> None:
+        _, _, user = asked.path.partition("/features/")
+        if not user:
+            return partners.healthy(server, asked, answer)
+        found = {"user_id": user, "features": {"theirs": 7}, "computed_at": rfc3339(wall_clock())}
+        nexus.store.call("SET", f"features:{user}", json.dumps(found))
+        return answer.send(200, found)
+
+    server.supports = ("batch", "features")
+    nexus = start(start_nexus, server)
+    server.on_health = publish_when_asked
+    answer = nexus.actions.hybrid_process({"events": [event(user=f"u{i}") for i in range(50)]})[1]
+    assert (answer["success"], answer["degraded"]) == (True, False)
+    assert [found["theirs"] for found in answer["combined_features"].values()] == [7] * 50
+
+
 def test_outages_are_listed_newest_first_by_their_route(start_nexus, server):
     nexus = start(start_nexus, server)
     client = client_of(nexus)

@@ -404,6 +404,14 @@ def test_more_changes_than_are_published_at_once_are_all_published_and_stored(se
     assert len(store.client.keys(f"{api.STATE}*")) == len(users)
 
 
+def test_who_is_asked_for_is_published_before_all_who_wait(service: Service, store: Store) -> None:
+    users = [f"driver_{i}" for i in range(40 * api.PUBLISHED)]
+    service.post(*(answer(f"a-{user}", user, "rejected") for user in users))
+    assert service.features(users[-1])["recent_rejections"] == 1
+    until(lambda: rejections(store, users[-1]) == 1)
+    assert public(store, users[-2]) is None
+
+
 def test_what_no_state_held_yet_when_the_process_was_killed_is_counted_once(service: Service, store: Store) -> None:
     users = [f"driver_{i}" for i in range(6 * api.PUBLISHED)]
     for name in ("a", "b", "c"):
