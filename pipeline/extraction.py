@@ -220,8 +220,8 @@ class _Writer:
         """`sure`: the variable is known not to be 0."""
         match family.columns[0].kind:
             case "bits":
-                self.write(f"v = values[{i}]", depth)
-                self.write(f"if v | {variable} != v: values[{i}] = v | {variable}; touched |= {1 << i}", depth)
+                self.write(f"v = values[{i}] | {variable}", depth)
+                self.write(f"if v != values[{i}]: values[{i}] = v; touched |= {1 << i}", depth)
             case "greatest" | "least" | "latest":
                 self.write(f"if {variable} > values[{i}]: values[{i}] = {variable}; touched |= {1 << i}", depth)
             case _:
