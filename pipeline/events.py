@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import isfinite
 from random import Random
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +42,7 @@ os.register_at_fork(after_in_child=lambda: _random.seed(os.urandom(32)))
 encode = msgspec.json.Encoder().encode
 _encode_lines = msgspec.json.Encoder().encode_lines
 decode = msgspec.json.Decoder().decode
+_pack_time = struct.Struct("<q").pack  # which a record of the log begins with
 
 
 # Event types that were judged before: there are few, and a look-up costs less than a match.
@@ -102,36 +104,34 @@ else:
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 
 
-def _unknown() -> str:
-    return "unknown"
-
-
-def _nothing() -> dict[str, Any]:
-    return {}
-
-
 class Plain(Stored, kw_only=True, forbid_unknown_fields=True, gc=False):
-    """An event as it is posted mostly: nested, and of such types that it can be decoded into what is stored. Its defaults are
-    functions where they are stored too: others are left out, as is an empty `dict`."""
+    """An event as it is posted mostly: nested, and of such types that it can be decoded into what is stored. Where a default
+    is stored, too, it is a `partial`: any other would be left out, an empty `dict` as well."""
 
     event_id: _Text = ""
     event_type: str
     user_id: _Text
     timestamp: Any = None
-    app_version: _Text = msgspec.field(default_factory=_unknown)
-    device_type: _Text = msgspec.field(default_factory=_unknown)
-    data: dict[str, _Value] = msgspec.field(default_factory=_nothing)
+    app_version: _Text = msgspec.field(default_factory=partial(str, "unknown"))
+    device_type: _Text = msgspec.field(default_factory=partial(str, "unknown"))
+    data: dict[str, _Value] = msgspec.field(default_factory=partial(dict))
     session_id: _Text | None = None
     location: dict[str, _Value] | None = None
 
 
 class Parsed(msgspec.Struct, gc=False):
-    """An accepted event before it has a place: its id, event time (epoch ms), stored JSON, and what that says."""
+    """An accepted event before it has a place: its id, event time (epoch ms), record for the log (frames.py), and what its
+    stored JSON says."""
 
     event_id: str
     ts: int
-    body: bytes
+    record: bytes
     stored: Stored
+
+    @property
+    def body(self) -> bytes:
+        """The stored JSON."""
+        return self.record[8:]
 
 
 def parse(raw: Any, now: int) -> Parsed:
@@ -178,7 +178,7 @@ def parse(raw: Any, now: int) -> Parsed:
     except (UnicodeEncodeError, ValueError) as error:
         raise Rejected("event", "not_unicode", f"texts are valid Unicode: {error}") from error
     _check_size(body)
-    return Parsed(event_id, ts, body, stored)
+    return Parsed(event_id, ts, _pack_time(ts) + body, stored)
 
 
 def parse_plain(events: Sequence[Plain], now: int) -> list[Parsed]:
@@ -201,11 +201,13 @@ def parse_plain(events: Sequence[Plain], now: int) -> list[Parsed]:
         for event in events:
             ts, event.timestamp = _moment(event.timestamp, now)
             times.append(ts)
-    bodies = _encode_lines(events).split(b"\n")
-    parsed = [Parsed(event.event_id, ts, body, event) for event, ts, body in zip(events, times, bodies, strict=False)]
     _check_ahead(max(times, default=now), "a timestamp", now)
-    _check_size(max(bodies, key=len))
-    return parsed
+    bodies = _encode_lines(events).split(b"\n")[:-1]
+    _check_size(max(bodies, key=len, default=b""))
+    return [
+        Parsed(event.event_id, ts, _pack_time(ts) + body, event)
+        for event, ts, body in zip(events, times, bodies, strict=True)
+    ]
 
 
 def _check_type(event_type: Any) -> None:
@@ -237,7 +239,7 @@ def _check_size(body: bytes) -> None:
 def canary(event_id: str, now: int) -> Parsed:
     """A canary: an event of Nexus's own that takes the real path and counts nowhere."""
     stored = Stored(event_id, CANARY_TYPE, CANARY_USER, rfc3339(now), "unknown", "unknown", {"sent_at": now})
-    return Parsed(event_id, now, encode(stored), stored)
+    return Parsed(event_id, now, _pack_time(now) + encode(stored), stored)
 
 
 def _data(raw: dict[str, Any], user_id: str) -> dict[str, Any]:

@@ -10,12 +10,12 @@ frame * 8192 + its index in it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from pipeline.events import Parsed, Stored
+from pipeline.events import Stored
 
 MAX_FRAME_EVENTS = 5_000
 ALL_STREAMS = 0b11111
@@ -64,12 +64,6 @@ class Frame:
 def record(ts: int, body: bytes) -> bytes:
     """The log record of an event: its time (epoch ms) and stored JSON."""
     return _TS.pack(ts) + body
-
-
-def records_of(events: Iterable[Parsed]) -> list[bytes]:
-    """The log records of events, as record() makes them."""
-    time = _TS.pack
-    return [time(event.ts) + event.body for event in events]
 
 
 def pack(records: Sequence[bytes]) -> bytes:

@@ -85,7 +85,7 @@ class _Ticket:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.size = sum([len(event.body) for event in request.events])
+        self.size = sum([len(event.record) for event in request.events])
         self.turn = threading.Lock()  # held until its request is done or leads: cheaper than an Event, and used once
         self.turn.acquire()
         self.taken: Taken | None = None

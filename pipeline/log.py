@@ -35,7 +35,6 @@ from pipeline.frames import (
     pack,
     parse_frames,
     record,
-    records_of,
     split,
 )
 from pipeline.store import Store
@@ -140,7 +139,7 @@ class Log:
         """
         rejected = sum(r.rejected for r in requests)
         args: list[str | bytes | int] = []
-        records = [records_of(request.events) for request in requests]
+        records = [[event.record for event in request.events] for request in requests]
         for request, packed in zip(requests, records, strict=True):
             ids = b"".join(digests([event.event_id for event in request.events]))
             args += [request.to, request.source.encode(), len(packed), ids, pack(packed)]
