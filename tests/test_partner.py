@@ -69,6 +69,13 @@ def test_a_redirect_that_is_not_followed_says_which_address_to_set(status, to, s
     assert retryable(delivery.error)
 
 
+def test_name_and_password_of_the_address_go_with_each_call(server, clock):
+    url = server.url.replace("http://", "http://me:s%3At@")
+    using(lambda: url, clock, lambda partner: partner.send(BODIES))
+    assert {asked.headers["authorization"] for asked in server.requests} == {"Basic bWU6czp0"}
+    assert server.applied == [f"e{i}" for i in range(6)]
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 405, 410, 411, 429, 500, 503])
 def test_a_wrong_address_is_no_events_fault(status):
     assert retryable(PartnerStatus("no", status))
