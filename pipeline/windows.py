@@ -185,10 +185,6 @@ class Windows:
         """All features as of `at`: events with a time in (at - window, at], the older edge rounded up to a whole tile."""
         return self._reading.values_and_due(entity, at, 0)[0]
 
-    def due(self, entity: Entity, at: int, spacing_ms: int) -> int | None:
-        """When the values of `at` should be looked at again; see Reading."""
-        return self._reading.values_and_due(entity, at, spacing_ms)[1]
-
     def values_and_due(self, entity: Entity, at: int, spacing_ms: int) -> tuple[Values, int | None]:
         """The values of `at`, and when they should be looked at again; see Reading."""
         return self._reading.values_and_due(entity, at, spacing_ms)

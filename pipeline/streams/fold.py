@@ -15,7 +15,7 @@ import msgspec
 from pipeline import keys
 from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature, Malformed
-from pipeline.events import CANARY_TYPE, Event, Stored
+from pipeline.events import CANARY_TYPE, Stored
 from pipeline.extraction import Count, Counting, compile_counting
 from pipeline.families import Family
 from pipeline.frames import REDRIVE
@@ -28,7 +28,6 @@ PAYMENT, REPORT = "payment", "fraud_report"
 PREFIXES: Mapping[Kind, str] = {"user": keys.USER, "merchant": keys.MERCHANT, "zone": keys.ZONE}
 _CHUNK = 100
 _DAY_MS = 86_400_000
-_NO_DATA: Mapping[str, Any] = {}
 Hash = Mapping[bytes, bytes]
 
 
@@ -151,7 +150,7 @@ class Fold:
             counter = counters.get(event_type, untyped)
             if counter is None or event_type == CANARY_TYPE:
                 continue
-            data = event.data if type(event) is Stored else batch.data(index) if counter is not untyped else _NO_DATA
+            data = event.data
             # Each of its entities, unless the event is read again after a crash and already in it.
             ordinal, at = first + index, ts[index]
             payee_id = zone_id = None
@@ -207,7 +206,7 @@ class Fold:
     def _fetch(
         self,
         batch: Batch,
-        events: Sequence[Event | Stored | None],
+        events: Sequence[Stored | None],
         merchants: Mapping[str, str],
         entities: Mapping[str, Entity],
         owner: str,
@@ -217,7 +216,7 @@ class Fold:
         counted = [(i, e, c) for i, e, c in found if c is not None and e.event_type != CANARY_TYPE]
         of_users, of_payees, of_zones = self.tables.values()
         of_users.load({e.user_id for _, e, c in counted if c.of_user})
-        payees = [merchant_of(batch.data(i)) for i, _, c in counted if c.of_payee]
+        payees = [merchant_of(e.data) for _, e, c in counted if c.of_payee]
         of_payees.load({payee for payee in (*payees, *merchants.values()) if payee is not None})
         of_zones.load({zone for i, _, c in counted if c.of_zone and (zone := batch.zones[i]) is not None})
         return entities[owner]
@@ -225,7 +224,7 @@ class Fold:
     def _count_apart(
         self,
         counter: Counter,
-        event: Event | Stored,
+        event: Stored,
         data: Mapping[str, Any],
         ts: int,
         now: int,
