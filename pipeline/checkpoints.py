@@ -3,6 +3,7 @@ together."""
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import msgspec
 from pipeline import keys
 from pipeline.frames import Position
 from pipeline.log import Head
-from pipeline.store import Command, Store
+from pipeline.store import Call, Command, Store
 
 JOURNAL_LENGTH = 20_000  # commits remembered per stream: hours at one a second, days when quiet
 _JOURNAL = struct.Struct("<QQ")
@@ -87,7 +88,13 @@ class Audit:
 
 def commit(store: Store, epoch: int, commands: Iterable[Command]) -> None:
     """Run the commands as one atomic step. Raises Fenced (nothing was written) or StoreError (it may have been)."""
-    store.run("commit", (keys.OWNER,), (epoch, _packed(commands)))
+    with contextlib.closing(begin(store, epoch, commands)) as call:
+        call.result()
+
+
+def begin(store: Store, epoch: int, commands: Iterable[Command]) -> Call:
+    """commit() in two parts: it is on its way, and its result() raises what commit() does. The call has to be closed."""
+    return store.begin("commit", (keys.OWNER,), (epoch, _packed(commands)))
 
 
 def _packed(commands: Iterable[Command]) -> bytes:

@@ -35,8 +35,8 @@ class GroupCommit:
     The first of them leads: it commits for all that wait, then passes the lead on; it takes no thread of its own.
     """
 
-    def __init__(self, log: Log, clock: Callable[[], int], taken: Callable[[], None]) -> None:
-        self._log, self._clock, self._taken = log, clock, taken
+    def __init__(self, log: Log, clock: Callable[[], int]) -> None:
+        self._log, self._clock = log, clock
         self._lock = threading.Lock()
         self._waiting: deque[_Ticket] = deque()
         self._leading = False
@@ -67,7 +67,6 @@ class GroupCommit:
         try:
             for ticket, taken in zip(group, self._log.accept([t.request for t in group], self._clock()), strict=True):
                 ticket.taken = taken
-            self._taken()
         except Exception as error:  # noqa: BLE001  each waiting request is told, whatever it was
             for ticket in group:
                 ticket.error = error
@@ -102,8 +101,8 @@ class Ingest:
     def __init__(
         self, log: Log, clock: Callable[[], int], taken: Callable[[], None], applied: Callable[[int, float], bool]
     ) -> None:
-        self._group = GroupCommit(log, clock, taken)
-        self._clock, self._applied = clock, applied
+        self._group = GroupCommit(log, clock)
+        self._clock, self._taken, self._applied = clock, taken, applied
         self.closed: str | None = None
         self.latencies_ms: deque[float] = deque(maxlen=1000)
 
@@ -114,7 +113,7 @@ class Ingest:
         began = time.perf_counter()
         wait_s = _wait_s(query)
         verdicts, source = self._judge(unpack(body, encoding), content_type)
-        taken = self.take(verdicts, source)
+        taken = self._submit(verdicts, source, ALL_STREAMS)
         answer: dict[str, Any] = {
             "accepted": taken.taken,
             "duplicates": len(taken.duplicates),
@@ -122,6 +121,7 @@ class Ingest:
             "event_ids": verdicts.event_ids,
         }
         self.latencies_ms.append((time.perf_counter() - began) * 1000)
+        self._taken()  # only now: who reads the log takes the interpreter from who has yet to answer
         if not verdicts.kept:
             answer["error"] = {
                 "code": "no_event_accepted",
@@ -147,7 +147,12 @@ class Ingest:
         return judge(events, now), source
 
     def take(self, verdicts: Verdicts, source: str, to: int = ALL_STREAMS) -> Taken:
-        """Bring judged events to the log; while it is too full, StoreFull."""
+        """Bring judged events to the log and wake its readers; while it is too full, StoreFull."""
+        taken = self._submit(verdicts, source, to)
+        self._taken()
+        return taken
+
+    def _submit(self, verdicts: Verdicts, source: str, to: int) -> Taken:
         if self.closed is not None:
             raise StoreFull(self.closed)
         return self._group.submit(Request(verdicts.kept, source, to, len(verdicts.rejected)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import time
@@ -34,6 +35,55 @@ class _Packer:
 
     def pack(self, name: str, *words: Word) -> list[bytes]:
         return [hiredis.pack_command((*name.split(), *words))]  # type: ignore[arg-type]  # its stub knows tuples of one
+
+
+class Call:
+    """A script under way, without what the client does around each command for its metrics: that costs more than the call."""
+
+    def __init__(self, client: Any, cluster: bool, words: Command, anew: Command) -> None:
+        """`anew` is sent where the store has forgotten the script. A Cluster's client sends it all when the result is asked for."""
+        self._client, self._words, self._anew = client, words, anew
+        self._connection: Any = None
+        if not cluster:
+            self._connection = client.connection_pool.get_connection()
+            self._send(words)
+
+    def _send(self, words: Command) -> None:
+        try:
+            self._connection.send_command(*words)
+        except BaseException:
+            self.close()
+            raise
+
+    def result(self) -> Any:
+        """Waits for the answer. Raises StoreError."""
+        try:
+            try:
+                return self._answer(self._words)
+            except redis.exceptions.NoScriptError:
+                if self._connection is not None:
+                    self._send(self._anew)
+                return self._answer(self._anew)
+        except _ERRORS as error:
+            raise translate(error) from error
+        finally:
+            self._release()
+
+    def _answer(self, words: Command) -> Any:
+        return (
+            self._connection.read_response() if self._connection is not None else self._client.execute_command(*words)
+        )
+
+    def close(self) -> None:
+        """Give up an answer that nobody waits for any more."""
+        if self._connection is not None:
+            self._connection.disconnect()  # or the next to have this connection would read it
+            self._release()
+
+    def _release(self) -> None:
+        if self._connection is not None:
+            self._client.connection_pool.release(self._connection)
+            self._connection = None
 
 
 class Store:
@@ -95,25 +145,21 @@ class Store:
 
     def run(self, script: str, keys: Sequence[str], args: Sequence[Word]) -> Any:
         """A script of pipeline/lua by its name, loaded anew when the store has forgotten it."""
+        with contextlib.closing(self.begin(script, keys, args)) as call:
+            return call.result()
+
+    def begin(self, script: str, keys: Sequence[str], args: Sequence[Word]) -> Call:
+        """run() in two parts: the script is on its way, the answer is waited for later. The call has to be closed."""
+        words = (len(keys), *keys, *args)
         try:
-            try:
-                return self._script("EVALSHA", self._shas[script], len(keys), *keys, *args)
-            except redis.exceptions.NoScriptError:
-                return self._script("EVAL", self._sources[script], len(keys), *keys, *args)
+            return Call(
+                self.client,
+                self.cluster,
+                ("EVALSHA", self._shas[script], *words),
+                ("EVAL", self._sources[script], *words),
+            )
         except _ERRORS as error:
             raise translate(error) from error
-
-    def _script(self, *words: Word) -> Any:
-        """A script's answer, without what the client does around each command for its metrics: that costs more than the call."""
-        if self.cluster:
-            return self.client.execute_command(*words)
-        pool = self.client.connection_pool
-        connection = pool.get_connection()
-        try:
-            connection.send_command(*words)
-            return connection.read_response()
-        finally:
-            pool.release(connection)
 
     def find(self, hashes: Sequence[str], fields: Sequence[str]) -> list[bytes | None]:
         """For each field its value in the first of the hashes that has it, None where none does."""

@@ -12,6 +12,7 @@ import pytest
 from pipeline import checkpoints
 from pipeline.errors import StoreUnavailable
 from pipeline.runtime import Runtime
+from pipeline.store import Call
 from tests.conftest import Start, client_of, runtimes
 from tests.helpers import (
     LOCAL,
@@ -68,18 +69,18 @@ def get_of(nexus: Runtime) -> Callable[[str], Any]:
 @pytest.mark.parametrize("nth", range(1, 7))
 def test_crash_at_any_write_of_a_checkpoint_counts_nothing_twice(start_nexus, monkeypatch, nth, written):
     """The nth write fails: either nothing of it arrived, or all of it and only the answer was lost."""
-    genuine, count = checkpoints.commit, 0
+    genuine, count = checkpoints.begin, 0
 
-    def failing(*arguments: Any) -> None:
+    def failing(*arguments: Any) -> Call:
         nonlocal count
         count += 1
         if count == nth:
             if written:
-                genuine(*arguments)
+                genuine(*arguments).result()
             raise StoreUnavailable("the answer was lost")
-        genuine(*arguments)
+        return genuine(*arguments)
 
-    monkeypatch.setattr(checkpoints, "commit", failing)
+    monkeypatch.setattr(checkpoints, "begin", failing)
     nexus = start_nexus(ENABLE_PYTHON_BRIDGE="false")
     posted = []
     for _ in range(2):

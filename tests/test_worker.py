@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from pipeline.frames import Position
 from pipeline.lease import Lease
 from pipeline.log import Log
 from pipeline.runtime import Runtime
-from pipeline.store import Store
+from pipeline.store import Call, Store
 from pipeline.streams import worker
 from pipeline.streams.aggregates import Aggregates
 from pipeline.streams.storage import Query, Storage
@@ -272,21 +273,42 @@ def test_checkpoint_comes_a_moment_after_the_last_event_but_not_between_two(grou
 def test_checkpoint_that_takes_long_is_not_followed_by_the_next_at_once(
     group: Group, now: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = checkpoints.commit
+    begin = checkpoints.begin
 
-    def slow(*given: Any) -> None:
+    def slow(*given: Any) -> Call:
         now[0] += 0.2
-        commit(*given)
+        return begin(*given)
 
-    monkeypatch.setattr(checkpoints, "commit", slow)
+    monkeypatch.setattr(checkpoints, "begin", slow)
     feed(group)
     now[0] += 1.0
     assert group.checkpoint_step(False)
     feed(group)
+    assert group.checkpoint_step(False)  # the store has answered
     now[0] += 1.7  # a tenth of the time is for checkpoints
     assert not group.checkpoint_step(False)
     now[0] += 0.2
     assert group.checkpoint_step(False)
+
+
+def test_events_are_taken_in_while_the_store_is_at_a_checkpoint(group: Group) -> None:
+    feed(group)
+    position = group.at["storage"]
+    steps = group._checkpoint()
+    next(steps)  # it is on its way
+    feed(group)
+    assert "storage" not in group._committed
+    assert next(steps, None) is None
+    assert group._committed["storage"] == position
+    assert checkpoints.read(group.shared.store, ["storage"])["storage"] == position
+    assert group.at["storage"].ordinal == position.ordinal + 1
+
+
+def test_answer_that_nobody_waits_for_is_not_taken_for_the_next_one(store: Store) -> None:
+    store.call("SET", "x", "y")
+    with contextlib.closing(store.begin("fetch", ("log:",), [1, 1])):
+        pass
+    assert store.call("GET", "x") == b"y"
 
 
 def test_stream_that_throws_as_it_joins_leaves_the_others_alone(group: Group) -> None:

@@ -26,7 +26,7 @@ from pipeline.windows import Windows
 
 PAYMENT, REPORT = "payment", "fraud_report"
 PREFIXES: Mapping[Kind, str] = {"user": keys.USER, "merchant": keys.MERCHANT, "zone": keys.ZONE}
-_CHUNK = 100
+_CHUNK = 40
 _DAY_MS = 86_400_000
 Hash = Mapping[bytes, bytes]
 

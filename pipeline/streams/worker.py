@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -208,13 +209,12 @@ class Worker:
                 chunk = self._of(name, partial(next, self._cuts[name][0].chunks, None))
                 if chunk is None:
                     break
-                self._commit(chunk)
-                yield
+                yield from self._commit(chunk)
         final: list[Command] = []
         cuts, self._cuts = self._cuts, {}
         for cut, progress in cuts.values():
             final += [*cut.final, *checkpoints.advance(progress, self.shared.clock())]
-        self._commit(final)
+        yield from self._commit(final)
         for name, (cut, progress) in cuts.items():
             cut.done()
             self._committed[name] = progress.position
@@ -238,10 +238,13 @@ class Worker:
         """Whether the others go on without a stream that threw."""
         return False
 
-    def _commit(self, commands: list[Command]) -> None:
+    def _commit(self, commands: list[Command]) -> Iterator[None]:
+        """Events go on being processed while the store is at it."""
         if self.abandoned:
             raise Fenced("this worker hung and was replaced")
-        checkpoints.commit(self.shared.store, self.epoch, commands)
+        with contextlib.closing(checkpoints.begin(self.shared.store, self.epoch, commands)) as call:
+            yield
+            call.result()
 
 
 class Group(Worker):
