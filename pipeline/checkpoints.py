@@ -88,18 +88,18 @@ class Audit:
 
 def commit(store: Store, epoch: int, commands: Iterable[Command]) -> None:
     """Run the commands as one atomic step. Raises Fenced (nothing was written) or StoreError (it may have been)."""
-    with contextlib.closing(begin(store, epoch, commands)) as call:
+    with contextlib.closing(begin(store, epoch, pack(commands))) as call:
         call.result()
 
 
-def begin(store: Store, epoch: int, commands: Iterable[Command]) -> Call:
+def begin(store: Store, epoch: int, packed: bytes) -> Call:
     """commit() in two parts: it is on its way, and its result() raises what commit() does. The call has to be closed."""
-    return store.begin("commit", (keys.OWNER,), (epoch, _packed(commands)))
+    return store.begin("commit", (keys.OWNER,), (epoch, packed))
 
 
-def _packed(commands: Iterable[Command]) -> bytes:
-    """Commands as one word: the store takes longer to take thousands of words in than to carry them out. Each is the number
-    of its words, then the words, each behind its length."""
+def pack(commands: Iterable[Command]) -> bytes:
+    """Commands as one word, behind which others may be put: the store takes longer to take thousands of words in than to carry
+    them out. Each is the number of its words, then the words, each behind its length."""
     parts: list[bytes] = []
     add, size = parts.append, _SIZE.pack
     for command in commands:

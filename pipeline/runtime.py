@@ -52,6 +52,7 @@ from pipeline.streams.stream import Stream
 from pipeline.sync import synchronise
 
 VERSION = "0.1.0"
+YOUNG = 5_000  # new objects between two collections: one takes a few ms
 SWITCH_INTERVAL_S = 0.0005  # default 5 ms: a request would wait that long behind the pipeline's thread
 _FREEZE_S = 5.0
 _STOP_LOOK_S = 0.25  # who waits for the bridge looks so often whether all is being stopped
@@ -103,6 +104,7 @@ class Runtime:
         self.models = Models(self)
         self.serving = Serving(self, clock)
         self.demand_warming: str | None = "not asked yet"
+        self._tidied = 0  # events that were counted when memory was tidied last
         self._stop = threading.Event()
         self.publisher = Publisher(self.store, self.lease, self._live_features, clock, self.feature_health, self._stop)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -129,7 +131,7 @@ class Runtime:
                 lambda: 10.0,
                 lambda: self.retention.run(self.clock(), self.serving.store_watch.memory_used),
             ),
-            Job("memory", lambda: _FREEZE_S, tidy_memory),
+            Job("memory", lambda: _FREEZE_S, self._tidy_memory),
             Job("idle connections", lambda: 2.0, self._close_idle),
         ]
         if self.settings.embedded and self.settings.store_fsync == "everysec":
@@ -140,7 +142,7 @@ class Runtime:
         """Start the bridge's loop and the scheduler, which runs all else; a store that is away does not hinder."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         gc.freeze()
-        gc.set_threshold(50_000, 20, 1_000)
+        gc.set_threshold(YOUNG, 1_000_000, 1_000_000)
         self._lock_folder()
         self.live.refresh_quietly()
         for line in self.live.overridden():
@@ -328,6 +330,10 @@ class Runtime:
         drift_s = float(self.live["FEATURE_SYNC_INTERVAL"])
         return synchronise(self._live_features(), self.features, refresh, self.clock(), drift_s)
 
+    def _tidy_memory(self) -> None:
+        before, self._tidied = self._tidied, self.runner.ordinal("features")
+        tidy_memory(busy=self._tidied != before)
+
     def _look_at_demand(self) -> None:
         self.demand_warming = city_warming(self, self.clock() // 1000)
 
@@ -368,11 +374,11 @@ class Runtime:
         return thread
 
 
-def tidy_memory() -> None:
-    """Where memory has grown, collect the young and freeze what lives: a full collection over all users' state would stop
-    every thread for long."""
-    if gc.get_count()[
-        1
-    ]:  # else no collection has come due since the last time, and this one would cost 20 ms for nothing
-        gc.collect(1)
+def tidy_memory(busy: bool) -> None:
+    """Freeze what has outlived a collection of the young, so that nothing older is ever walked: over all users' state that
+    would stop every thread for long. Unless `busy`, what died since is collected first, which takes tens of ms; a cycle that
+    dies once it is frozen stays, and there are few."""
+    if gc.get_count()[1]:  # collections of the young since the last time
+        if not busy:
+            gc.collect(1)
         gc.freeze()

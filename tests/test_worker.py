@@ -284,7 +284,8 @@ def test_checkpoint_that_takes_long_is_not_followed_by_the_next_at_once(
     now[0] += 1.0
     assert group.checkpoint_step(False)
     feed(group)
-    assert group.checkpoint_step(False)  # the store has answered
+    while group._steps is not None:
+        group.checkpoint_step(False)
     now[0] += 1.7  # a tenth of the time is for checkpoints
     assert not group.checkpoint_step(False)
     now[0] += 0.2
@@ -295,7 +296,8 @@ def test_events_are_taken_in_while_the_store_is_at_a_checkpoint(group: Group) ->
     feed(group)
     position = group.at["storage"]
     steps = group._checkpoint()
-    next(steps)  # it is on its way
+    while group._under_way is None:
+        next(steps)
     feed(group)
     assert "storage" not in group._committed
     assert next(steps, None) is None

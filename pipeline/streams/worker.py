@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 from pipeline import checkpoints
@@ -18,7 +19,7 @@ from pipeline.frames import CANARY, Frame, Position
 from pipeline.keys import STREAMS
 from pipeline.lease import Lease
 from pipeline.log import Log
-from pipeline.store import Command, Store
+from pipeline.store import Call, Store
 from pipeline.streams.stream import Batch, Cut, Stream
 
 # Rows of what changed coalesce from one checkpoint to the next: it may take a tenth of the time, and comes the later the more
@@ -29,6 +30,7 @@ MOST_CHECKPOINT_S = 3.0  # but no longer: so much of the log is read again after
 IDLE_CHECKPOINT_S = 0.1
 PASS_EVENTS = 300  # and the frame that goes beyond: a few ms, which is how long what comes behind waits
 POLL_S = 0.1
+_PACKED_AT_ONCE = 200  # commands of a checkpoint, some ms; then events have their turn
 
 BITS = {name: 1 << i for i, name in enumerate(STREAMS)}
 T = TypeVar("T")
@@ -93,6 +95,7 @@ class Worker:
         self._committed: dict[str, Position] = {}
         self._cuts: dict[str, tuple[Cut, Progress]] = {}
         self._steps: Iterator[None] | None = None
+        self._under_way: Call | None = None
         self._pause = CHECKPOINT_S
         self._fed = self._began = time.monotonic()  # the latest batch; the checkpoint that is under way
         self._spent_s = 0.0  # on it so far
@@ -107,6 +110,9 @@ class Worker:
             self.error = error
             if not isinstance(error, (StoreError, Fenced)):
                 log.exception("worker failed", extra={"streams": sorted(self.streams)})
+        finally:
+            if self._under_way is not None:
+                self._under_way.close()
 
     def work(self) -> None:
         raise NotImplementedError
@@ -209,12 +215,16 @@ class Worker:
                 chunk = self._of(name, partial(next, self._cuts[name][0].chunks, None))
                 if chunk is None:
                     break
-                yield from self._commit(chunk)
-        final: list[Command] = []
+                yield from self._commit(checkpoints.pack(chunk))
+        packed: dict[str, list[bytes]] = {name: [] for name in self._cuts}
+        for name, parts in packed.items():
+            final = iter(self._cuts[name][0].final if name in self._cuts else ())
+            while name in self._cuts and (some := list(islice(final, _PACKED_AT_ONCE))):
+                parts.append(checkpoints.pack(some))
+                yield
         cuts, self._cuts = self._cuts, {}
-        for cut, progress in cuts.values():
-            final += [*cut.final, *checkpoints.advance(progress, self.shared.clock())]
-        yield from self._commit(final)
+        moves = [move for _, progress in cuts.values() for move in checkpoints.advance(progress, self.shared.clock())]
+        yield from self._commit(b"".join([part for name in cuts for part in packed[name]]) + checkpoints.pack(moves))
         for name, (cut, progress) in cuts.items():
             cut.done()
             self._committed[name] = progress.position
@@ -238,13 +248,20 @@ class Worker:
         """Whether the others go on without a stream that threw."""
         return False
 
-    def _commit(self, commands: list[Command]) -> Iterator[None]:
+    def _commit(self, packed: bytes) -> Iterator[None]:
         """Events go on being processed while the store is at it."""
         if self.abandoned:
             raise Fenced("this worker hung and was replaced")
-        with contextlib.closing(checkpoints.begin(self.shared.store, self.epoch, commands)) as call:
-            yield
-            call.result()
+        self._under_way = checkpoints.begin(self.shared.store, self.epoch, packed)
+        yield
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the commit that is under way. Raises Fenced, StoreError."""
+        if self._under_way is not None:
+            with contextlib.closing(self._under_way) as call:
+                self._under_way = None
+                call.result()
 
 
 class Group(Worker):
@@ -310,6 +327,7 @@ class Group(Worker):
     def left_alone(self, name: str, error: Exception) -> bool:
         ordinal = self.at[name].ordinal
         log.error("stream left the group", exc_info=error, extra={"stream": name, "ordinal": ordinal})
+        self.settle()  # whoever goes on with the stream reads its checkpoint
         self.drop(name)
         self._failed(Failed(name, f"{type(error).__name__}: {error}", ordinal))
         return True
