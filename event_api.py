@@ -17,7 +17,7 @@ counts while all of it is inside, so an expired event is never counted.
 How events are kept: one script adds a batch to a journal and its ids to the seen ones, or does neither. The users'
 states live in this process; an event is counted when its user is next published, stored or asked for. Ten times a
 second `features:{user_id}` is written for those who were asked for and those who have waited for the longest, so many
-that it stays cheap: at once under light load, within ten seconds under any. States are stored likewise, but more
+that it stays cheap: at once under light load, within five seconds under any. States are stored likewise, but more
 seldom, and the journal is cut to what no stored state has yet; whoever starts, or had lost the store, claims it and
 replays the journal. The scripts refuse a process that is no longer the owner; it then drops what it holds. The keys of a
 script share the tag {py}, for Cluster: there the public keys are written just before the states, with the journal as
@@ -67,7 +67,7 @@ MAX_STATES, MAX_UNSAVED, MAX_SESSIONS = 50_000, 25_000, 100  # in memory; of the
 SEEN_PERIOD, SEEN_PERIODS = 2 * DAY, 5  # one set of ids per two days: an id is known for 8 to 10 days
 KEEP_S = 8 * 86_400  # an idle user is forgotten a day after its last window has run empty
 TICK_S = 0.1  # how often the flusher looks
-PUBLISHED, PUBLISH_MS, LATEST_MS = 100, 900, 10_000  # users a tick; a user at most so often; a change at the latest
+PUBLISHED, PUBLISH_MS, LATEST_MS = 100, 900, 5_000  # users a tick; a user at most so often; a change at the latest
 SAVED, LATEST_SAVE_MS = 20, 20_000  # states a tick; a state at the latest, which bounds the journal
 STORE_TIMEOUT_S = 2.0
 LARGEST = 1e15  # in size, that a number may have to be summed

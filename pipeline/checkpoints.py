@@ -3,7 +3,6 @@ together."""
 
 from __future__ import annotations
 
-import contextlib
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -88,12 +87,11 @@ class Audit:
 
 def commit(store: Store, epoch: int, commands: Iterable[Command]) -> None:
     """Run the commands as one atomic step. Raises Fenced (nothing was written) or StoreError (it may have been)."""
-    with contextlib.closing(begin(store, epoch, pack(commands))) as call:
-        call.result()
+    begin(store, epoch, pack(commands)).result()
 
 
 def begin(store: Store, epoch: int, packed: bytes) -> Call:
-    """commit() in two parts: it is on its way, and its result() raises what commit() does. The call has to be closed."""
+    """commit() in two parts: it is on its way, and its result() raises what commit() does."""
     return store.begin("commit", (keys.OWNER,), (epoch, packed))
 
 

@@ -40,28 +40,28 @@ class Turns:
             return self._app(environ, start_response)
         if size := _to_read(environ):
             environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(size))
-        with self._turn():
-            return self._app(environ, start_response)
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        with self._lock:
-            if mine := self._free > 0:
-                self._free -= 1
-            else:
-                called = threading.Lock()
-                called.acquire()
-                self._waiting.append(called)
-        if not mine:
-            called.acquire()
+        self._take_turn()
         try:
-            yield
+            return self._app(environ, start_response)
         finally:
-            with self._lock:
-                if self._waiting:
-                    self._waiting.popleft().release()
-                else:
-                    self._free += 1
+            self._pass_on()
+
+    def _take_turn(self) -> None:
+        with self._lock:
+            if self._free > 0:
+                self._free -= 1
+                return
+            called = threading.Lock()
+            called.acquire()
+            self._waiting.append(called)
+        called.acquire()
+
+    def _pass_on(self) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1
 
 
 def _to_read(environ: dict[str, Any]) -> int:

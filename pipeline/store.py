@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import time
@@ -145,11 +144,11 @@ class Store:
 
     def run(self, script: str, keys: Sequence[str], args: Sequence[Word]) -> Any:
         """A script of pipeline/lua by its name, loaded anew when the store has forgotten it."""
-        with contextlib.closing(self.begin(script, keys, args)) as call:
-            return call.result()
+        return self.begin(script, keys, args).result()
 
     def begin(self, script: str, keys: Sequence[str], args: Sequence[Word]) -> Call:
-        """run() in two parts: the script is on its way, the answer is waited for later. The call has to be closed."""
+        """run() in two parts: the script is on its way, the answer is waited for later. A call whose result is not asked for
+        has to be closed."""
         words = (len(keys), *keys, *args)
         try:
             return Call(

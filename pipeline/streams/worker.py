@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -259,9 +258,8 @@ class Worker:
     def settle(self) -> None:
         """Wait for the commit that is under way. Raises Fenced, StoreError."""
         if self._under_way is not None:
-            with contextlib.closing(self._under_way) as call:
-                self._under_way = None
-                call.result()
+            call, self._under_way = self._under_way, None
+            call.result()
 
 
 class Group(Worker):
