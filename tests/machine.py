@@ -143,29 +143,29 @@ class Machine(RuleBasedStateMachine):
             self.instances[who].process(1_000)
             self._commit(who, whole=True)
 
-    @rule(who=WHO)
-    def checkpoint_step(self, who: int) -> None:
-        self._commit(who, whole=False)
+    @rule(who=WHO, answered=st.booleans())
+    def checkpoint_step(self, who: int, answered: bool = True) -> None:
+        self._commit(who, whole=False, answered=answered)
 
     @rule(who=WHO)
     def checkpoint(self, who: int) -> None:
         self._commit(who, whole=True)
 
-    def _commit(self, who: int, whole: bool) -> None:
+    def _commit(self, who: int, whole: bool, answered: bool = True) -> None:
         instance = self.instances[who]
         if instance.group is None:
             return
         try:
-            wrote = instance.checkpoint_step()
+            wrote = instance.checkpoint_step(answered)
             while wrote and whole and instance.group._steps is not None:
-                instance.checkpoint_step()
+                instance.checkpoint_step(answered)
         except Fenced:
             assert self.owner != who, "the owner was refused"
             instance.group = None
         else:
             self.only_the_owner_writes(who, wrote)
 
-    def only_the_owner_writes(self, who: int, wrote: bool) -> None:
+    def only_the_owner_writes(self, who: int, wrote: bool | None) -> None:
         assert self.owner == who or not wrote, "one that was replaced has written"
 
     @rule(who=WHO)

@@ -126,17 +126,24 @@ class Instance:
         if run := next(self.group._runs(frames), None):
             self.group._pass(Batch(run, self.group.position.index))
 
-    def checkpoint_step(self) -> bool:
-        """One commit; False where there is nothing to write. Raises Fenced."""
+    def checkpoint_step(self, answered: bool) -> bool | None:
+        """One commit, and its answer unless that is left to the next step; whether it was made, None where that is not known.
+        Raises Fenced."""
         group = self.group
         assert group is not None
         if group._steps is None:
             if not group._moved():
                 return False
             group._steps = group._checkpoint()
-        if next(group._steps, group) is group:
-            group._steps = None
-        return True
+        group.settle()
+        while next(group._steps, group) is not group:
+            if group._under_way is not None:
+                if not answered:
+                    return None
+                group.settle()
+                return True
+        group._steps = None
+        return False
 
     def _failed(self, failure: Any) -> None:
         raise AssertionError(f"{failure.stream} threw {failure.error} at {failure.ordinal}")
