@@ -163,7 +163,7 @@ class Bench:
         return [
             table.of("tiles of a user, mean", [sum(tiles) / len(tiles)], "B", note=f"{len(tiles)} users"),
             table.of("tiles of the busiest user", [float(tiles[-1])], "B", note="at most 60 tiles for each window"),
-            table.of("a user's tiles at their bound", [float(users.windows.layout.bound())], "B", note=f"{len(busy.tiles)} families"),
+            table.of("a user's tiles at their bound", [float(users.windows.layout.bound())], "B", note=f"{len(busy.values)} families"),
             table.of("store, each entity", [(self._used() - empty) / everyone], "B", note=f"{everyone} entities; {before} B before"),
         ]  # fmt: skip
 
