@@ -17,9 +17,11 @@ from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from pipeline import checkpoints
 from pipeline.footprint import Footprint
+from pipeline.log import Log
 from pipeline.openapi import document
 from pipeline.posted import MAX_BODY_BYTES
 from pipeline.runtime import Runtime
+from pipeline.store import Store
 from tests.conftest import Start, client_of
 from tests.helpers import LOCAL, STREAMS, FakePartner, Valkey, event, events_of, payment, report, response, until
 
@@ -277,8 +279,14 @@ def test_check_health_sees_one_skipped_event(nexus, client):
     assert found["reasons"] == ["events unexplained: 1"]
 
 
+def test_bytes_of_what_there_is_none_of_are_not_known(store: Store) -> None:
+    found = Footprint(store, Log(store))
+    found.look()
+    assert set(found.latest.values()) == {None}
+
+
 def test_check_health_shows_the_bytes_of_an_event_an_id_and_a_user(nexus, client):
-    assert set(client.get(f"{INGEST}?check=health").json["bytes"].values()) == {None}
+    assert client.get(f"{INGEST}?check=health").json["bytes"].keys() == {"per_event", "per_id", "per_user"}
     post(client, *[payment(f"t-{n}", user=f"rider-{n % 7}", note="x" * 100) for n in range(300)])
     settled(nexus)
     until(lambda: nexus.store.call("GET", "ml:serving:features:rider-6"), "the public keys")
