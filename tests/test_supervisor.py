@@ -203,8 +203,8 @@ def test_every_part_ends_when_the_supervisor_is_killed(supervise):
 
 def test_tied_system_stops_in_order_when_what_started_it_is_killed(tmp_path):
     code = (
-        "import subprocess, sys, time\n"
-        "subprocess.Popen([sys.executable, '-m', 'pipeline.supervisor', '--tied']); time.sleep(1000)"
+        "import signal, subprocess, sys\n"
+        "subprocess.Popen([sys.executable, '-m', 'pipeline.supervisor', '--tied']); signal.pause()"
     )
     ports = {"NEXUS_PORT": str(free_port()), "API_PORT": str(free_port())}
     starter = Supervised(tmp_path, ["-c", code], environment(tmp_path, **ports))
@@ -217,9 +217,12 @@ def test_tied_system_stops_in_order_when_what_started_it_is_killed(tmp_path):
 
 def test_signal_that_another_thread_took_is_heeded_while_the_main_thread_waits():
     code = (
-        "import signal, threading, time; from pipeline.processes import heed_signals\n"
+        "import signal, sys, threading; from pipeline.processes import heed_signals\n"
         "stop = threading.Event(); signal.signal(signal.SIGTERM, lambda *_: stop.set())\n"
-        "def take(): time.sleep(0.3); signal.pthread_kill(threading.get_ident(), signal.SIGTERM); time.sleep(1000)\n"
+        "def waits(): return sys._current_frames()[threading.main_thread().ident].f_code.co_name == 'wait'\n"
+        "def take():\n"
+        "    while not waits(): pass\n"
+        "    signal.pthread_kill(threading.get_ident(), signal.SIGTERM); signal.pause()\n"
         "heed_signals()\n"
         "threading.Thread(target=take, daemon=True).start(); stop.wait(); print('stopped')"
     )

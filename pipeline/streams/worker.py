@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +76,7 @@ class Busy:
     since: float
 
 
-class Worker:
+class Worker(ABC):
     """The common part: streams, their positions, and checkpoints in steps between which processing goes on."""
 
     def __init__(self, shared: Shared) -> None:
@@ -113,8 +114,9 @@ class Worker:
             if self._under_way is not None:
                 self._under_way.close()
 
+    @abstractmethod
     def work(self) -> None:
-        raise NotImplementedError
+        """Feed the streams until `stopping`."""
 
     def load(self, name: str, position: Position) -> None:
         """Make a stream anew from the store."""
