@@ -68,6 +68,7 @@ SEEN_PERIOD, SEEN_PERIODS = 2 * DAY, 5  # one set of ids per two days: an id is 
 KEEP_S = 8 * 86_400  # an idle user is forgotten a day after its last window has run empty
 TICK_S = 0.1  # how often the flusher looks
 PUBLISHED, PUBLISH_MS, LATEST_MS = 100, 900, 5_000  # users a tick; a user at most so often; a change at the latest
+WRITTEN = 50  # users in one step
 SAVED, LATEST_SAVE_MS = 20, 20_000  # states a tick; a state at the latest, which bounds the journal
 STORE_TIMEOUT_S = 2.0
 LARGEST = 1e15  # in size, that a number may have to be summed
@@ -590,10 +591,10 @@ class Service:
             publish, save = list(self.unpublished), list(self.unsaved)
         users, saved = list(dict.fromkeys([*self.asked, *publish, *save])), set(save)
         self.asked.clear()
-        for at in range(0, len(users), 200):  # in parts, so that requests come in between
+        for at in range(0, len(users), WRITTEN):  # in parts, so that requests come in between, here and in the store
             if self.states is states:
                 async with self.store():
-                    await self._write(users[at : at + 200], saved)
+                    await self._write(users[at : at + WRITTEN], saved)
 
     async def _write(self, users: list[str], save: set[str]) -> None:
         """Publish users, and store the states of those in `save`: none is stored that is not published."""

@@ -32,6 +32,7 @@ from pipeline.replies import (
     words,
 )
 from pipeline.settings import masked
+from pipeline.transport import KeptConnections
 
 MAX_BODY_BYTES = 4 << 20
 MAX_REDIRECTS = 3
@@ -48,9 +49,8 @@ class Partner:
 
     def __init__(self, url: Callable[[], str], timeout_ms: Callable[[], int], clock: Callable[[], int]) -> None:
         self._url, self._timeout_ms, self._clock = url, timeout_ms, clock
-        # Without httpx's client around it: what that does for each call, and is not needed here, costs as much again as
-        # a third of the call. Building one takes 20 ms: it is kept.
-        self._transport: httpx.AsyncHTTPTransport | None = None
+        # Without httpx's client around it, which would cost as much again. Building one takes 20 ms: it is kept.
+        self._transport: KeptConnections | None = None
         self._said: frozenset[str] = frozenset()
         self.lacks: dict[str, str] = {}  # what it says it supports but does not, and how that was found out
         self._lacked_at = 0
@@ -265,18 +265,17 @@ class Partner:
                 finally:
                     await response.aclose()
                 return response.status_code, response.headers, bytes(raw)
-            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+            except (httpx.RemoteProtocolError, httpx.ReadError):
                 # A kept connection that the partner has just closed looks so; a fresh one tells.
                 if last_try or raw:
                     raise
         raise AssertionError("unreachable")
 
 
-def _transport() -> httpx.AsyncHTTPTransport:
+def _transport() -> KeptConnections:
     trusted = ssl.create_default_context()  # the system's certificates, or those of SSL_CERT_FILE and SSL_CERT_DIR
     trusted.load_verify_locations(certifi.where())
-    limits = httpx.Limits(max_connections=32, max_keepalive_connections=32, keepalive_expiry=4.0)
-    return httpx.AsyncHTTPTransport(limits=limits, trust_env=False, verify=trusted)
+    return KeptConnections(trusted)
 
 
 def event_id(event: bytes) -> str:

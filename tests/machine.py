@@ -157,8 +157,10 @@ class Machine(RuleBasedStateMachine):
             return
         try:
             wrote = instance.checkpoint_step(answered)
-            while wrote and whole and instance.group._steps is not None:
-                instance.checkpoint_step(answered)
+            while whole and (
+                instance.committing or any(instance.group._moved(name) for name in instance.group.streams)
+            ):
+                wrote = instance.checkpoint_step(answered) or wrote
         except Fenced:
             assert self.owner != who, "the owner was refused"
             instance.group = None

@@ -112,8 +112,8 @@ class Instance:
     def start(self) -> None:
         """What the runner does once it holds the lease."""
         positions = checkpoints.read(self.shared.store, LOCAL)
-        assert len(set(positions.values())) == 1, "streams that commit together stand together"
-        group = Group(self.shared, positions["storage"], positions, self._failed)
+        start = min(positions.values(), key=lambda position: position.ordinal)
+        group = Group(self.shared, start, positions, self._failed)
         for name, position in positions.items():
             group.load(name, position)
             group._committed[name] = position
@@ -127,23 +127,30 @@ class Instance:
             self.group._pass(Batch(run, self.group.position.index))
 
     def checkpoint_step(self, answered: bool) -> bool | None:
-        """One commit, and its answer unless that is left to the next step; whether it was made, None where that is not known.
-        Raises Fenced."""
+        """One commit of the stream whose turn it is, and its answer unless that is left to the next step; whether it was made,
+        None where that is not known. Raises Fenced."""
         group = self.group
         assert group is not None
-        if group._steps is None:
-            if not group._moved():
-                return False
-            group._steps = group._checkpoint()
         group.settle()
-        while next(group._steps, group) is not group:
+        name, pace = next(iter(group._paces.items()))
+        group._paces[name] = group._paces.pop(name)
+        if pace.steps is None:
+            if not group._moved(name):
+                return False
+            pace.steps = group._checkpoint(name)
+        while next(pace.steps, group) is not group:
             if group._under_way is not None:
                 if not answered:
                     return None
                 group.settle()
                 return True
-        group._steps = None
+        pace.steps = None
         return False
+
+    @property
+    def committing(self) -> bool:
+        """Has a checkpoint begun that is not through?"""
+        return self.group is not None and any(pace.steps for pace in self.group._paces.values())
 
     def _failed(self, failure: Any) -> None:
         raise AssertionError(f"{failure.stream} threw {failure.error} at {failure.ordinal}")

@@ -19,12 +19,13 @@ from pipeline.frames import Position
 from pipeline.lease import Lease
 from pipeline.log import Log
 from pipeline.runtime import Runtime
-from pipeline.store import Call, Store
+from pipeline.store import Call, Command, Store
 from pipeline.streams import worker
 from pipeline.streams.aggregates import Aggregates
+from pipeline.streams.runner import APART_EVENTS, Runner
 from pipeline.streams.storage import Query, Storage
-from pipeline.streams.straggler import MAX_ATTEMPTS
-from pipeline.streams.stream import Batch, Outcome, Stream
+from pipeline.streams.straggler import MAX_ATTEMPTS, Straggler
+from pipeline.streams.stream import Batch, Cut, Outcome, Stream
 from pipeline.streams.worker import Failed, Group, Shared
 from tests.conftest import Start, client_of
 from tests.helpers import LOCAL, NOON, append, event, frames, until
@@ -252,7 +253,8 @@ def now(group: Group, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The clock that paces the group, in seconds: it stands still until set."""
     clock = [100.0]
     monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    group.checkpointed = clock[0]
+    for pace in group._paces.values():
+        pace.ended = clock[0]
     return clock
 
 
@@ -284,7 +286,7 @@ def test_checkpoint_that_takes_long_is_not_followed_by_the_next_at_once(
     now[0] += 1.0
     assert group.checkpoint_step(False)
     feed(group)
-    while group._steps is not None:
+    while group._paces["storage"].steps is not None:
         group.checkpoint_step(False)
     now[0] += 1.7  # a tenth of the time is for checkpoints
     assert not group.checkpoint_step(False)
@@ -295,7 +297,7 @@ def test_checkpoint_that_takes_long_is_not_followed_by_the_next_at_once(
 def test_events_are_taken_in_while_the_store_is_at_a_checkpoint(group: Group) -> None:
     feed(group)
     position = group.at["storage"]
-    steps = group._checkpoint()
+    steps = group._checkpoint("storage")
     while group._under_way is None:
         next(steps)
     feed(group)
@@ -304,6 +306,85 @@ def test_events_are_taken_in_while_the_store_is_at_a_checkpoint(group: Group) ->
     assert group._committed["storage"] == position
     assert checkpoints.read(group.shared.store, ["storage"])["storage"] == position
     assert group.at["storage"].ordinal == position.ordinal + 1
+
+
+def test_stream_with_much_to_write_holds_up_no_other_ones_checkpoint(
+    group: Group, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group.load("aggregates", Position())
+    chunks: Iterator[list[Command]] = iter([[("SET", f"x{n}", n)] for n in range(20)])
+    monkeypatch.setattr(group.streams["aggregates"], "cut", lambda now: Cut(chunks))
+    feed(group)
+    now[0] += 1.0
+    for _ in range(8):
+        group.checkpoint_step(False)
+    assert "aggregates" not in group._committed
+    assert group._committed["storage"].ordinal == 1
+    while group._paces["aggregates"].steps is not None:
+        group.checkpoint_step(False)
+    assert group._committed["aggregates"].ordinal == 1
+    assert group.shared.store.call("MGET", "x0", "x19") == [b"0", b"19"]
+
+
+def test_straggler_made_anew_stands_where_its_commit_on_the_way_has_brought_it(
+    group: Group, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straggler = Straggler(group.shared, "storage", lambda _: False, careful=False)
+    straggler._reload()
+    append(group.shared.log, [event()], NOON)
+    assert straggler._try(Batch(frames(group.shared.log)))
+    begin = checkpoints.begin
+
+    class Late:
+        """A commit that the store comes to only when somebody waits for it."""
+
+        def __init__(self, *given: Any) -> None:
+            self.result = lambda: begin(*given).result()
+
+    monkeypatch.setattr(checkpoints, "begin", Late)
+    now[0] += 1.0
+    while straggler._under_way is None:
+        assert straggler.checkpoint_step(False)
+    straggler._reload()
+    assert straggler.at["storage"].ordinal == 1
+
+
+def runner_of(group: Group) -> Runner:
+    """One whose threads never start."""
+    shared = group.shared
+    made = Runner(
+        shared.store, shared.log, shared.lease, shared.clock, shared.make, lambda _, body: threading.Thread(target=body)
+    )
+    made._shared = shared
+    return made
+
+
+@pytest.mark.parametrize(
+    ("positions", "start", "together"),
+    [
+        ((10, 10), 10, {"storage", "aggregates"}),
+        ((10, 500), 10, {"storage", "aggregates"}),  # as a crash leaves them: each had its own last checkpoint
+        ((10, 10 + APART_EVENTS), 10, {"storage", "aggregates"}),
+        ((10, 11 + APART_EVENTS), 11 + APART_EVENTS, {"aggregates"}),  # a straggler catches up by itself
+    ],
+)
+def test_streams_go_on_together_from_the_hindmost_unless_one_is_far_behind(
+    positions: tuple[int, int], start: int, together: set[str], group: Group
+) -> None:
+    runner = runner_of(group)
+    names = ("storage", "aggregates")
+    runner._divide({name: Position(1, at, 0, at) for name, at in zip(names, positions, strict=True)})
+    assert runner._group is not None
+    assert (runner._group.position.ordinal, set(runner._group._start)) == (start, together)
+    assert set(runner._stragglers) == set(names) - together
+
+
+def test_stream_within_a_frame_does_not_wait_for_the_group_to_come_by(group: Group) -> None:
+    runner = runner_of(group)
+    runner._divide({"storage": Position(1, 0, 0, 0), "aggregates": Position(1, 0, 3, 3)})
+    assert runner._group is not None
+    assert set(runner._group._start) == {"storage"}
+    assert set(runner._stragglers) == {"aggregates"}
 
 
 def test_answer_that_nobody_waits_for_is_not_taken_for_the_next_one(store: Store) -> None:

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 
 from pipeline import checkpoints
 from pipeline.errors import Fenced, StoreError
@@ -26,6 +27,7 @@ from pipeline.streams.worker import Counters, Failed, Group, Shared, Worker
 
 HANG_S = 30.0
 NEAR_EVENTS = 2_000  # a straggler this close to the group joins it
+APART_EVENTS = 100_000  # streams that a crash left no farther apart go on as one group, from the hindmost on
 _FIRST_RESTART_S, _LAST_RESTART_S = 0.1, 5.0
 Spawn = Callable[[str, Callable[[], None]], threading.Thread]
 log = logging.getLogger(__name__)
@@ -160,11 +162,18 @@ class Runner:
         self.state, self.detail = "running", None
 
     def _divide(self, positions: Mapping[str, Position]) -> None:
-        """Start the foremost streams as the group, and those behind it on their own, as far as they do not run
-        already."""
+        """Start the streams near the foremost one as the group, and those far behind it on their own, as far as they do not
+        run already. Within a frame, none waits for the group: the group goes by whole frames."""
         free = {name: p for name, p in positions.items() if name not in self._stragglers}
-        start = max((free or positions).values(), key=lambda position: position.ordinal)
-        together = {name: p for name, p in free.items() if p.ordinal == start.ordinal}
+        by_ordinal = attrgetter("ordinal")
+        foremost = max((free or positions).values(), key=by_ordinal)
+        near = [p for p in free.values() if foremost.ordinal - p.ordinal <= APART_EVENTS]
+        start = min(near, key=by_ordinal, default=foremost)
+        together = {
+            name: p
+            for name, p in free.items()
+            if p.ordinal == start.ordinal or (p.ordinal > start.ordinal and not p.index)
+        }
         self._group = Group(self._shared, start, together, self._on_failure)
         self._launch(self._group, "pipeline")
         for name in free.keys() - together.keys():

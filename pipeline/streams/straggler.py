@@ -63,8 +63,8 @@ class Straggler(Worker):
                     return
 
     def _reload(self) -> None:
+        self.settle()  # a commit that is on its way would come after the look at what has been committed
         position = checkpoints.read(self.shared.store, [self.name])[self.name]
-        self._steps = None
         self.load(self.name, position)
         self._committed[self.name] = position
 

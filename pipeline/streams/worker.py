@@ -20,14 +20,15 @@ from pipeline.keys import STREAMS
 from pipeline.lease import Lease
 from pipeline.log import Log
 from pipeline.store import Call, Store
-from pipeline.streams.stream import Batch, Cut, Stream
+from pipeline.streams.stream import Batch, Stream
 
-# Rows of what changed coalesce from one checkpoint to the next: it may take a tenth of the time, and comes the later the more
-# there is to write. After the last event there is nothing to coalesce any more.
+# Rows of what changed coalesce from one checkpoint of a stream to its next: it may take a tenth of the time, and comes the
+# later the more there is to write. After the last event there is nothing to coalesce any more.
 CHECKPOINT_S = 0.5  # at least, from one's beginning to the next
 CHECKPOINT_SHARE = 9  # pause at least so many times as long as the latest took,
 MOST_CHECKPOINT_S = 3.0  # but no longer: so much of the log is read again after a crash
 IDLE_CHECKPOINT_S = 0.1
+_STREAMS_AT_ONCE = 2  # have their checkpoints carried on between two batches
 PASS_EVENTS = 300  # and the frame that goes beyond: a few ms, which is how long what comes behind waits
 POLL_S = 0.1
 _PACKED_AT_ONCE = 200  # commands of a checkpoint, some ms; then events have their turn
@@ -76,8 +77,22 @@ class Busy:
     since: float
 
 
+@dataclass(slots=True)
+class _Pace:
+    """A stream's checkpoint that is under way, or when the next one is due. Times are monotonic seconds."""
+
+    ended: float  # the latest one
+    pause: float = CHECKPOINT_S  # from then on
+    began: float = 0.0
+    spent_s: float = 0.0  # on the one under way, so far
+    steps: Iterator[None] | None = None
+
+
 class Worker(ABC):
-    """The common part: streams, their positions, and checkpoints in steps between which processing goes on."""
+    """The common part: streams, their positions, and checkpoints in steps between which processing goes on.
+
+    Each stream has checkpoints of its own: few rows at a time, so that the store is never busy for long with one step.
+    """
 
     def __init__(self, shared: Shared) -> None:
         self.shared = shared
@@ -90,15 +105,11 @@ class Worker(ABC):
         self.busy: Busy | None = None
         self.delays_s: dict[str, float] = {}  # from an event's arrival until the stream had processed it, the latest
         self.error: Exception | None = None
-        self.checkpointed = time.monotonic()
         self._progress: dict[str, Progress] = {}
         self._committed: dict[str, Position] = {}
-        self._cuts: dict[str, tuple[Cut, Progress]] = {}
-        self._steps: Iterator[None] | None = None
+        self._paces: dict[str, _Pace] = {}  # those whose turn it is first
         self._under_way: Call | None = None
-        self._pause = CHECKPOINT_S
-        self._fed = self._began = time.monotonic()  # the latest batch; the checkpoint that is under way
-        self._spent_s = 0.0  # on it so far
+        self._fed = time.monotonic()  # the latest batch
 
     def run(self) -> None:
         """The thread's body; what ended it is in `error`, None after a clean stop."""
@@ -123,12 +134,16 @@ class Worker(ABC):
         stream = self.shared.make[name]()
         stream.load(self.shared.clock())
         self.streams[name], self.at[name] = stream, position
-        self._progress[name] = Progress(name, position)
-        self._cuts.pop(name, None)
+        self._progress[name], self._paces[name] = Progress(name, position), _Pace(time.monotonic())
 
     def drop(self, name: str) -> None:
-        for table in (self.streams, self.at, self._progress, self._cuts):
+        for table in (self.streams, self.at, self._progress, self._paces):
             table.pop(name, None)
+
+    @property
+    def checkpointed(self) -> float:
+        """When the stream that waits longest was checkpointed, monotonic seconds."""
+        return min((pace.ended for pace in list(self._paces.values())), default=time.monotonic())
 
     def feed(self, name: str, batch: Batch) -> None:
         """One stream takes in one batch; anything it throws comes out."""
@@ -176,60 +191,64 @@ class Worker(ABC):
         )
 
     def checkpoint_step(self, idle: bool) -> bool:
-        """Carry the checkpoint on by one step; True when there was something to do."""
-        began = time.monotonic()
-        if self._steps is None:
+        """Carry the checkpoints of some streams, each in its turn, on by one step; True when there was something to do."""
+        stepped = 0
+        for name in list(self._paces):
+            if stepped < _STREAMS_AT_ONCE and name in self._paces and self._step(name, idle):
+                stepped += 1
+                if name in self._paces:
+                    self._paces[name] = self._paces.pop(name)  # to the end
+        return stepped > 0
+
+    def _step(self, name: str, idle: bool) -> bool:
+        pace, began = self._paces[name], time.monotonic()
+        if pace.steps is None:
             idle = idle and began - self._fed >= IDLE_CHECKPOINT_S
-            if began - self.checkpointed < (IDLE_CHECKPOINT_S if idle else self._pause) or not self._moved():
+            if began - pace.ended < (IDLE_CHECKPOINT_S if idle else pace.pause) or not self._moved(name):
                 return False
-            self._steps, self._spent_s, self._began = self._checkpoint(), 0.0, began
-        done = next(self._steps, self) is self
+            pace.steps, pace.spent_s, pace.began = self._checkpoint(name), 0.0, began
+        done = next(pace.steps, self) is self
         ended = time.monotonic()
-        self._spent_s += ended - began
+        pace.spent_s += ended - began
         if done:
-            self._steps = None
-            self._pause = max(
-                CHECKPOINT_S - (ended - self._began), min(CHECKPOINT_SHARE * self._spent_s, MOST_CHECKPOINT_S)
+            pace.steps, pace.ended = None, ended
+            pace.pause = max(
+                CHECKPOINT_S - (ended - pace.began), min(CHECKPOINT_SHARE * pace.spent_s, MOST_CHECKPOINT_S)
             )
         return True
 
     def checkpoint(self) -> None:
         """Bring everything processed so far into the store, now."""
-        while self._steps is not None:
-            self.checkpoint_step(False)
-        if self._moved():
-            for _ in self._checkpoint():
+        for name, pace in list(self._paces.items()):
+            for _ in pace.steps or ():
                 pass
+            pace.steps = None
+            if self._paces.get(name) is pace and self._moved(name):
+                for _ in self._checkpoint(name):
+                    pass
+            pace.ended = time.monotonic()
 
-    def _moved(self) -> bool:
-        moved = any(p.position != self._committed.get(name) for name, p in self._progress.items())
-        return moved or any(stream.unsaved for stream in self.streams.values())
+    def _moved(self, name: str) -> bool:
+        return self._progress[name].position != self._committed.get(name) or self.streams[name].unsaved
 
-    def _checkpoint(self) -> Iterator[None]:
-        now = self.shared.clock()
-        for name, stream in list(self.streams.items()):
-            if (cut := self._of(name, partial(stream.cut, now))) is not None:
-                self._cuts[name] = (cut, self._progress[name])
-                self._progress[name] = Progress(name, self.at[name])
-        for name in list(self._cuts):
-            while name in self._cuts:
-                chunk = self._of(name, partial(next, self._cuts[name][0].chunks, None))
-                if chunk is None:
-                    break
-                yield from self._commit(checkpoints.pack(chunk))
-        packed: dict[str, list[bytes]] = {name: [] for name in self._cuts}
-        for name, parts in packed.items():
-            final = iter(self._cuts[name][0].final if name in self._cuts else ())
-            while name in self._cuts and (some := list(islice(final, _PACKED_AT_ONCE))):
-                parts.append(checkpoints.pack(some))
-                yield
-        cuts, self._cuts = self._cuts, {}
-        moves = [move for _, progress in cuts.values() for move in checkpoints.advance(progress, self.shared.clock())]
-        yield from self._commit(b"".join([part for name in cuts for part in packed[name]]) + checkpoints.pack(moves))
-        for name, (cut, progress) in cuts.items():
-            cut.done()
-            self._committed[name] = progress.position
-        self.checkpointed = time.monotonic()
+    def _checkpoint(self, name: str) -> Iterator[None]:
+        """A stream's checkpoint, in steps; given up where the stream has left."""
+        cut = self._of(name, partial(self.streams[name].cut, self.shared.clock()))
+        if cut is None:
+            return
+        progress, self._progress[name] = self._progress[name], Progress(name, self.at[name])
+        while (chunk := self._of(name, partial(next, cut.chunks, None))) is not None:
+            yield from self._commit(checkpoints.pack(chunk))
+        if name not in self.streams:
+            return
+        final, packed = iter(cut.final), []
+        while some := list(islice(final, _PACKED_AT_ONCE)):
+            packed.append(checkpoints.pack(some))
+            yield
+        packed.append(checkpoints.pack(checkpoints.advance(progress, self.shared.clock())))
+        yield from self._commit(b"".join(packed))
+        cut.done()
+        self._committed[name] = progress.position
 
     def _of(self, name: str, part: Callable[[], T]) -> T | None:
         """A stream's part in what is done for all; where it throws or hangs, the trouble is the stream's own."""
@@ -253,6 +272,7 @@ class Worker(ABC):
         """Events go on being processed while the store is at it."""
         if self.abandoned:
             raise Fenced("this worker hung and was replaced")
+        self.settle()  # another stream's, perhaps
         self._under_way = checkpoints.begin(self.shared.store, self.epoch, packed)
         yield
         self.settle()
@@ -265,7 +285,7 @@ class Worker(ABC):
 
 
 class Group(Worker):
-    """The streams that stand together, at `start`: one pass over each batch, one checkpoint. There may be none yet."""
+    """The streams that stand together, or a little ahead of `start`: one pass over each batch. There may be none yet."""
 
     def __init__(
         self, shared: Shared, start: Position, positions: Mapping[str, Position], failed: Callable[[Failed], None]
@@ -297,7 +317,8 @@ class Group(Worker):
                 self._pass(Batch(run, self.position.index))
                 self.checkpoint_step(False)
             if not frames and not self.checkpoint_step(True):
-                self.shared.wake.wait(POLL_S if not self._moved() else IDLE_CHECKPOINT_S / 2)
+                moved = any(self._moved(name) for name in self._paces)
+                self.shared.wake.wait(IDLE_CHECKPOINT_S / 2 if moved else POLL_S)
 
     def _next_frames(self, woken: bool) -> list[Frame]:
         """What follows in the log. What this process appended is at hand; for what another instance did the store is asked only
