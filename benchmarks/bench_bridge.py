@@ -18,13 +18,15 @@ from pipeline.fault_proxy import FaultProxy
 TITLE = "The bridge: after an outage, during one, and at its beginning"
 BATCH = 500  # as the bridge sends them
 BARE_CONNECTIONS = (2, 4)  # the partner's own top rate is the better of these
+BARE_S = 5.0  # so long each, as long as a drain: what the partner puts off by a second or two has to be done in it, too
 RATE = 2_000  # events/s while the ingest is measured
 TRICKLE = 20  # requests/s of one event while trouble is waited for
+_LOCAL = ("features", "storage", "aggregates", "inference")
 _HEALTH = "/api/ml/bridge/python?action=health"
 
 
 def run(options: Options) -> list[Row]:
-    backlog = options.pick(60_000, 100_000, 200_000)
+    backlog = options.pick(60_000, 200_000, 400_000)
     bare: list[float] = []
     drained: list[float] = []
     p99: dict[str, list[float]] = {"healthy": [], "away": []}
@@ -33,8 +35,9 @@ def run(options: Options) -> list[Row]:
         home = f"http://127.0.0.1:{system.api_port}"
         load(open_loop, system.port, Traffic(seed=3), RATE / 100, 2)
         for repetition in range(options.repetitions):
-            system.drained(300)
-            bare.append(top_rate(system, backlog, repetition))
+            system.quiet(300)
+            bare.append(top_rate(system, options.pick(2.0, BARE_S, 2 * BARE_S), repetition))
+            system.quiet(300)
             drained.append(drain_rate(system, home, backlog, repetition))
             for state, url in (("healthy", home), ("away", f"http://127.0.0.1:{free_port()}")):
                 point(system, url)
@@ -59,12 +62,12 @@ def run(options: Options) -> list[Row]:
     return rows
 
 
-def top_rate(system: System, events: int, seed: int) -> float:
+def top_rate(system: System, seconds: float, seed: int) -> float:
     """Events/s that the Python service takes from a bare load generator, in the bridge's batches."""
     best = 0.0
     for connections in BARE_CONNECTIONS:
-        traffic = Traffic(batch=BATCH, path="/events/batch", requests=60, seed=100 * seed + connections)
-        result = load(closed_loop, system.api_port, traffic, connections, events // BATCH).only(200)
+        traffic = Traffic(batch=BATCH, path="/events/batch", seed=100 * seed + connections)
+        result = load(closed_loop, system.api_port, traffic, connections, None, seconds).only(200)
         best = max(best, len(result.latencies) * BATCH / result.seconds)
     return best
 
@@ -72,9 +75,9 @@ def top_rate(system: System, events: int, seed: int) -> float:
 def drain_rate(system: System, home: str, events: int, seed: int) -> float:
     """Events/s from the partner's return until the backlog of its outage is delivered."""
     point(system, f"http://127.0.0.1:{free_port()}")
-    traffic = Traffic(batch=BATCH, requests=60, seed=1_000 + seed)
+    traffic = Traffic(batch=BATCH, seed=1_000 + seed)
     load(closed_loop, system.port, traffic, 2, events // BATCH).only(202)
-    system.drained(300, "features", "storage", "aggregates", "inference")
+    system.quiet(300, *_LOCAL)
     waiting = system.pending("bridge")
     point(system, home)
     began = time.monotonic()

@@ -41,7 +41,7 @@ def run(options: Options) -> list[Row]:
         for _ in range(options.repetitions):
             for case in cases:
                 seen[case].append(measure(system, case.batch, case.rate, seconds))
-                system.drained(300)
+                system.quiet(300)
     rows = []
     for case, found in seen.items():
         kept = min(fresh.kept for fresh in found)

@@ -37,7 +37,7 @@ def run(options: Options) -> list[Row]:
                 found[state].append(bench_freshness.measure(system, 100, RATE, seconds, public=False))
                 if state != "healthy":
                     point(system, urls["healthy"])
-                system.drained(300)
+                system.quiet(300)
     rows = []
     healthy = found["healthy"]
     for name, pick in (

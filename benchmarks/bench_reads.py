@@ -52,7 +52,7 @@ def run(options: Options) -> list[Row]:
                     label = f"{_clients(clients)}, during {LOAD:,} events/s"
                     measure(f"one user, {label}", system.port, ones(everyone), clients)
                     measure(f"100 users, {label}", system.port, hundreds(everyone), clients)
-            system.drained(120)
+            system.quiet()
         bare = store_gets(system, everyone)
     return [Row("load generator", None, "", note=TOOL), *_rows(found), *bare]
 
@@ -87,8 +87,7 @@ def bring_in(system: System, users: int) -> None:
     """Every user once and the busy ones often, known to both systems."""
     load(open_loop, system.port, Traffic(users=users, first=0, requests=users // 100), 40, users / 100 / 40)
     load(open_loop, system.port, Traffic(users=users, requests=200), 40, 5).only(202)
-    system.drained(120)
-    time.sleep(2)  # the public keys of both systems follow within about a second
+    system.quiet()  # the public keys of both systems are written
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS_PYTHON = ROOT / ".venv-bench" / "bin" / "python"  # made by `make bench`
 INGEST = "/api/ml/events/ingest"
 _TICK = os.sysconf("SC_CLK_TCK")
+_LOOK_S, _IDLE_SHARE = 1.0, 0.15  # of one core, by all parts together: they use 0.05 to 0.08 when nothing is asked of them
 # By a word of the command line; the web server's own process is Nexus's too.
 _PARTS = (("valkey-server", "store"), ("event_api.py", "python"), ("app.py", "nexus"), (" serve", "nexus"))
 
@@ -180,6 +181,17 @@ class System:
     def drained(self, seconds: float, *streams: str) -> None:
         """Wait until all streams, or those named, have processed everything, and their checkpoints say so."""
         wait_until(lambda: self.pending(*streams) == 0, seconds, "the drain of the backlog", 0.05)
+
+    def quiet(self, seconds: float = 120.0, *streams: str) -> None:
+        """drained(), and what follows it, such as public keys, is done too: next to nothing runs."""
+        self.drained(seconds, *streams)
+
+        def still() -> bool:
+            before = sum(self.cpu_s().values())
+            time.sleep(_LOOK_S)
+            return sum(self.cpu_s().values()) - before < _IDLE_SHARE * _LOOK_S
+
+        wait_until(still, seconds, "the end of all work")
 
     def processes(self) -> dict[str, list[int]]:
         """The process ids of each part: store, python, nexus."""
