@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from apscheduler.events import EVENT_JOB_MAX_INSTANCES, EVENT_JOB_SUBMITTED, JobSubmissionEvent
@@ -17,6 +17,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from pipeline.errors import NexusError
 
 PIPELINE = "pipeline"
+_SECOND_US = 1_000_000
 log = logging.getLogger(__name__)
 logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it warns at each refused turn of a job that still runs
 
@@ -49,6 +50,19 @@ class Job:
         self.runs += 1
 
 
+class Every(IntervalTrigger):
+    """Every so many seconds; from the second run on in the job's own part of the second, where these are whole: jobs that
+    begin together take each other's time, and that of every request meanwhile. `part` is from 0 up to 1."""
+
+    def __init__(self, seconds: float, part: float) -> None:
+        super().__init__(seconds=seconds, timezone=UTC)
+        self._part_us, self._whole = round(part * _SECOND_US), float(seconds).is_integer()
+
+    def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime:
+        at: datetime = super().get_next_fire_time(previous_fire_time, now)
+        return at + timedelta(microseconds=(self._part_us - at.microsecond) % _SECOND_US) if self._whole else at
+
+
 class Scheduler:
     """One BackgroundScheduler for the process, with the table of jobs."""
 
@@ -66,7 +80,7 @@ class Scheduler:
     def start(self) -> None:
         for job in self.jobs.values():
             self._scheduler.add_job(
-                job, IntervalTrigger(seconds=job.every_s()), id=job.name, name=job.name, next_run_time=datetime.now(UTC)
+                job, self._trigger(job), id=job.name, name=job.name, next_run_time=datetime.now(UTC)
             )
         self._scheduler.start()
 
@@ -75,7 +89,10 @@ class Scheduler:
         for job in self.jobs.values():
             scheduled = self._scheduler.get_job(job.name)
             if scheduled is not None and scheduled.trigger.interval.total_seconds() != job.every_s():
-                self._scheduler.reschedule_job(job.name, trigger=IntervalTrigger(seconds=job.every_s()))
+                self._scheduler.reschedule_job(job.name, trigger=self._trigger(job))
+
+    def _trigger(self, job: Job) -> Every:
+        return Every(job.every_s(), list(self.jobs).index(job.name) / len(self.jobs))
 
     def stop(self) -> None:
         """Ends the scheduler once running jobs are through; those that run until stop must have been told before."""

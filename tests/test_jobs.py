@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import StoreUnavailable
-from pipeline.jobs import Job, Scheduler
+from pipeline.jobs import Every, Job, Scheduler
 from tests.helpers import DEADLINE_S, until
 
 
@@ -70,6 +73,24 @@ def test_interval_changed_at_run_time_is_taken_over_at_once():
     scheduler.reschedule()
     until(lambda: scheduler.jobs["job"].runs >= 3, "further runs")
     scheduler.stop()
+
+
+@given(part=st.floats(0, 0.999), every=st.integers(1, 100), began=st.floats(0, 1e9))
+def test_job_of_whole_seconds_runs_in_its_own_part_of_the_second_and_never_before_its_time(part, every, began):
+    trigger = Every(every, part)
+    first = datetime.fromtimestamp(began, UTC)
+    second = trigger.get_next_fire_time(first, first)
+    assert every <= (second - first).total_seconds() < every + 1
+    assert second.microsecond == round(part * 1e6)
+    third = trigger.get_next_fire_time(second, second)
+    assert (third - second).total_seconds() == every
+
+
+def test_jobs_of_one_interval_do_not_begin_together():
+    scheduler = Scheduler([Job(name, lambda: 1.0, lambda: None) for name in "abcd"])
+    now = datetime.fromtimestamp(1e9, UTC)
+    times = {scheduler._trigger(job).get_next_fire_time(now, now) for job in scheduler.jobs.values()}
+    assert sorted((at - now).total_seconds() for at in times) == [1.0, 1.25, 1.5, 1.75]
 
 
 def test_stop_waits_for_a_running_job_even_where_that_job_looks_at_the_table(gate):
