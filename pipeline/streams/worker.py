@@ -192,9 +192,9 @@ class Worker(ABC):
 
     def checkpoint_step(self, idle: bool) -> bool:
         """Carry the checkpoints of some streams, each in its turn, on by one step; True when there was something to do."""
-        stepped = 0
+        stepped, most = 0, 1 if idle else _STREAMS_AT_ONCE  # when idle, one step: events may have come meanwhile
         for name in list(self._paces):
-            if stepped < _STREAMS_AT_ONCE and name in self._paces and self._step(name, idle):
+            if stepped < most and name in self._paces and self._step(name, idle):
                 stepped += 1
                 if name in self._paces:
                     self._paces[name] = self._paces.pop(name)  # to the end
