@@ -4,9 +4,9 @@ HTTP -> ingest -> log -> five streams -> feature store, models -> serving -> HTT
 
     ingest        judges each event of a posted body and brings the good ones to the log, in one atomic step
     log           frames of events in segments (frames); the truth, and the write-ahead log of everything else
-    streams/      features, storage, aggregates, inference: four in one pass and one checkpoint (runner, worker, straggler);
-                  bridge: on its own, to the Python service (gate, sender, suspects; partner, replies, circuit, throttle,
-                  attempts, outages)
+    streams/      features, storage, aggregates, inference: four in one pass, each with its checkpoints (runner, worker, straggler);
+                  bridge: on its own, to the Python service (gate, sender, suspects; partner, transport, replies, circuit,
+                  throttle, attempts, outages)
     checkpoints   effects and position in one step, fenced by the lease
     windows       tiles of the features that definitions declares
     feature_store both systems' features, merged, with where each value comes from

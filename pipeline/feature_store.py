@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from pipeline import foreign, keys, offline
@@ -81,6 +82,8 @@ class FeatureStore:
         self._log = Log(store)
         self._at_rest = Features(store)  # reads what the last checkpoint left, where the stream runs elsewhere
         self._adopted = 0.0
+        # Of these definitions, from beyond one age up to another (s), the features of which Nexus's value is fresh.
+        self._fresh: tuple[Mapping[str, Feature], float, float, frozenset[str]] = ({}, 0.0, 0.0, frozenset())
 
     @property
     def stream(self) -> Features:
@@ -115,7 +118,7 @@ class FeatureStore:
         absent = stream.absent(user_ids)
         prefix = stream.fold.tables["user"].prefix
         partners, hashes = foreign.read(self._store, user_ids if hybrid else (), at, [prefix + i for i in absent])
-        nexus = stream.values(user_ids, at, hashes=dict(zip(absent, hashes, strict=True)))
+        nexus = stream.values(user_ids, at, hashes=dict(zip(absent, hashes, strict=True)), names=names)
         lag_s, own = self._own(at)
         nothing = Partner()
         found = {}
@@ -154,26 +157,30 @@ class FeatureStore:
         written = None if partner.computed_at is None else rfc3339(partner.computed_at)
         shared = {"owner": "python", "computed_at": written, "age_s": age_s, "events_behind": behind}
         theirs = _Side(partner.features, age_s, shared)
-        wanted = sorted(ours.values.keys() | theirs.values.keys()) if names is None else sorted(names)
+        wanted = sorted(ours.values.keys() | theirs.values.keys() if names is None else names)
         merged: dict[str, Any] = {}
         meta: Meta = {}
-        fresh, known = {**ours.meta, "verdict": "fresh"}, stream.definitions
+        known = stream.definitions
+        fresh, plain = {**ours.meta, "verdict": "fresh"}, self._plain(known, ours.age_s or 0.0)
         for name in wanted:
-            feature = known.get(name)
-            if (
-                name not in theirs.values
-                and name in ours.values
-                and feature is not None
-                and (ours.age_s or 0.0) <= feature.fresh_s
-                and _preferred(feature, ours, theirs) == "nexus"
-            ):
+            if name in plain and name in ours.values and name not in theirs.values:
                 merged[name], meta[name] = ours.values[name], fresh  # nearly all of them
             elif name in ours.values or name in theirs.values:
-                merged[name], meta[name] = self._choose(name, feature, ours, theirs)
+                merged[name], meta[name] = self._choose(name, known.get(name), ours, theirs)
             elif ours.values or theirs.values:
                 merged[name] = None
                 meta[name] = {"owner": None, "computed_at": None, "age_s": None, "verdict": "missing"}
         return Combined(dict(ours.values), partner.features, merged, meta, behind, partner.malformed)
+
+    def _plain(self, known: Mapping[str, Feature], age_s: float) -> frozenset[str]:
+        """The features of which Nexus's value is taken, and fresh at this age, where the Python service has none."""
+        of, over, up_to, found = self._fresh
+        if of is not known or not over < age_s <= up_to:
+            found = frozenset(name for name, f in known.items() if age_s <= f.fresh_s and _is_nexus_s(f))
+            over = max((f.fresh_s for f in known.values() if f.fresh_s < age_s), default=-1.0)
+            up_to = min((f.fresh_s for f in known.values() if f.fresh_s >= age_s), default=inf)
+            self._fresh = (known, over, up_to, found)
+        return found
 
     def _choose(self, name: str, feature: Feature | None, ours: _Side, theirs: _Side) -> tuple[Any, dict[str, Any]]:
         """One value by the feature's merge rule, with what `meta` says of it."""
@@ -235,6 +242,11 @@ def _preferred(feature: Feature | None, ours: _Side, theirs: _Side) -> str:
     if rule == "owner":
         return "python" if feature is not None and feature.owner == "python" else "nexus"
     return rule
+
+
+def _is_nexus_s(feature: Feature) -> bool:
+    """Its merge rule takes Nexus's value, whatever the ages."""
+    return feature.merge == "nexus" or (feature.merge == "owner" and feature.owner != "python")
 
 
 def _agree(a: Any, b: Any, tolerance: float) -> bool:

@@ -25,19 +25,32 @@ _NEVER = 1 << 62
 
 
 class Reading:
-    """The values of `features`, read from families in a layout. All times are epoch ms."""
+    """The values of `features`, read from families in a layout. All times are epoch ms. A `part` of another one shares its
+    plans."""
 
-    def __init__(self, features: Sequence[Feature], layout: Layout) -> None:
+    def __init__(self, features: Sequence[Feature], layout: Layout, whole: Reading | None = None) -> None:
         self._layout, self.families = layout, layout.families
-        self._plans = [_Plan(layout, i) for i in range(len(self.families))]
+        self._plans: list[_Plan] = (
+            [_Plan(layout, i) for i in range(len(self.families))] if whole is None else whole._plans
+        )
         self._spans = lru_cache(maxsize=16)(self._spans_at)  # many entities are read as of one time
         self._nothing: Values = {feature.name: None for feature in features}
         self._single: list[list[tuple[str, _Read]]] = [[] for _ in self.families]
         self._joint: list[tuple[str, _Read]] = []  # of columns from several families
+        self._shared: set[int] = set()  # which those are
         self._ratios = [(feature.name, *feature.of) for feature in features if feature.of is not None]
         for feature in features:
             if feature.of is None:
                 self._place(feature)
+        self._needed = [
+            (i, plan, single)
+            for i, (plan, single) in enumerate(zip(self._plans, self._single, strict=True))
+            if single or i in self._shared
+        ]
+
+    def part(self, features: Sequence[Feature]) -> Reading:
+        """Of some of the features alone, which takes no more time than they need."""
+        return Reading(features, self._layout, self)
 
     def _place(self, feature: Feature) -> None:
         window_ms = feature.window_s * 1000
@@ -59,6 +72,7 @@ class Reading:
             self._single[i].append((feature.name, _single(i, level, [lane for _, _, lane, _ in places], value)))
         else:
             self._joint.append((feature.name, _joint(places, value)))
+            self._shared.update(i for i, _, _, _ in places)
 
     def values_and_due(self, entity: Entity, at: int, spacing_ms: int) -> tuple[Values, int | None]:
         """All features as of `at`, and when (epoch ms) to look at them again, were nothing to come; None: nothing will change.
@@ -83,14 +97,14 @@ class Reading:
         """All features, when the first window empties, and when the first tile leaves one. Families without a tile cost
         nothing."""
         found = self._nothing.copy()
-        states: list[States | None] = []
+        states: list[States | None] = [None] * len(self.families)
         spans, ripe = self._spans(at), _ripe(entity, at)
         empties, leaves = _NEVER, min([ts for ts, _, _ in entity.future[:1]], default=_NEVER)
-        tiles, rows = entity.tiles, entity.rows
-        for i, (held, plan, single) in enumerate(zip(entity.values, self._plans, self._single, strict=True)):
+        tiles, rows, newest = entity.tiles, entity.rows, entity.values
+        for i, plan, single in self._needed:
+            held = newest[i]
             others = any(rows[plan.slot : plan.stop]) or i in ripe
             if not held and not others:
-                states.append(None)
                 continue
             start = tiles[plan.group] * plan.tile_ms
             if others or plan.decays:
@@ -105,7 +119,7 @@ class Reading:
                 empties = empty
             if leave < leaves:
                 leaves = leave
-            states.append(state)
+            states[i] = state
             for name, read in single:
                 found[name] = read(states)
         for name, read in self._joint:

@@ -64,6 +64,7 @@ class Windows:
         self._extract: dict[str, Extract] = {kind: compile_extraction(self.layout, kind) for kind in self.event_types}
         self.horizon_ms = max((family.windows[-1] for family in chosen), default=0)
         self._reading = Reading(self.features, self.layout)
+        self._part_of = lru_cache(maxsize=100)(self._part)  # who asks for some asks for the same ones again
 
     def new(self) -> Entity:
         return self.layout.new()
@@ -181,9 +182,16 @@ class Windows:
         entity.stirred = True
         entity.ended += 1
 
-    def values(self, entity: Entity, at: int) -> Values:
-        """All features as of `at`: events with a time in (at - window, at], the older edge rounded up to a whole tile."""
-        return self._reading.values_and_due(entity, at, 0)[0]
+    def values(self, entity: Entity, at: int, names: frozenset[str] | None = None) -> Values:
+        """All features as of `at`, or those of `names` and maybe more: events with a time in (at - window, at], the older edge
+        rounded up to a whole tile."""
+        reading = self._reading if names is None else self._part_of(names)
+        return reading.values_and_due(entity, at, 0)[0]
+
+    def _part(self, names: frozenset[str]) -> Reading:
+        asked = names.union(*(feature.of or () for feature in self.features if feature.name in names))
+        some = [feature for feature in self.features if feature.name in asked]
+        return self._reading.part(some) if some else self._reading
 
     def values_and_due(self, entity: Entity, at: int, spacing_ms: int) -> tuple[Values, int | None]:
         """The values of `at`, and when they should be looked at again; see Reading."""

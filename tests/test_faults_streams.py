@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 
 from pipeline import keys
-from pipeline.frames import ALL_STREAMS, CANARY, Position
+from pipeline.frames import ALL_STREAMS, CANARY
 from pipeline.log import Log
 from pipeline.runtime import Runtime, wall_clock
 from pipeline.store import Store
 from pipeline.streams import runner as runner_module
 from pipeline.streams import straggler as straggler_module
 from pipeline.streams.aggregates import Aggregates
-from pipeline.streams.runner import Runner
 from pipeline.streams.storage import ROW, Storage
 from pipeline.streams.stream import Outcome
 from tests.conftest import Start, client_of, quick
@@ -170,22 +169,6 @@ def test_code_that_hangs_at_one_event_is_replaced_and_the_event_buried(
     assert (lost, doubled) == (0, 0)
     shows = "the stream says behind; after the watchdog's time it is replaced, the event a dead letter"
     Fault(record_property).seen("a stream hangs at one event (watchdog at 0.5 s)", shows, took_s, lost, doubled)
-
-
-def test_a_group_begins_with_its_foremost_streams_and_those_behind_skip_nothing(store: Store, nexus: Runtime) -> None:
-    spawned: list[str] = []
-
-    def spawn(name: str, body: Callable[[], None]) -> threading.Thread:
-        spawned.append(name)
-        return threading.Thread(target=body)
-
-    idle = Runner(store, nexus.log, nexus.lease, wall_clock, {name: lambda: None for name in LOCAL}, spawn)  # type: ignore[misc,return-value]
-    front, behind = Position(1, 900, 0, 30), Position(1, 500, 0, 20)
-    idle._divide({"features": behind, "storage": front, "aggregates": front, "inference": front})
-
-    assert spawned == ["pipeline", "straggler-features"]
-    assert idle._group is not None
-    assert idle._group.position == front
 
 
 @pytest.mark.parametrize("damage", ["version", "header"])

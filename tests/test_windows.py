@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from pipeline.catalogue import FEATURES
 from pipeline.definitions import DAY, HOUR, Feature
 from pipeline.events import Stored
 from pipeline.extraction import compile_counting
@@ -138,6 +139,23 @@ def test_expired_count_is_never_shown_as_present(store):
         "recent_rejections": 0,
         "event_count_24h": 0,
     }
+
+
+@given(
+    found=st.lists(answers, min_size=1, max_size=15),
+    later=st.integers(0, 3 * HOUR_MS),
+    names=st.frozensets(st.sampled_from([*sorted(f.name for f in FEATURES if f.entity == "user"), "unheard_of"])),
+)
+@on_a_store
+def test_values_that_are_asked_for_by_name_are_those_among_all_values(store, found, later, names):
+    stream = Features(store)
+    posted = [(NOON - age, answer, took) for age, answer, took in found]
+    take(stream, store, posted, NOON)
+    [whole] = stream.values(["driver_1"], NOON + later).values()
+    [some] = stream.values(["driver_1"], NOON + later, names=names).values()
+    assert {name: whole[name] for name in some} == some
+    assert names & whole.keys() <= some.keys()
+    assert some, "a user who is known has values, whatever is asked for"
 
 
 def test_late_event_counts_in_its_own_window(store):

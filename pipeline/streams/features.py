@@ -180,9 +180,15 @@ class Features(Stream):
             yield some
 
     def values(
-        self, ids: Sequence[str], at: int, kind: Kind = "user", hashes: dict[str, Any] | None = None
+        self,
+        ids: Sequence[str],
+        at: int,
+        kind: Kind = "user",
+        hashes: dict[str, Any] | None = None,
+        names: frozenset[str] | None = None,
     ) -> dict[str, Values]:
-        """Each known entity's features as of `at` (epoch ms, now or a moment ago); those without any event are left out.
+        """Each known entity's features as of `at` (epoch ms, now or a moment ago), all or at least those of `names`; entities
+        without any event are left out.
 
         `hashes` has the stored form of entities that are not in memory, where the caller has read them already.
         """
@@ -193,13 +199,13 @@ class Features(Stream):
             entity = table.entities.get(i)
             if entity is not None:
                 if entity.position:
-                    found[i] = table.windows.values(entity, at)
+                    found[i] = table.windows.values(entity, at, names)
             elif hashes is None or i not in hashes:  # it may have been in memory a moment ago
                 absent.append(i)
             elif hashes.get(i):
-                found[i] = table.windows.values(table.windows.load(as_hash(hashes[i])), at)
+                found[i] = table.windows.values(table.windows.load(as_hash(hashes[i])), at, names)
         for i, entity in self.read(absent, kind).items():
-            found[i] = table.windows.values(entity, at)
+            found[i] = table.windows.values(entity, at, names)
         return found
 
     def absent(self, ids: Sequence[str], kind: Kind = "user") -> list[str]:
