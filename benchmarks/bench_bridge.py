@@ -14,6 +14,7 @@ from benchmarks.peers.launch import process
 from benchmarks.table import Row
 from benchmarks.traffic import Traffic
 from pipeline.fault_proxy import FaultProxy
+from pipeline.keys import LOCAL_STREAMS
 
 TITLE = "The bridge: after an outage, during one, and at its beginning"
 BATCH = 500  # as the bridge sends them
@@ -21,7 +22,6 @@ BARE_CONNECTIONS = (2, 4)  # the partner's own top rate is the better of these
 BARE_S = 5.0  # so long each, as long as a drain: what the partner puts off by a second or two has to be done in it, too
 RATE = 2_000  # events/s while the ingest is measured
 TRICKLE = 20  # requests/s of one event while trouble is waited for
-_LOCAL = ("features", "storage", "aggregates", "inference")
 _HEALTH = "/api/ml/bridge/python?action=health"
 
 
@@ -77,7 +77,7 @@ def drain_rate(system: System, home: str, events: int, seed: int) -> float:
     point(system, f"http://127.0.0.1:{free_port()}")
     traffic = Traffic(batch=BATCH, seed=1_000 + seed)
     load(closed_loop, system.port, traffic, 2, events // BATCH).only(202)
-    system.quiet(300, *_LOCAL)
+    system.quiet(300, *LOCAL_STREAMS)
     waiting = system.pending("bridge")
     point(system, home)
     began = time.monotonic()

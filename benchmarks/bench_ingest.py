@@ -8,11 +8,11 @@ from benchmarks.harness import Options, running
 from benchmarks.peers import launch
 from benchmarks.table import Row
 from benchmarks.traffic import Traffic, fill, nonces, stamp
+from pipeline.keys import LOCAL_STREAMS
 
 TITLE = "Ingest alone: the route with the local streams running, the bridge off"
 BATCHES = (1, 100, 500)
 CLIENTS = (1, 16, 64)
-_LOCAL = ("features", "storage", "aggregates", "inference")
 
 
 def run(options: Options) -> list[Row]:
@@ -20,14 +20,14 @@ def run(options: Options) -> list[Row]:
     found: dict[tuple[str, int, int], list[Closed]] = {}
     with running(options.data, ENABLE_PYTHON_BRIDGE="false") as system, launch.constant() as constant:
         hammer(system.port, without_ids(100), 4, 1)
-        system.drained(120, *_LOCAL)
+        system.drained(120, *LOCAL_STREAMS)
         for _ in range(options.pick(1, 2, 5)):
             for batch in BATCHES:
                 requests = without_ids(batch)
                 for clients in CLIENTS:
                     for name, port in (("nexus", system.port), ("constant", constant)):
                         found.setdefault((name, batch, clients), []).append(hammer(port, requests, clients, seconds))
-                    system.drained(300, *_LOCAL)
+                    system.drained(300, *LOCAL_STREAMS)
     rows = [Row("load generator", None, "", note=f"{TOOL}; closed loop; events without ids, which Nexus makes")]
     for batch in BATCHES:
         for clients in CLIENTS:

@@ -17,7 +17,6 @@ from benchmarks.traffic import Traffic
 TITLE = "Isolation: a partner in trouble beside a healthy one"
 RATE = 2_000  # events/s in batches of 100; below what any part has trouble with, so that ratios show isolation alone
 STATES = ("dead", *KINDS)
-_LOCAL = ("features", "storage", "aggregates", "inference")
 
 
 def run(options: Options) -> list[Row]:

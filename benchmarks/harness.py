@@ -26,10 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS_PYTHON = ROOT / ".venv-bench" / "bin" / "python"  # made by `make bench`
 INGEST = "/api/ml/events/ingest"
 _TICK = os.sysconf("SC_CLK_TCK")
-_LOOK_S, _IDLE_SHARE = (
-    1.0,
-    0.15,
-)  # of one core, by all parts together: they use 0.05 to 0.08 when nothing is asked of them
+_LOOK_S = 1.0
+_IDLE_SHARE = 0.15  # of one core, by all parts together: they use 0.05 to 0.08 when nothing is asked of them
 # By a word of the command line; the web server's own process is Nexus's too.
 _PARTS = (("valkey-server", "store"), ("event_api.py", "python"), ("app.py", "nexus"), (" serve", "nexus"))
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from benchmarks.load import Connection, Result
 from benchmarks.traffic import INGEST, NONCE, Traffic, fill, get, nonces, request, stamp
 
+# Less often the longer it has waited: a dozen probes that wait would be a load of their own.
 ASK_EVERY_S = 0.001  # at first
-ASK_SHARE = (
-    0.1  # then after this share of the time that has passed: a dozen probes that wait would be a load of their own
-)
+ASK_SHARE = 0.1  # then after this share of the time that has passed
 _ASK_STORE_EVERY_S = 0.01
 GIVE_UP_S = 20.0
 _WATCHERS = 16  # so many probes may wait at once before one is late

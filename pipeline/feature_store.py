@@ -246,7 +246,8 @@ def _preferred(feature: Feature | None, ours: _Side, theirs: _Side) -> str:
 
 def _is_nexus_s(feature: Feature) -> bool:
     """Its merge rule takes Nexus's value, whatever the ages."""
-    return feature.merge == "nexus" or (feature.merge == "owner" and feature.owner != "python")
+    nobody = _Side({}, None)
+    return feature.merge != "freshest" and _preferred(feature, nobody, nobody) == "nexus"
 
 
 def _agree(a: Any, b: Any, tolerance: float) -> bool:
