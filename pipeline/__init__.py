@@ -10,7 +10,7 @@ HTTP -> ingest -> log -> five streams -> feature store, models -> serving -> HTT
     checkpoints   effects and position in one step, fenced by the lease
     windows       tiles of the features that definitions declares
     feature_store both systems' features, merged, with where each value comes from
-    publisher     the public feature keys, after the commit
+    publisher     the public feature keys of who is in the outbox, after the commit
     lookups       receipts, dead letters, predictions
     serving       the snapshot that the dashboard reads
     jobs          what APScheduler runs, and how often

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import astuple
 
@@ -12,12 +13,14 @@ import msgspec
 from pipeline import checkpoints, keys
 from pipeline.events import rfc3339
 from pipeline.feature_health import FeatureHealth
+from pipeline.frames import Position
 from pipeline.lease import Lease
 from pipeline.reading import Values
 from pipeline.store import Command, Store
 from pipeline.streams.features import Features
 
 PER_STEP = 100  # users: some ms, then others have their turn; smaller steps begin with cold caches too often
+MOST_PER_ROUND = 10_000  # users that are looked at, however many wait: more than a round can publish
 ROUND_S = 0.85  # a round ends before the next one is due
 ONCE_MS = 1_000  # a user is published at most so often
 # Of a round's time, from an idle process to one in which all else takes FULL of it: then public keys come later,
@@ -31,9 +34,8 @@ _encode = msgspec.json.Encoder().encode
 class Publisher:
     """A round publishes each changed user once, in small steps, with pauses between them by how busy the process is.
 
-    The users still to publish are the outbox. It is not written anywhere: it is what the log holds between the published
-    position and the features stream's checkpoint, and is found again from there after a crash. Users whose values change by
-    themselves, as their windows empty, stand in the store by the time of the next change: no user is looked at before.
+    Users whose values change by themselves, as their windows empty, stand in the store by the time of the next change: no user is
+    looked at before. The published position is the latest checkpoint up to which no key lacks an event.
 
     `features` gives the running stream, None where it runs elsewhere; `stop` ends a round early.
     """
@@ -51,6 +53,7 @@ class Publisher:
         self._stop = stop or threading.Event()
         self._aging: set[str] = set()  # users that came to be published by their time
         self._recent: dict[str, int] = {}  # users published within ONCE_MS and when (epoch ms), in that order
+        self._checkpoints = deque([Position()])  # of the features stream, from the published position on
         self._spent_s = 0.0  # processor time of all steps
         self._seen = time.monotonic(), time.process_time()
         self.published = 0
@@ -61,33 +64,42 @@ class Publisher:
         if stream is None or not self._lease.epoch:
             return 0
         self._take_due(stream)
-        if not stream.changed:
+        outbox, ends, done = stream.outbox, time.monotonic() + ROUND_S, 0
+        if not outbox:
             return 0
-        ends, done = time.monotonic() + ROUND_S, 0
         position = checkpoints.read(self._store, [stream.name])[stream.name]
-        waiting = self._in_turn(list(stream.changed))
+        if position != self._checkpoints[-1]:
+            self._checkpoints.append(position)
+        waiting = self._in_turn(outbox.first(MOST_PER_ROUND))
         for at in range(0, len(waiting), PER_STEP):
             users = waiting[at : at + PER_STEP]
             too_soon_s = max(0, self._recent.get(users[-1], 0) + ONCE_MS - self._clock()) / 1000
             if too_soon_s > ends - time.monotonic() or self._stop.wait(too_soon_s):
                 break
             began, spent = time.monotonic(), time.thread_time()
-            for user_id in users:
-                stream.changed.pop(user_id, None)
+            taken = outbox.take(users)
             try:
                 self._step(stream, users)
             except Exception:
-                stream.changed.update(dict.fromkeys(users))
+                outbox.put_back(taken)
                 raise
             self._spent_s += time.thread_time() - spent
             done += len(users)
             took_s = time.monotonic() - began  # the longer the more others had to do, too
             if self._stop.wait(took_s * (1 / share - 1)):
                 break
-        else:
-            checkpoints.commit(self._store, self._lease.epoch, [("SET", keys.PUBLISHED, _encode(astuple(position)))])
+        self._advance(outbox.reached())
         self.published += done
         return done
+
+    def _advance(self, reached: int | None) -> None:
+        """Move the published position on to the latest checkpoint up to `reached`, None: to the latest of all."""
+        known, before = self._checkpoints, self._checkpoints[0]
+        while len(known) > 1 and (reached is None or known[1].ordinal <= reached):
+            known.popleft()
+        if known[0] is not before:
+            commands: list[Command] = [("SET", keys.PUBLISHED, _encode(astuple(known[0])))]
+            checkpoints.commit(self._store, self._lease.epoch, commands)
 
     def _share(self) -> float:
         """How much of its time this round may work, by what all else has taken since the last one."""
@@ -107,7 +119,7 @@ class Publisher:
         for raw in self._store.call("ZRANGEBYSCORE", keys.DUE, "-inf", self._clock(), "LIMIT", 0, DUE_PER_ROUND):
             user_id = raw.decode()
             self._aging.add(user_id)
-            stream.changed[user_id] = None
+        stream.outbox.add(self._aging)
 
     def _step(self, stream: Features, users: list[str]) -> None:
         now = self._clock()

@@ -37,7 +37,7 @@ def synchronise(
         report["malformed"] += partner.malformed is not None
         if partner.computed_at is None or (now - partner.computed_at) / 1000 > drift_s:
             drifted.append(user_id)
-            stream.changed[user_id] = None
+    stream.outbox.add(drifted)
     report["drifted"] = report["republished"] = len(drifted)
     if refresh is not None:
         stream.active.update(dict.fromkeys(_refresh(drifted, refresh, report)))

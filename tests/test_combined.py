@@ -389,6 +389,24 @@ def test_user_whose_event_comes_between_a_cut_and_its_writing_is_published_too(s
     assert published(store, "v")["event_count_24h"] == 1
 
 
+def test_published_position_follows_those_who_wait_longest_while_others_always_wait(store, publisher, monkeypatch):
+    monkeypatch.setattr("pipeline.publisher.MOST_PER_ROUND", 2)
+    publish, both = publisher
+    checkpointed = []
+    for round_ in range(4):
+        both.take(*[response(f"u{round_}-{i}", timestamp=NOON) for i in range(4)])
+        at = frames(Log(store))[-1].after()
+        write(store, both.stream.cut(NOON))
+        store.many(checkpoints.advance(Progress("features", at, 4), NOON))
+        checkpointed.append(at)
+        assert publish.publish() == 2
+    assert len(both.stream.outbox) == 8
+    assert Position(*json.loads(store.call("GET", keys.PUBLISHED))) == checkpointed[1]
+    both.stream = Features(store)
+    both.stream.load(NOON)
+    assert sorted(both.stream.outbox.first(99)) == [f"u{round_}-{i}" for round_ in (2, 3) for i in range(4)]
+
+
 def test_user_is_published_at_most_once_a_second(store, publisher):
     publish, both = publisher
     publish._clock = wall_clock
@@ -396,7 +414,7 @@ def test_user_is_published_at_most_once_a_second(store, publisher):
     made: list[int] = []
     until = time.monotonic() + 2.5
     while time.monotonic() < until:
-        both.stream.changed["u"] = None
+        both.stream.outbox.add(["u"])
         if publish.publish():
             made.append(read_moment("", json.loads(store.call("GET", keys.SERVING + "u"))["computed_at"]))
     assert len(made) >= 2
@@ -434,12 +452,12 @@ def test_sync_refreshes_those_that_drifted_and_leaves_the_others(store):
     both = Both(store)
     both.take(response("old"), response("new"), response("none"))
     write(store, both.stream.cut(NOON))
-    both.stream.changed.clear()
+    both.stream.outbox.take(["old", "new", "none"])
     both.python("old", {}, age_s=900)
     both.python("new", {}, age_s=10)
     asked: list[Any] = []
     report = synchronise(both.stream, both.reads, counted(lambda user: {}, asked), NOON, 300.0)
-    assert sorted(user for (user,) in asked) == sorted(both.stream.changed) == ["none", "old"]
+    assert sorted(user for (user,) in asked) == sorted(both.stream.outbox.first(9)) == ["none", "old"]
     assert (report["checked"], report["drifted"], report["refreshed"], report["waiting"]) == (3, 2, 2, 0)
     assert synchronise(both.stream, both.reads, None, NOON, 300.0)["checked"] == 0
 

@@ -19,6 +19,7 @@ from pipeline.definitions import Feature
 from pipeline.families import Family, needs_of, pack_definitions, plan, provides, unpack_definitions
 from pipeline.frames import Position
 from pipeline.log import Log
+from pipeline.outbox import Outbox
 from pipeline.reading import Values
 from pipeline.store import Command, Store
 from pipeline.streams.fold import Fold, as_hash
@@ -58,7 +59,8 @@ class Features(Stream):
         self.writing = False  # from a cut until it is written
         self._unsaved: bytes | None = None  # definitions that go before the next checkpoint
         self.active: dict[str, None] = {}  # users with events since the last feature sync
-        self.changed: dict[str, None] = {}  # users whose public key lags behind; the publisher takes them
+        self.outbox = Outbox()  # the publisher takes from it
+        self._outboxed = 0  # the ordinal up to which whose events were counted came into it
         self.serve(self.wanted, plan(self.wanted))
 
     @property
@@ -99,10 +101,10 @@ class Features(Stream):
         raw = self.store.call("GET", keys.PUBLISHED)
         behind = Position(*msgspec.json.decode(raw)) if raw else Position()
         while behind.ordinal < reached.ordinal and (frames := log.read(behind)):
-            for event in (event for frame in frames for event in Batch([frame]).events):
-                if event is not None and not is_canary(event):
-                    self.changed[event.user_id] = None
+            events = (event for frame in frames for event in Batch([frame]).events if event is not None)
+            self.outbox.add((event.user_id for event in events if not is_canary(event)), behind.ordinal)
             behind = frames[-1].after()
+        self._outboxed = reached.ordinal
 
     def adopt(self, stored: bytes | None, fresh: bool) -> None:
         """Serve what the store has tiles for, and see what has to be filled for definitions that are new."""
@@ -157,8 +159,9 @@ class Features(Stream):
             self._unsaved = None
             chunks = self._locked(chain([definitions] if definitions else [], fold.chunks(now)))
             final = fold.paid()
+            since, self._outboxed = self._outboxed, fold.ordinal
         # Before the commit: a publisher that sees the new checkpoint must find them here.
-        self.changed.update(dict.fromkeys(dirty))
+        self.outbox.add(dirty, since)
 
         def written() -> None:
             if len(self.active) < self._cached_users:
