@@ -5,6 +5,7 @@ The features stream folds what arrives, backfill what was stored before a defini
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,14 +20,14 @@ from pipeline.events import CANARY_TYPE, Stored
 from pipeline.extraction import Count, Counting, compile_counting
 from pipeline.families import Family
 from pipeline.frames import REDRIVE
-from pipeline.store import Command, Store
+from pipeline.store import Call, Command, Store
 from pipeline.streams.stream import UNDECODABLE, Batch, Outcome
 from pipeline.tiles import Entity
 from pipeline.windows import Windows
 
 PAYMENT, REPORT = "payment", "fraud_report"
 PREFIXES: Mapping[Kind, str] = {"user": keys.USER, "merchant": keys.MERCHANT, "zone": keys.ZONE}
-_CHUNK = 40
+_CHUNK, _CALLS = 40, 8  # entities of a call, and calls under way at once
 _DAY_MS = 86_400_000
 Hash = Mapping[bytes, bytes]
 
@@ -49,9 +50,18 @@ class Table:
 
     def hashes(self, ids: Sequence[str]) -> list[Hash]:
         found: list[Hash] = []
-        for at in range(0, len(ids), _CHUNK):  # a command for each would cost this process five times as much
-            some = [self.prefix + i for i in ids[at : at + _CHUNK]]
-            found += map(as_hash, self._store.run("vectors", some, [0]))
+        under_way: deque[Call] = deque()  # the store is at the next ones while this process takes the answer of one in
+        try:
+            for at in range(0, len(ids), _CHUNK):  # a command for each would cost this process five times as much
+                some = [self.prefix + i for i in ids[at : at + _CHUNK]]
+                under_way.append(self._store.begin("vectors", some, [0]))
+                if len(under_way) == _CALLS:
+                    found += map(as_hash, under_way.popleft().result())
+            while under_way:
+                found += map(as_hash, under_way.popleft().result())
+        finally:
+            for call in under_way:
+                call.close()
         return found
 
     def evict(self, most: int) -> None:
