@@ -1,4 +1,4 @@
-"""Growth: time per event, memory, start and recovery as users and retained events become many."""
+"""Growth: time per event, memory, start and recovery as users become many."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from benchmarks.load import closed_loop, load
 from benchmarks.table import Row
 from benchmarks.traffic import Traffic
 
-TITLE = "Growth: more users, more retained events"
-RETAINED = 10_000_000  # events, in the full run
+TITLE = "Growth: more users"
 _CHUNK = 100_000
 _START_S = 900.0
 
@@ -44,34 +43,27 @@ def run(options: Options) -> list[Row]:
                 post(system, Traffic(users=users, first=known, requests=part // 100), part)
                 known += part
             stages.append(measure(system, Stage(f"{users:,} users", users), options))
-        if options.full:
-            while (held := system.accounts()["totals"]["accepted"]) < RETAINED:
-                post(system, Traffic(users=known, requests=2_000, seed=held), _CHUNK)
-            stages.append(measure(system, Stage(f"{known:,} users, {RETAINED:,} events retained", known), options))
-    return _rows(stages, options)
+    return rows(stages)
 
 
-def _rows(stages: list[Stage], options: Options) -> list[Row]:
-    rows: list[Row] = []
+def rows(stages: list[Stage]) -> list[Row]:
+    """What was measured at each size, and the time per event over that at the first."""
+    made: list[Row] = []
     first = stages[0]
     for stage in stages:
         held = f"{stage.events:,} events retained"
-        rows.append(table.of(f"time per event, {stage.label}", stage.us_per_event, "µs", note=held))
-        rows.append(table.of(f"processor time per event, {stage.label}", stage.cpu_us, "µs", note="all three parts"))
+        made.append(table.of(f"time per event, {stage.label}", stage.us_per_event, "µs", note=held))
+        made.append(table.of(f"processor time per event, {stage.label}", stage.cpu_us, "µs", note="all three parts"))
         if stage is not first:
             asked = (1.5, 1.2) if stage.users == 1_000_000 else (None, None)
             name, below = f"time per event, {stage.label}", first.us_per_event
             row = table.ratio(name, stage.us_per_event, below, first.label, target=asked[0], aim=asked[1])
-            rows.append(row)
+            made.append(row)
         for part, size in sorted(stage.memory.items()):
-            rows.append(Row(f"memory of {part}, {stage.label}", size, "MiB"))
+            made.append(Row(f"memory of {part}, {stage.label}", size, "MiB"))
         for what, seconds in stage.recovery.items():
-            rows.append(Row(f"{what}, {held}", seconds, "s"))
-    if not options.full:
-        rows.append(
-            table.missing(f"with {RETAINED:,} events retained", "µs", "only in the full run: make bench ARGS=--full")
-        )
-    return rows
+            made.append(Row(f"{what}, {held}", seconds, "s"))
+    return made
 
 
 def post(system: System, traffic: Traffic, events: int) -> float:
