@@ -14,7 +14,7 @@ import msgspec
 from pipeline import keys
 from pipeline.errors import BadRequest, PartnerStatus
 from pipeline.events import rfc3339
-from pipeline.frames import CANARY
+from pipeline.frames import CANARY, user_of
 from pipeline.log import Log
 from pipeline.replies import KINDS, Delivery, kind_of
 from pipeline.store import Command, Store
@@ -46,20 +46,6 @@ class Attempt(msgspec.Struct, omit_defaults=True):
 
 
 _decode = msgspec.json.Decoder(Attempt).decode
-
-
-class _OnlyUser(msgspec.Struct):
-    user_id: str
-
-
-_MARK = b'"user_id":"'
-_decode_user = msgspec.json.Decoder(_OnlyUser).decode
-
-
-def user_of(body: bytes) -> bytes:
-    """The user of a stored event, as JSON has it between the quotes; nothing before it can hold the mark (events.py)."""
-    user = body.partition(_MARK)[2].partition(b'"')[0]  # half the time of a search by index
-    return _encode(_decode_user(body).user_id)[1:-1] if b"\\" in user else user
 
 
 def lane_of(body: bytes, lanes: int) -> int:

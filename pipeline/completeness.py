@@ -9,12 +9,11 @@ from zlib import crc32
 
 import numpy as np
 
-from pipeline.frames import BRIDGE_ONLY, Position
+from pipeline.frames import BRIDGE_ONLY, Position, named, user_of
 from pipeline.log import Log
 from pipeline.streams.stream import Batch
 
 MOST_EVENTS = 5_000_000  # remembered of a backlog: 20 MB; beyond this the figure is a least one
-_MARK = b'"user_id":"'
 
 
 class Backlog:
@@ -57,7 +56,10 @@ class Backlog:
         while position.ordinal < upto and (frames := log.read(position, 1 << 20)):
             for frame in frames:
                 if frame.ordinal < upto and frame.to & BRIDGE_ONLY:
-                    self._add(frame.ordinal, array("I", [_user(record) for record in frame.records]))
+                    self._add(
+                        frame.ordinal,
+                        array("I", [crc32(named(user_of(record[8:])).encode()) for record in frame.records]),
+                    )
             position = frames[-1].after()
 
     def behind(self, user_id: str) -> int:
@@ -71,10 +73,3 @@ class Backlog:
             for first, users in parts
             if first + len(users) > done
         )
-
-
-def _user(record: bytes) -> int:
-    """The hash of a record's user_id, which stands third in the stored JSON (events.py), before anything a client names."""
-    start = record.index(_MARK) + len(_MARK)
-    text = record[start : record.index(b'"', start)]
-    return crc32(text) if b"\\" not in text else 0

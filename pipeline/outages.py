@@ -13,10 +13,9 @@ from typing import Any
 import msgspec
 
 from pipeline import checkpoints, keys
-from pipeline.attempts import user_of
 from pipeline.checkpoints import Progress
 from pipeline.events import rfc3339
-from pipeline.frames import BRIDGE_ONLY, CANARY, Position
+from pipeline.frames import BRIDGE_ONLY, CANARY, Position, user_of
 from pipeline.log import Log
 from pipeline.store import Command, Store
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 
 import pytest
 
-from pipeline.attempts import lane_of, user_of
-from pipeline.frames import ALL_STREAMS, CANARY, Frame, Position
+from pipeline.attempts import lane_of
+from pipeline.frames import ALL_STREAMS, CANARY, Frame, Position, named, user_of
 from pipeline.streams import delivery
 from pipeline.streams.delivery import Window, cut, truncated
 
@@ -140,3 +141,4 @@ def test_an_event_that_is_pulled_is_the_next_and_no_other_is_lost():
 )
 def test_the_user_is_read_out_of_the_stored_event(body, user):
     assert user_of(body) == user
+    assert named(user) == json.loads(body)["user_id"]

@@ -17,13 +17,13 @@ from pipeline.completeness import Backlog
 from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature
 from pipeline.families import Family, needs_of, pack_definitions, plan, provides, unpack_definitions
-from pipeline.frames import Position
+from pipeline.frames import CANARY, Position, named, user_of
 from pipeline.log import Log
 from pipeline.outbox import Outbox
 from pipeline.reading import Values
 from pipeline.store import Command, Store
 from pipeline.streams.fold import Fold, as_hash
-from pipeline.streams.stream import Batch, Cut, Outcome, Stream, is_canary
+from pipeline.streams.stream import Batch, Cut, Outcome, Stream
 from pipeline.tiles import Entity
 from pipeline.windows import Windows
 
@@ -101,8 +101,9 @@ class Features(Stream):
         raw = self.store.call("GET", keys.PUBLISHED)
         behind = Position(*msgspec.json.decode(raw)) if raw else Position()
         while behind.ordinal < reached.ordinal and (frames := log.read(behind)):
-            events = (event for frame in frames for event in Batch([frame]).events if event is not None)
-            self.outbox.add((event.user_id for event in events if not is_canary(event)), behind.ordinal)
+            sound = (frame for frame in frames if not frame.to & CANARY and not frame.broken)
+            users = {user_of(record[8:]) for frame in sound for record in frame.records}
+            self.outbox.add(map(named, users), behind.ordinal)
             behind = frames[-1].after()
         self._outboxed = reached.ordinal
 

@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Callable
 
 from pipeline import attempts
-from pipeline.attempts import Attempt, user_of
+from pipeline.attempts import Attempt
 from pipeline.errors import PartnerError, PartnerStatus, PartnerTimeout
+from pipeline.frames import user_of
 from pipeline.health import SLOW_SHARE
 from pipeline.live_settings import LiveSettings
 from pipeline.partner import Partner
