@@ -23,45 +23,51 @@ _INTERNET = {socket.AF_INET, socket.AF_INET6}
 Wsgi = Callable[..., Iterable[bytes]]
 
 
-class Turns:
-    """A WSGI wrapper: so many requests are worked on at a time, first come first served, and each has its body by then.
+class Line:
+    """A context that so many threads are in at a time, first come first served."""
 
-    The server gives every request a thread, many more of them than there are turns: an upload that stalls holds only
-    that. Without turns as many threads would struggle for one interpreter lock.
-    """
-
-    def __init__(self, app: Wsgi, turns: int) -> None:
-        self._app, self._free = app, turns
+    def __init__(self, turns: int) -> None:
+        self._free = turns
         self._lock = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()
+        self.waiting: deque[threading.Lock] = deque()
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ["PATH_INFO"] in _NO_TURN:
-            return self._app(environ, start_response)
-        if size := _to_read(environ):
-            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(size))
-        self._take_turn()
-        try:
-            return self._app(environ, start_response)
-        finally:
-            self._pass_on()
-
-    def _take_turn(self) -> None:
+    def __enter__(self) -> None:
         with self._lock:
             if self._free > 0:
                 self._free -= 1
                 return
             called = threading.Lock()
             called.acquire()
-            self._waiting.append(called)
+            self.waiting.append(called)
         called.acquire()
 
-    def _pass_on(self) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
+            if self.waiting:
+                self.waiting.popleft().release()
             else:
                 self._free += 1
+
+
+class Turns:
+    """A WSGI wrapper: so many requests are worked on at a time, and each has its body by then.
+
+    The server gives every request a thread, many more of them than there are turns: an upload that stalls holds only
+    that. Without turns as many threads would struggle for one interpreter lock. Those that are `brief`, next to nothing but
+    computing, have a line of their own and few turns: more of them at a time only take the lock from each other.
+    """
+
+    def __init__(self, app: Wsgi, turns: int, brief: Callable[[dict[str, Any]], bool], brief_turns: int) -> None:
+        self._app, self._is_brief = app, brief
+        self.line, self.brief = Line(turns), Line(brief_turns)
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["PATH_INFO"] in _NO_TURN:
+            return self._app(environ, start_response)
+        if size := _to_read(environ):
+            environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(size))
+        with self.brief if self._is_brief(environ) else self.line:
+            return self._app(environ, start_response)
 
 
 def _to_read(environ: dict[str, Any]) -> int:
