@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.posted import MAX_BODY_BYTES
 
+BRIEF_S = 0.5  # so long a brief request waits for the others of its kind
 _NO_TURN = {"/healthz", "/readyz"}  # a probe answers however long the line is
 # In Linux's struct tcp_info: ms since data was last sent, since an acknowledgement was, since data was last received.
 _LAST_MOVED, _INFO_BYTES = struct.Struct("=44xIII"), 104
@@ -24,24 +25,31 @@ Wsgi = Callable[..., Iterable[bytes]]
 
 
 class Line:
-    """A context that so many threads are in at a time, first come first served."""
+    """So many threads have a turn at a time, first come first served."""
 
     def __init__(self, turns: int) -> None:
         self._free = turns
         self._lock = threading.Lock()
         self.waiting: deque[threading.Lock] = deque()
 
-    def __enter__(self) -> None:
+    def take_turn(self, patience_s: float = -1) -> bool:
+        """False where there was none within that time; -1 waits for as long as it takes."""
         with self._lock:
             if self._free > 0:
                 self._free -= 1
-                return
+                return True
             called = threading.Lock()
             called.acquire()
             self.waiting.append(called)
-        called.acquire()
+        if called.acquire(timeout=patience_s):
+            return True
+        with self._lock:
+            if called not in self.waiting:  # it was called just now
+                return True
+            self.waiting.remove(called)
+            return False
 
-    def __exit__(self, *_: object) -> None:
+    def pass_on(self) -> None:
         with self._lock:
             if self.waiting:
                 self.waiting.popleft().release()
@@ -54,7 +62,8 @@ class Turns:
 
     The server gives every request a thread, many more of them than there are turns: an upload that stalls holds only
     that. Without turns as many threads would struggle for one interpreter lock. Those that are `brief`, next to nothing but
-    computing, have a line of their own and few turns: more of them at a time only take the lock from each other.
+    computing, have a line of their own and few turns: more of them at a time only take the lock from each other. Where they
+    stand still nevertheless, since the store does, the next ones go with all others.
     """
 
     def __init__(self, app: Wsgi, turns: int, brief: Callable[[dict[str, Any]], bool], brief_turns: int) -> None:
@@ -66,8 +75,14 @@ class Turns:
             return self._app(environ, start_response)
         if size := _to_read(environ):
             environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(size))
-        with self.brief if self._is_brief(environ) else self.line:
+        line = self.brief
+        if not self._is_brief(environ) or not line.take_turn(BRIEF_S):
+            line = self.line
+            line.take_turn()
+        try:
             return self._app(environ, start_response)
+        finally:
+            line.pass_on()
 
 
 def _to_read(environ: dict[str, Any]) -> int:

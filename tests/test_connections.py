@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.connections import Turns, close_idle
+from pipeline.connections import Line, Turns, close_idle
 from pipeline.hot_route import is_read
 from pipeline.posted import MAX_BODY_BYTES
 from tests.helpers import until
@@ -105,7 +105,8 @@ def test_turns_go_round_in_the_order_in_which_requests_came(aside):
     until(lambda: slow.began == ["/0", "/1", "/2", "/3"])
 
 
-def test_brief_requests_and_the_others_do_not_wait_for_each_other(aside):
+def test_brief_requests_and_the_others_do_not_wait_for_each_other(aside, monkeypatch):
+    monkeypatch.setattr("pipeline.connections.BRIEF_S", 20.0)
     slow = Slow()
     app = turns(slow, 1)
     for n, path in enumerate(("/0", "/1", "/brief/0", "/brief/1")):
@@ -114,6 +115,33 @@ def test_brief_requests_and_the_others_do_not_wait_for_each_other(aside):
     assert slow.began == ["/0", "/brief/0"]
     slow.let_go.set()
     until(lambda: sorted(slow.began) == ["/0", "/1", "/brief/0", "/brief/1"])
+
+
+def test_brief_requests_that_stand_still_do_not_hold_up_the_next_ones(aside, monkeypatch):
+    monkeypatch.setattr("pipeline.connections.BRIEF_S", 0.01)
+    slow = Slow()
+    app = turns(slow, 2)
+    for path in ("/brief/0", "/brief/1", "/brief/2"):
+        aside(app, request(path), start)
+    until(lambda: len(slow.began) == 3)
+    assert not app.brief.waiting
+    slow.let_go.set()
+
+
+def test_turn_that_is_called_in_the_moment_in_which_patience_ends_is_not_lost(aside):
+    line = Line(1)
+
+    def go() -> None:
+        if line.take_turn(0.001):
+            line.pass_on()
+
+    for _ in range(30):
+        assert line.take_turn(20)
+        thread = aside(go)
+        until(lambda: line.waiting or not thread.is_alive())  # noqa: B023  it is asked at once
+        line.pass_on()
+        thread.join(20)
+    assert line.take_turn(20)
 
 
 @pytest.mark.parametrize(
