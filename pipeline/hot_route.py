@@ -38,8 +38,8 @@ class HotRoute:
 def is_read(environ: dict[str, Any]) -> bool:
     """Whether a request asks for one entity's features of now, which takes well under a millisecond; those of the past take as
     long as their events are many."""
-    found = environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].startswith(FEATURES)
-    return found and "as_of" not in environ.get("QUERY_STRING", "")
+    now = environ["REQUEST_METHOD"] == "GET" and "as_of" not in environ.get("QUERY_STRING", "")
+    return now and _user_of(environ["PATH_INFO"]) is not None
 
 
 def _user_of(path: str) -> str | None:

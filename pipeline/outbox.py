@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping
 from itertools import islice
+
+from pipeline.frames import Position
 
 
 class Outbox:
     """Users and, of each, the ordinal of the first event that its public key may lack. Any thread may call it.
 
-    It is in memory alone: what it holds is found again in the log, between the published position and the checkpoint.
+    It is in memory alone: what it holds is found again in the log, between the published position, which is the latest checkpoint
+    up to which no key lacks an event, and the checkpoint.
     """
 
     def __init__(self) -> None:
         self._users: dict[str, int] = {}  # by ascending ordinals
         self._latest = 0
+        self._checkpoints = deque([Position()])  # from the published position on
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -48,7 +53,17 @@ class Outbox:
             back = dict.fromkeys(taken, lowest)
             self._users = {**back, **self._users, **back}
 
-    def reached(self) -> int | None:
-        """The ordinal up to which no public key lacks an event; None where nobody waits."""
+    def saw(self, checkpoint: Position) -> None:
+        """All users with events before it are in here, or were."""
         with self._lock:
-            return min(islice(self._users.values(), 1), default=None)
+            if checkpoint != self._checkpoints[-1]:
+                self._checkpoints.append(checkpoint)
+
+    def advance(self) -> Position | None:
+        """The published position, where it has moved on since it was last asked for."""
+        known, before = self._checkpoints, self._checkpoints[0]
+        with self._lock:
+            reached = next(iter(self._users.values()), None)  # None: nobody waits
+            while len(known) > 1 and (reached is None or known[1].ordinal <= reached):
+                known.popleft()
+            return known[0] if known[0] is not before else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import astuple
 
@@ -13,7 +12,6 @@ import msgspec
 from pipeline import checkpoints, keys
 from pipeline.events import rfc3339
 from pipeline.feature_health import FeatureHealth
-from pipeline.frames import Position
 from pipeline.lease import Lease
 from pipeline.reading import Values
 from pipeline.store import Command, Store
@@ -35,7 +33,7 @@ class Publisher:
     """A round publishes each changed user once, in small steps, with pauses between them by how busy the process is.
 
     Users whose values change by themselves, as their windows empty, stand in the store by the time of the next change: no user is
-    looked at before. The published position is the latest checkpoint up to which no key lacks an event.
+    looked at before.
 
     `features` gives the running stream, None where it runs elsewhere; `stop` ends a round early.
     """
@@ -53,7 +51,6 @@ class Publisher:
         self._stop = stop or threading.Event()
         self._aging: set[str] = set()  # users that came to be published by their time
         self._recent: dict[str, int] = {}  # users published within ONCE_MS and when (epoch ms), in that order
-        self._checkpoints = deque([Position()])  # of the features stream, from the published position on
         self._spent_s = 0.0  # processor time of all steps
         self._seen = time.monotonic(), time.process_time()
         self.published = 0
@@ -67,9 +64,7 @@ class Publisher:
         outbox, ends, done = stream.outbox, time.monotonic() + ROUND_S, 0
         if not outbox:
             return 0
-        position = checkpoints.read(self._store, [stream.name])[stream.name]
-        if position != self._checkpoints[-1]:
-            self._checkpoints.append(position)
+        outbox.saw(checkpoints.read(self._store, [stream.name])[stream.name])
         waiting = self._in_turn(outbox.first(MOST_PER_ROUND))
         for at in range(0, len(waiting), PER_STEP):
             users = waiting[at : at + PER_STEP]
@@ -88,18 +83,11 @@ class Publisher:
             took_s = time.monotonic() - began  # the longer the more others had to do, too
             if self._stop.wait(took_s * (1 / share - 1)):
                 break
-        self._advance(outbox.reached())
+        if (position := outbox.advance()) is not None:
+            commands: list[Command] = [("SET", keys.PUBLISHED, _encode(astuple(position)))]
+            checkpoints.commit(self._store, self._lease.epoch, commands)
         self.published += done
         return done
-
-    def _advance(self, reached: int | None) -> None:
-        """Move the published position on to the latest checkpoint up to `reached`, None: to the latest of all."""
-        known, before = self._checkpoints, self._checkpoints[0]
-        while len(known) > 1 and (reached is None or known[1].ordinal <= reached):
-            known.popleft()
-        if known[0] is not before:
-            commands: list[Command] = [("SET", keys.PUBLISHED, _encode(astuple(known[0])))]
-            checkpoints.commit(self._store, self._lease.epoch, commands)
 
     def _share(self) -> float:
         """How much of its time this round may work, by what all else has taken since the last one."""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import pyarrow.parquet as pq
 import pytest
 from h3.api.basic_str import latlng_to_cell
@@ -24,9 +25,9 @@ from pipeline.events import rfc3339
 from pipeline.feature_health import FeatureHealth
 from pipeline.feature_store import FeatureStore
 from pipeline.foreign import read_moment
-from pipeline.frames import BRIDGE_ONLY, Position
+from pipeline.frames import BRIDGE_ONLY, Position, record
 from pipeline.lease import Lease
-from pipeline.log import Log
+from pipeline.log import Log, Request
 from pipeline.publisher import LEAST_SHARE, MOST_SHARE, Publisher
 from pipeline.runtime import wall_clock
 from pipeline.store import Store
@@ -46,6 +47,7 @@ from tests.helpers import (
     clean_environment,
     event,
     frames,
+    parsed,
     payment,
     response,
     write,
@@ -405,6 +407,20 @@ def test_published_position_follows_those_who_wait_longest_while_others_always_w
     both.stream = Features(store)
     both.stream.load(NOON)
     assert sorted(both.stream.outbox.first(99)) == [f"u{round_}-{i}" for round_ in (2, 3) for i in range(4)]
+
+
+def test_stream_starts_behind_an_event_that_nobody_can_decode(store):
+    log, [sound] = Log(store), parsed([event(user="u")], NOON)
+    bad = [
+        msgspec.structs.replace(sound, event_id=f"bad{i}", record=record(NOON, body))
+        for i, body in enumerate((b"{", b'{"user_id":"a\\q"}'))
+    ]
+    log.accept([Request([*bad, sound], "test")], NOON)
+    at = frames(log)[-1].after()
+    store.many(checkpoints.advance(Progress("features", at, 3), NOON))
+    stream = Features(store, backlog=Backlog(lambda: 0))
+    stream.load(NOON)
+    assert stream.outbox.first(9) == ["u"]
 
 
 def test_user_is_published_at_most_once_a_second(store, publisher):

@@ -142,3 +142,10 @@ def test_an_event_that_is_pulled_is_the_next_and_no_other_is_lost():
 def test_the_user_is_read_out_of_the_stored_event(body, user):
     assert user_of(body) == user
     assert named(user) == json.loads(body)["user_id"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b'{"user_id":"a\\', b'{"user_id":"a\\q"}', b'\xff"user_id":"\xff"', b'{"user_id":7}']
+)
+def test_an_event_that_nobody_can_decode_has_a_user_that_holds_up_nobody(body):
+    assert type(named(user_of(body))) is str

@@ -5,23 +5,29 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.frames import Position
 from pipeline.outbox import Outbox
 
+CHECKPOINTS = [Position(1, 0, 0, 5 * n) for n in range(9)]
 USERS = st.lists(st.sampled_from("abcdef"), unique=True)
 
 
 def test_user_who_waits_already_keeps_the_place_and_the_first_event_that_its_key_lacks():
     outbox = Outbox()
+    for checkpoint in CHECKPOINTS:
+        outbox.saw(checkpoint)
     outbox.add("ab", 10)
     outbox.add("ca", 20)
-    assert (outbox.first(9), outbox.reached()) == (["a", "b", "c"], 10)
-    outbox.take("ab")
-    assert outbox.reached() == 20
+    assert (outbox.first(9), outbox.advance()) == (["a", "b", "c"], CHECKPOINTS[2])
+    outbox.take("a")
+    assert outbox.advance() is None
+    outbox.take("b")
+    assert outbox.advance() == CHECKPOINTS[4]
     outbox.add("a")
     outbox.take("c")
-    assert (outbox.first(9), outbox.reached()) == (["a"], 20)
+    assert (outbox.first(9), outbox.advance()) == (["a"], None)
     outbox.take("a")
-    assert (len(outbox), outbox.reached()) == (0, None)
+    assert (len(outbox), outbox.advance()) == (0, CHECKPOINTS[-1])
 
 
 def test_users_who_could_not_be_published_come_first_again():
@@ -30,19 +36,20 @@ def test_users_who_could_not_be_published_come_first_again():
     taken = outbox.take("ac")
     outbox.add("da", 20)
     outbox.put_back(taken)
-    assert (outbox.first(9), outbox.first(1), outbox.reached()) == (["a", "c", "b", "d"], ["a"], 10)
+    assert (outbox.first(9), outbox.first(1)) == (["a", "c", "b", "d"], ["a"])
 
 
 @given(st.lists(st.tuples(st.sampled_from(("cut", "again", "publish", "fail")), USERS)))
-def test_no_event_before_what_is_reached_is_lacked_by_any_key(steps):
-    """`lacks` is the truth: of each user the ordinal of the first event that its key lacks."""
-    outbox, ordinal = Outbox(), 0
+def test_no_event_before_the_published_position_is_lacked_by_any_key(steps):
+    """`lacks` is the truth: of each user the ordinal of the first event that its key lacks. A cut is checkpointed at once."""
+    outbox, ordinal, published = Outbox(), 0, Position()
     lacks: dict[str, int] = {}
     for step, users in steps:
         if step == "cut":
-            ordinal += 10
             outbox.add(users, ordinal)
             lacks = {**dict.fromkeys(users, ordinal), **lacks}
+            ordinal += 10
+            outbox.saw(Position(1, 0, 0, ordinal))
         elif step == "again":
             outbox.add(users)
         else:
@@ -52,6 +59,6 @@ def test_no_event_before_what_is_reached_is_lacked_by_any_key(steps):
             else:
                 lacks = {user: at for user, at in lacks.items() if user not in users}
         assert set(lacks) <= set(outbox.first(9))
-        reached = outbox.reached()
-        assert (reached is None) == (len(outbox) == 0)
-        assert reached is None or all(at >= reached for at in lacks.values())
+        published = outbox.advance() or published
+        assert all(at >= published.ordinal for at in lacks.values())
+        assert len(outbox) or published.ordinal == ordinal

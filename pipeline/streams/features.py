@@ -100,10 +100,11 @@ class Features(Stream):
             self._backlog.load(log, checkpoints.read(self.store, ["bridge"])["bridge"], reached.ordinal)
         raw = self.store.call("GET", keys.PUBLISHED)
         behind = Position(*msgspec.json.decode(raw)) if raw else Position()
+        self.outbox.saw(behind)
         while behind.ordinal < reached.ordinal and (frames := log.read(behind)):
             sound = (frame for frame in frames if not frame.to & CANARY and not frame.broken)
             users = {user_of(record[8:]) for frame in sound for record in frame.records}
-            self.outbox.add(map(named, users), behind.ordinal)
+            self.outbox.add((named(user) for user in users if user), behind.ordinal)
             behind = frames[-1].after()
         self._outboxed = reached.ordinal
 
