@@ -69,6 +69,7 @@ KEEP_S = 8 * 86_400  # an idle user is forgotten a day after its last window has
 TICK_S = 0.1  # how often the flusher looks
 PUBLISHED, PUBLISH_MS, LATEST_MS = 100, 900, 5_000  # users a tick; a user at most so often; a change at the latest
 WRITTEN = 50  # users in one step
+GROUPED = 1_000  # events in one step, where several requests wait
 SAVED, LATEST_SAVE_MS = 20, 20_000  # states a tick; a state at the latest, which bounds the journal
 STORE_TIMEOUT_S = 2.0
 LARGEST = 1e15  # in size, that a number may have to be summed
@@ -440,6 +441,34 @@ def longest(queue: dict[str, int], most: int, now: int, limit: int) -> list[str]
     return users
 
 
+class Waiting:
+    """A request that waits for the store: new events, its duplicates, and in the end how many were new, how many not."""
+
+    def __init__(self, fresh: dict[bytes, tuple[Fact, ...]], duplicates: int) -> None:
+        self.fresh, self.duplicates = fresh, duplicates
+        self.outcome: tuple[int, int] | None = None
+
+
+def together(waiting: list[Waiting]) -> list[Waiting]:
+    """The first of those without an outcome, as many as make a step of the store that keeps nobody else waiting for long."""
+    requests: list[Waiting] = []
+    events = 0
+    for request in waiting:
+        if request.outcome is None:
+            events += len(request.fresh)
+            if requests and events > GROUPED:
+                break
+            requests.append(request)
+    return requests
+
+
+def drop(parts: list[dict[bytes, tuple[Fact, ...]]], digests: list[bytes]) -> None:
+    """Take events out of the parts, wherever they are."""
+    for part in parts if digests else ():
+        for digest in digests:
+            part.pop(digest, None)
+
+
 class NotOwner(Exception):
     """Another process of this service has claimed the store."""
 
@@ -453,7 +482,8 @@ class Service:
         self.cluster = cluster
         self.client: Any = (redis.RedisCluster if cluster else redis.Redis).from_url(url, **options)
         self.shas = {script: sha1(script.encode()).hexdigest() for script in (CLAIM, ACCEPT, SAVE)}
-        self.lock = asyncio.Lock()  # one claim or batch at a time: states take the frames in the journal's order
+        self.lock = asyncio.Lock()  # one claim or step at a time: states take the frames in the journal's order
+        self.waiting: list[Waiting] = []  # in the order in which they ask for the lock
         self.stopping = asyncio.Event()
         self.failed_at, self.trouble = -1.0, ""
         self.forget()
@@ -520,33 +550,46 @@ class Service:
         return loaded
 
     async def accept(self, fresh: dict[bytes, tuple[Fact, ...]], duplicates: int) -> tuple[int, int]:
-        """Keep the facts of events by the digests of their ids, once each: how many were new, how many not."""
-        while True:
-            try:
-                async with self.lock:
-                    await self.claim()
-                    return await self._accept(dict(fresh), duplicates)
-            except NotOwner:
-                log.warning("another process has claimed the store; claiming it back")
+        """Keep the facts of events by the digests of their ids, once each: how many were new, how many not. What comes
+        while the store is busy goes to it together: one step for several requests."""
+        mine = Waiting(fresh, duplicates)
+        self.waiting.append(mine)
+        try:
+            while mine.outcome is None:
+                try:
+                    async with self.lock:
+                        if mine.outcome is None:
+                            await self.claim()
+                            await self._accept(together(self.waiting))
+                except NotOwner:
+                    log.warning("another process has claimed the store; claiming it back")
+            return mine.outcome
+        finally:
+            self.waiting.remove(mine)
 
-    async def _accept(self, fresh: dict[bytes, tuple[Fact, ...]], duplicates: int) -> tuple[int, int]:
+    async def _accept(self, requests: list[Waiting]) -> None:
         token, period = self.token, now_ms() // SEEN_PERIOD
         keys = [OWNER, JOURNAL, COUNTS, *(f"{SEEN}{period - back}" for back in range(SEEN_PERIODS))]
+        new: list[dict[bytes, tuple[Fact, ...]]] = []
+        for request in requests:
+            new.append(dict(request.fresh))
+            drop(new[-1:], [digest for earlier in new[:-1] for digest in earlier.keys() & request.fresh.keys()])
+        total = sum(len(request.fresh) + request.duplicates for request in requests)
         async with self.store():
-            while fresh or duplicates:
-                facts = [fact for facts in fresh.values() for fact in facts]
-                counts = [sum(map(bool, fresh.values())), duplicates]  # a canary has no facts and counts nowhere
+            while total:
+                digests = [digest for part in new for digest in part]
+                each = [facts for part in new for facts in part.values()]
+                facts = [fact for facts in each for fact in facts]
+                counts = [sum(map(bool, each)), total - len(digests)]  # a canary has no facts and counts nowhere
                 frame, expire_s = encode(facts) if facts else b"", SEEN_PERIODS * SEEN_PERIOD // 1000
-                answer = await self.run(ACCEPT, keys, [token, b"".join(fresh), *counts, frame, expire_s, now_ms()])
+                answer = await self.run(ACCEPT, keys, [token, b"".join(digests), *counts, frame, expire_s, now_ms()])
                 if isinstance(answer, int):
                     if self.token == token:  # else the store was lost in between, and the replay brings these too
                         self.apply(facts, answer)
                     break
-                digests = list(fresh)
-                for position in set(answer):
-                    del fresh[digests[position]]
-                duplicates += len(digests) - len(fresh)
-        return len(fresh), duplicates
+                drop(new, [digests[position] for position in answer])
+        for request, part in zip(requests, new, strict=True):
+            request.outcome = len(part), len(request.fresh) + request.duplicates - len(part)
 
     def apply(self, facts: list[Fact], seq: int) -> None:
         """Take a frame of the journal: its facts are counted when their users are next looked at."""

@@ -160,6 +160,12 @@ def user_of(body: bytes) -> bytes:
         return b""
 
 
+def users_of(bodies: Sequence[bytes]) -> list[bytes]:
+    """user_of() of many."""
+    users = [body.partition(_MARK)[2].partition(b'"')[0] for body in bodies]
+    return [user_of(body) for body in bodies] if b"\\" in b"".join(users) else users
+
+
 def named(user: bytes) -> str:
     """The user_id that user_of() found."""
     return _decode_text(b'"%b"' % user) if b"\\" in user else user.decode(errors="replace")

@@ -28,7 +28,7 @@ from pipeline.log import Log
 from pipeline.outages import Ledger
 from pipeline.partner import Partner
 from pipeline.store import Command, Store
-from pipeline.streams.delivery import Window, cut, truncated
+from pipeline.streams.delivery import MOST_BYTES, Window, cut, truncated
 from pipeline.streams.gate import Gate
 from pipeline.streams.sender import Sender
 from pipeline.streams.watch import Watch
@@ -40,7 +40,7 @@ _COMMIT_S = 0.02  # at most this often while there is more to send
 _LINGER_S = 0.05  # requests of this long are sent together: a call costs as much as fifty events
 _IDLE_S, _POLL_S = 0.25, 0.5
 _GRACE_S = 2.0
-_EVENT_BYTES = 400
+_READ_BYTES = 1 << 19  # in one step
 log = logging.getLogger(__name__)
 
 
@@ -219,7 +219,7 @@ class Bridge:
         if not self.gate.shut:
             while self._room():
                 await self._linger()
-                if not self._send_next():
+                if not await self._send_next():
                     break
         counting = self.ledger.counting or (self.circuit.state != "closed" and self.ledger.count_users())
         due = self.gate.dirty or (self._windows and self._windows[0].unfinished == 0)
@@ -260,10 +260,10 @@ class Bridge:
         if left > 0 and not self._windows:
             await asyncio.sleep(left)
 
-    def _send_next(self) -> bool:
+    async def _send_next(self) -> bool:
         """Cut the next window and send its parts off; False at the log's end, or while the number of lanes changes."""
         lanes, size = self.sender.share()
-        waiting = self._read(lanes * size)
+        waiting = await self._read(lanes * size)
         if not waiting:
             self._at_end = bool(self._windows)
             return False
@@ -283,16 +283,24 @@ class Bridge:
             self._flush()
         return True
 
-    def _read(self, most: int) -> int:
-        """How many events are at hand to be cut; where fewer than `most`, more are read."""
-        waiting = sum(len(frame.records) for frame in self._frames)
-        if waiting < most:
+    async def _read(self, most: int) -> int:
+        """How many events are at hand to be cut; where fewer than `most`, more are read, in pieces: calls that are answered
+        meanwhile are followed by the next at once."""
+        room = MOST_BYTES - sum(frame.next - frame.address for frame in self._frames)
+        while (waiting := self._at_hand()) < most and room > 0:
             self._hungry = True
-            frames = self._log.read(self._reading, max(1 << 18, most * _EVENT_BYTES))
+            frames = self._log.read(self._reading, _READ_BYTES)
+            if not frames:
+                break
             self._frames.extend(frames)
-            self._reading = frames[-1].after() if frames else self._reading
-            waiting += sum(len(frame.records) for frame in frames)
+            self._reading = frames[-1].after()
+            room -= sum(frame.next - frame.address for frame in frames)
+            await asyncio.sleep(0)
         return waiting
+
+    def _at_hand(self) -> int:
+        """How many events have been read and not cut yet."""
+        return sum(len(frame.records) for frame in self._frames) - (self._cursor.index if self._frames else 0)
 
     def _health_known(self, health: Health) -> None:
         """A health check is through: it may open the circuit together with a failed call, or let it try again."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.attempts import lane_of
+from pipeline.attempts import lanes_of
 from pipeline.frames import BRIDGE_ONLY, CANARY, Frame, Position
 from pipeline.streams.suspects import MAX_ATTEMPTS, Suspect
 
@@ -117,8 +117,8 @@ class Window:
             self.parts = [Part(0, 1, bodies, range(len(bodies)), [(0, len(bodies))])] if bodies else []
         else:
             indexes: list[list[int]] = [[] for _ in range(lanes)]
-            for index, body in enumerate(bodies):
-                indexes[lane_of(body, lanes)].append(index)
+            for index, lane in enumerate(lanes_of(bodies, lanes)):
+                indexes[lane].append(index)
             self.parts = [
                 Part(lane, lanes, [bodies[i] for i in mine], mine, [(0, len(mine))])
                 for lane, mine in enumerate(indexes)
