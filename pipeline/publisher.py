@@ -24,7 +24,7 @@ ONCE_MS = 1_000  # a user is published at most so often
 # Of a round's time, from an idle process to one in which all else takes FULL of it: then public keys come later,
 # the routes stay fresh.
 MOST_SHARE, LEAST_SHARE, FULL = 0.7, 0.05, 0.8
-DUE_PER_ROUND = 500
+DUE_PER_ROUND = 500  # users that nothing happened to, in an idle process; fewer the more there is to do, they can wait
 SPACING_MS = 60_000  # a user that nothing happens to is looked at again so often at most, and when a window empties
 _encode = msgspec.json.Encoder().encode
 
@@ -60,7 +60,7 @@ class Publisher:
         stream, share = self._features(), self._share()
         if stream is None or not self._lease.epoch:
             return 0
-        self._take_due(stream)
+        self._take_due(stream, int(DUE_PER_ROUND * (share / MOST_SHARE) ** 2))
         outbox, ends, done = stream.outbox, time.monotonic() + ROUND_S, 0
         if not outbox:
             return 0
@@ -103,8 +103,8 @@ class Publisher:
         again = set(changed).intersection(self._recent)
         return [u for u in changed if u not in again] + [u for u in self._recent if u in again]
 
-    def _take_due(self, stream: Features) -> None:
-        for raw in self._store.call("ZRANGEBYSCORE", keys.DUE, "-inf", self._clock(), "LIMIT", 0, DUE_PER_ROUND):
+    def _take_due(self, stream: Features, most: int) -> None:
+        for raw in self._store.call("ZRANGEBYSCORE", keys.DUE, "-inf", self._clock(), "LIMIT", 0, max(1, most)):
             user_id = raw.decode()
             self._aging.add(user_id)
         stream.outbox.add(self._aging)
