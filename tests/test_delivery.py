@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections import deque
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.attempts import lane_of
+from pipeline.attempts import lane_of, lanes_of
 from pipeline.frames import ALL_STREAMS, CANARY, Frame, Position, named, user_of
 from pipeline.streams import delivery
 from pipeline.streams.delivery import Window, cut, truncated
@@ -149,3 +152,9 @@ def test_the_user_is_read_out_of_the_stored_event(body, user):
 )
 def test_an_event_that_nobody_can_decode_has_a_user_that_holds_up_nobody(body):
     assert type(named(user_of(body))) is str
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))), st.integers(1, 16))
+def test_many_events_have_the_lanes_that_each_has_by_itself(users, lanes):
+    bodies = [msgspec.json.encode({"event_id": "a", "event_type": "t", "user_id": user, "n": 1}) for user in users]
+    assert lanes_of(bodies, lanes) == [lane_of(body, lanes) for body in bodies]

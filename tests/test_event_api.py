@@ -216,6 +216,68 @@ def test_the_same_event_counts_once_in_a_batch_and_across_requests(service: Serv
     assert service.features("driver_1")["recent_rejections"] == 0
 
 
+def test_requests_that_reach_the_store_together_count_each_event_once(store: Store) -> None:
+    async def rush() -> tuple[list[tuple[int, int]], list[Any]]:
+        service = api.Service(f"unix://{store.folder}/valkey.sock", cluster=False)
+        steps: list[int] = []
+        step = service._accept
+        service._accept = lambda requests: steps.append(len(requests)) or step(requests)  # type: ignore[func-returns-value, method-assign]
+        requests = []
+        for first in range(0, 120, 6):  # each shares four ids with the next one
+            events = [
+                json.dumps(answer(f"e{i}", f"driver_{i % 3}", "rejected")).encode() for i in range(first, first + 10)
+            ]
+            fresh, duplicates, _ = api.take(
+                [(i, api.decode_event(event)) for i, event in enumerate(events)], api.now_ms()
+            )
+            requests.append(service.accept(fresh, duplicates))
+        outcomes = await asyncio.gather(*requests)
+        assert len(steps) < len(requests)
+        assert service.waiting == []
+        states = [await service.read(f"driver_{i}") for i in range(3)]
+        await service.client.aclose()
+        return outcomes, [api.features(state, api.now_ms())["recent_rejections"] for state in states if state]
+
+    outcomes, counts = asyncio.run(rush())
+    assert outcomes == [(10, 0), *[(6, 4)] * 19]
+    assert counts == [42, 41, 41]
+
+
+def test_a_request_that_fails_leaves_those_that_wait_beside_it_to_themselves(store: Store) -> None:
+    async def rush() -> list[Any]:
+        service = api.Service(f"unix://{store.folder}/valkey.sock", cluster=False)
+        run, broken = service.run, iter([True])
+
+        async def once_broken(*given: Any) -> Any:
+            if given[0] is api.ACCEPT and next(broken, False):
+                raise api.RedisError("the connection is lost")
+            return await run(*given)
+
+        service.run = once_broken  # type: ignore[method-assign]
+        takes = [
+            api.take([(0, api.decode_event(json.dumps(answer(f"e{i}")).encode()))], api.now_ms()) for i in range(3)
+        ]
+        outcomes = await asyncio.gather(*[service.accept(fresh, 0) for fresh, _, _ in takes], return_exceptions=True)
+        assert service.waiting == []
+        service.failed_at = -1.0  # else what comes within a moment is refused at once
+        again = [await service.accept(fresh, 0) for fresh, _, _ in takes]
+        await service.client.aclose()
+        return [outcomes, again]
+
+    outcomes, again = asyncio.run(rush())
+    assert isinstance(outcomes[0], api.ApiError)
+    assert all(isinstance(outcome, api.ApiError) or outcome == (1, 0) for outcome in outcomes)
+    assert again == [(1, 0) if isinstance(outcome, api.ApiError) else (0, 1) for outcome in outcomes]
+
+
+@pytest.mark.parametrize(("sizes", "first"), [([5], 1), ([600, 400, 1], 2), ([5_000, 1], 1), ([1, 1, 1], 3)])
+def test_a_step_holds_one_request_or_as_many_as_stay_within_its_bound(sizes: list[int], first: int) -> None:
+    waiting = [api.Waiting({b"%d-%d" % (i, n): () for n in range(size)}, 0) for i, size in enumerate(sizes)]
+    assert api.together(waiting) == waiting[:first]
+    waiting[0].outcome = (1, 0)
+    assert waiting[0] not in api.together(waiting)
+
+
 def test_events_without_an_id_are_all_new(service: Service) -> None:
     event = answer("unused")
     del event["event_id"]
