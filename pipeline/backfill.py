@@ -162,6 +162,7 @@ class Backfill:
                     break  # in the midst of a frame: should this fail, it is read again as a whole
                 position = end
             self._write(position, now)
+            stream.hand_out()
             for chunk in stream.fold.chunks(now):
                 checkpoints.commit(stream.store, self._epoch(), chunk)
             target = [replace(f, until=until) if f in self.families else f for f in self._target]

@@ -365,6 +365,15 @@ def test_backfill_does_not_take_over_while_rows_are_on_their_way(store, lease):
     assert answers(worker.stream, ["u1", "u2", "u3"]) == answers(afresh(store), ["u1", "u2", "u3"])
 
 
+def test_users_that_a_takeover_writes_are_published(store, lease):
+    worker = grown(store, lease)
+    append(Log(store), [event(user="late", timestamp=NOON)], NOON)
+    worker.feed()
+    worker.fill()
+    assert "late" in worker.stream.outbox.first(100)
+    assert "late" in worker.stream.active
+
+
 def test_crash_of_a_takeover_in_the_midst_of_a_frame_loses_nothing(store, lease, monkeypatch):
     """A stream that goes on alone, event by event, stands there."""
     worker = grown(store, lease)

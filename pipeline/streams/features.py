@@ -155,19 +155,14 @@ class Features(Stream):
     def cut(self, now: int) -> Cut:
         with self.lock:
             fold, self.writing = self.fold, True
-            dirty = list(fold.tables["user"].dirty)
+            self.hand_out()
             # Before the rows: what a definition that was dropped has in them is deleted there, and must not be served again.
             definitions: list[Command] = [("SET", keys.DEFINITIONS, self._unsaved)] if self._unsaved is not None else []
             self._unsaved = None
             chunks = self._locked(chain([definitions] if definitions else [], fold.chunks(now)))
             final = fold.paid()
-            since, self._outboxed = self._outboxed, fold.ordinal
-        # Before the commit: a publisher that sees the new checkpoint must find them here.
-        self.outbox.add(dirty, since)
 
         def written() -> None:
-            if len(self.active) < self._cached_users:
-                self.active.update(dict.fromkeys(dirty))
             with self.lock:
                 self.writing = False
                 self.fold.written()
@@ -175,6 +170,15 @@ class Features(Stream):
                     table.evict(self._cached_users)
 
         return Cut(chunks, final, written)
+
+    def hand_out(self) -> None:
+        """Give the users with events that are not written yet to the publisher and the feature sync. With the lock held, and before
+        the commit: a publisher that sees the new checkpoint must find them."""
+        dirty = self.fold.tables["user"].dirty
+        self.outbox.add(dirty, self._outboxed)
+        self._outboxed = self.fold.ordinal
+        if len(self.active) < self._cached_users:
+            self.active.update(dict.fromkeys(dirty))
 
     def _locked(self, chunks: Iterator[list[Command]]) -> Iterator[list[Command]]:
         while True:
