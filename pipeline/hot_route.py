@@ -45,4 +45,6 @@ def is_read(environ: dict[str, Any]) -> bool:
 def _user_of(path: str) -> str | None:
     """The user whose features a path asks for, None where it is another path. WSGI gives its bytes as latin-1."""
     name = path[len(FEATURES) :] if path.startswith(FEATURES) else ""
-    return name.encode("latin-1").decode(errors="replace") if name and "/" not in name else None
+    if not name or "/" in name:
+        return None
+    return name if name.isascii() else name.encode("latin-1").decode(errors="replace")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, reduce
-from math import fsum
+from math import fsum, gcd
 from operator import add, or_
 from struct import Struct
 from typing import Any
@@ -33,7 +33,9 @@ class Reading:
         self._plans: list[_Plan] = (
             [_Plan(layout, i) for i in range(len(self.families))] if whole is None else whole._plans
         )
-        self._spans = lru_cache(maxsize=16)(self._spans_at)  # many entities are read as of one time
+        # All tiles and windows are multiples of the grain: within it, no tile enters a window or leaves one.
+        self._grain = gcd(*(ms for family in self.families for ms in (*family.tiles, *family.windows))) or 1
+        self._spans = lru_cache(maxsize=16)(self._spans_of)
         self._nothing: Values = {feature.name: None for feature in features}
         self._single: list[list[tuple[str, _Read]]] = [[] for _ in self.families]
         self._joint: list[tuple[str, _Read]] = []  # of columns from several families
@@ -98,7 +100,7 @@ class Reading:
         nothing."""
         found = self._nothing.copy()
         states: list[States | None] = [None] * len(self.families)
-        spans, ripe = self._spans(at), _ripe(entity, at)
+        spans, ripe = self._spans(at // self._grain), _ripe(entity, at)
         empties, leaves = _NEVER, min([ts for ts, _, _ in entity.future[:1]], default=_NEVER)
         tiles, rows, newest = entity.tiles, entity.rows, entity.values
         for i, plan, single in self._needed:
@@ -129,9 +131,9 @@ class Reading:
             found[name] = part / whole if part is not None and whole else None
         return found, empties, leaves
 
-    def _spans_at(self, at: int) -> list[_Span]:
+    def _spans_of(self, grain: int) -> list[_Span]:
         """For each slot the times in which a tile's start lies that is in its window, and the start of the first tile after."""
-        spans = []
+        at, spans = grain * self._grain, []
         for i, level in self._layout.slots:
             tile_ms, window = self.families[i].tiles[level], self.families[i].windows[level]
             spans.append((((at - window) // tile_ms + 1) * tile_ms, (at // tile_ms + 1) * tile_ms))

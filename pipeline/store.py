@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 _LUA = Path(__file__).parent / "lua"
 _TIMEOUT_S = 5.0
+_TRUSTED_S = 0.02  # after its last use a connection is taken for good
 _HASHES_AT_ONCE, _FIELDS_AT_ONCE = 10, 500  # in one call of find.lua, which nothing else may interrupt
 _ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)  # the second is none of the first
 _AWAY = (redis.exceptions.ReadOnlyError, redis.exceptions.ClusterError)
@@ -34,6 +35,47 @@ class _Packer:
 
     def pack(self, name: str, *words: Word) -> list[bytes]:
         return [hiredis.pack_command((*name.split(), *words))]  # type: ignore[arg-type]  # its stub knows tuples of one
+
+
+class _Pool(redis.ConnectionPool):
+    """Connections for whoever wants one. redis-py's own counts each turn for its metrics and asks the system whether the
+    connection is still good, which together take longer than the store does.
+
+    Only one that nobody has used for a while is asked: a store that has ended and come back since takes longer than that.
+    """
+
+    def get_connection(self, command_name: Any = None, *keys: Any, **options: Any) -> Any:
+        connection: Any
+        with self._lock:
+            try:
+                connection = self._available_connections.pop()
+            except IndexError:
+                connection = self.make_connection()
+            self._in_use_connections.add(connection)
+        try:
+            if not connection.is_connected:
+                connection.connect()
+            elif time.monotonic() - connection.used_at > _TRUSTED_S and _spoilt(connection):
+                connection.disconnect()
+                connection.connect()
+        except BaseException:
+            self.release(connection)
+            raise
+        return connection
+
+    def release(self, connection: Any) -> None:
+        connection.used_at = time.monotonic()
+        with self._lock:
+            self._in_use_connections.discard(connection)
+            self._available_connections.append(connection)
+
+
+def _spoilt(connection: Any) -> bool:
+    """The store has closed it, or has said something that nobody asked for."""
+    try:
+        return bool(connection.can_read())
+    except (redis.ConnectionError, redis.TimeoutError, OSError):
+        return True
 
 
 class Call:
@@ -104,7 +146,9 @@ class Store:
         self.cluster = cluster
         self._url, self._options = url, options
         self._clock_lead: int | None = None  # of the store's clock over this process's monotonic one, ms
-        self._client: Any = None if cluster else redis.Redis.from_url(url, command_packer=_Packer(), **options)
+        self._client: Any = None
+        if not cluster:
+            self._client = redis.Redis.from_pool(_Pool.from_url(url, command_packer=_Packer(), **options))
         self._sources = {path.stem: _script(path) for path in _LUA.glob("[!_]*.lua")}
         self._shas = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._sources.items()}
 

@@ -43,6 +43,30 @@ def test_store_that_is_away_raises_store_unavailable_at_every_kind_of_call(tmp_p
             call()
 
 
+def test_store_that_has_ended_and_come_back_between_two_calls_is_not_noticed(own_server):
+    connection = Store(own_server.url)
+    calls = [connection.begin("lease", (keys.OWNER,), ("take", name, 1, 10_000, 0)) for name in ("one", "two", "three")]
+    assert [call.result() for call in calls] == [1, 0, 0]  # three connections, all of them idle now
+    own_server.kill()
+    own_server.start()
+    calls = [connection.begin("lease", (keys.OWNER,), ("take", "four", 2, 10_000, 0)) for _ in range(3)]
+    assert [call.result() for call in calls] == [0, 0, 0]
+    assert connection.call("PING")
+    connection.close()
+
+
+def test_calls_side_by_side_have_a_connection_each_and_leave_it_to_the_next(own_server):
+    connection = Store(own_server.url)
+    for _ in range(3):
+        calls = [connection.begin("lease", (keys.OWNER,), ("renew", name, 1, 1, 0)) for name in "abcde"]
+        for call in calls[:4]:
+            call.result()
+        calls[4].close()  # its answer is never read by another
+        assert connection.call("ECHO", "mine") == b"mine"
+    assert len(own_server.client.client_list()) <= 1 + 5
+    connection.close()
+
+
 def test_store_at_its_memory_limit_raises_store_full_and_a_commit_still_goes_through(own_server):
     connection = Store(own_server.url)
     epoch = connection.run("lease", (keys.OWNER,), ("take", "one", 1, 1, 0))
