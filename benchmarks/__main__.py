@@ -18,7 +18,7 @@ from benchmarks.table import Row, as_json, markdown, missing
 
 HERE = Path(__file__).parent
 # First the topics whose figures others refer to.
-FIRST = ("endtoend", "ingest", "freshness", "reads", "isolation", "dashboard", "growth", "retained")
+FIRST = ("cores", "endtoend", "ingest", "freshness", "reads", "isolation", "dashboard", "growth", "retained")
 
 
 def topics() -> list[str]:

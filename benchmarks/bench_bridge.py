@@ -7,6 +7,7 @@ import sys
 import time
 
 from benchmarks import table
+from benchmarks.bench_cores import SPIN
 from benchmarks.harness import Options, System, call, free_port, running, wait_until
 from benchmarks.load import apart, closed_loop, load, open_loop
 from benchmarks.partners import KINDS
@@ -29,6 +30,7 @@ _HEALTH = "/api/ml/bridge/python?action=health"
 def run(options: Options) -> list[Row]:
     backlog = options.pick(60_000, 200_000, 400_000)
     bare: list[float] = []
+    busy: list[float] = []
     drained: list[float] = []
     p99: dict[str, list[float]] = {"healthy": [], "away": []}
     noticed: dict[str, list[float]] = {}
@@ -38,6 +40,8 @@ def run(options: Options) -> list[Row]:
         for repetition in range(options.repetitions):
             system.quiet(300)
             bare.append(top_rate(system, options.pick(2.0, BARE_S, 2 * BARE_S), repetition))
+            with process([sys.executable, "-c", SPIN]):
+                busy.append(top_rate(system, options.pick(2.0, BARE_S, 2 * BARE_S), repetition + 50))
             system.quiet(300)
             drained.append(drain_rate(system, home, backlog, repetition))
             for state, url in (("healthy", home), ("away", f"http://127.0.0.1:{free_port()}")):
@@ -52,8 +56,10 @@ def run(options: Options) -> list[Row]:
             point(system, home)
     rows = [
         table.of(f"the Python service's own top rate, batches of {BATCH}", bare, "events/s"),
+        table.of("the same, while a process beside it computes without end", busy, "events/s"),
         table.of("drain of a backlog after an outage", drained, "events/s"),
         table.ratio("drain of a backlog", drained, bare, "the partner's top rate", target=0.8, more_is_better=True),
+        table.ratio("drain of a backlog", drained, busy, "that with a busy core beside it"),
         table.of(f"ingest p99, {RATE:,} events/s, partner away", p99["away"], "ms"),
         table.ratio("ingest p99, partner away", p99["away"], p99["healthy"], "healthy", target=1.2),
     ]

@@ -28,7 +28,7 @@ from pipeline.log import Log
 from pipeline.outages import Ledger
 from pipeline.partner import Partner
 from pipeline.store import Command, Store
-from pipeline.streams.delivery import MOST_BYTES, Window, cut, truncated
+from pipeline.streams.delivery import Ahead, Window, truncated
 from pipeline.streams.gate import Gate
 from pipeline.streams.sender import Sender
 from pipeline.streams.watch import Watch
@@ -40,7 +40,6 @@ _COMMIT_S = 0.02  # at most this often while there is more to send
 _LINGER_S = 0.05  # requests of this long are sent together: a call costs as much as fifty events
 _IDLE_S, _POLL_S = 0.25, 0.5
 _GRACE_S = 2.0
-_READ_BYTES = 1 << 19  # in one step
 log = logging.getLogger(__name__)
 
 
@@ -173,8 +172,7 @@ class Bridge:
 
     def _begin(self, epoch: int, position: Position) -> None:
         """Forget what was under way: the checkpoint says where to go on."""
-        self._epoch, self._committed, self._cursor, self._reading = epoch, position, position, position
-        self._frames: deque[Frame] = deque()
+        self._epoch, self._committed, self._ahead = epoch, position, Ahead(self._log.read, position)
         self._windows: deque[Window] = deque()
         self._notes: list[Command] = []
         self._at_end = False
@@ -263,7 +261,8 @@ class Bridge:
     async def _send_next(self) -> bool:
         """Cut the next window and send its parts off; False at the log's end, or while the number of lanes changes."""
         lanes, size = self.sender.share()
-        waiting = await self._read(lanes * size)
+        self._hungry = self._hungry or self._ahead.waiting < lanes * size
+        waiting = await self._ahead.fill(lanes * size)
         if not waiting:
             self._at_end = bool(self._windows)
             return False
@@ -273,34 +272,14 @@ class Bridge:
                 return False
             lanes = self._windows[-1].lanes
         most, canaries = lanes * size, "canary" in self.partner.supports
-        window = cut(self._frames, self._cursor, lanes, most, canaries, self.ledger.is_edge)
-        self._cursor = window.after
+        window = self._ahead.cut(lanes, most, canaries, self.ledger.is_edge)
         self._windows.append(window)
-        self._at_end = not window.full and not self._frames
+        self._at_end = not window.full and not self._ahead.waiting
         self._cut_at = 0.0 if window.full else time.monotonic()
         self.sender.send(window)
         if not window.parts:
             self._flush()
         return True
-
-    async def _read(self, most: int) -> int:
-        """How many events are at hand to be cut; where fewer than `most`, more are read, in pieces: calls that are answered
-        meanwhile are followed by the next at once."""
-        room = MOST_BYTES - sum(frame.next - frame.address for frame in self._frames)
-        while (waiting := self._at_hand()) < most and room > 0:
-            self._hungry = True
-            frames = self._log.read(self._reading, _READ_BYTES)
-            if not frames:
-                break
-            self._frames.extend(frames)
-            self._reading = frames[-1].after()
-            room -= sum(frame.next - frame.address for frame in frames)
-            await asyncio.sleep(0)
-        return waiting
-
-    def _at_hand(self) -> int:
-        """How many events have been read and not cut yet."""
-        return sum(len(frame.records) for frame in self._frames) - (self._cursor.index if self._frames else 0)
 
     def _health_known(self, health: Health) -> None:
         """A health check is through: it may open the circuit together with a failed call, or let it try again."""

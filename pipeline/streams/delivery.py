@@ -7,6 +7,7 @@ partner in order, and the checkpoint never passes an event that is under way.
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from pipeline.attempts import lanes_of
 from pipeline.frames import BRIDGE_ONLY, CANARY, Frame, Position
 from pipeline.streams.suspects import MAX_ATTEMPTS, Suspect
 
+READ_BYTES = 1 << 19  # of the log in one step
 MOST_BYTES = 8 << 20  # about so many in a window: what waits in memory is bounded, whatever the events' size
 
 
@@ -166,6 +168,37 @@ def cut(
     window.full = len(window.bodies) >= most or room <= 0
     window.divide()
     return window
+
+
+class Ahead:
+    """The log from the next window on, as far as it has been read. `read` gives whole frames from a position on, about so many
+    bytes of them, none at the log's end."""
+
+    def __init__(self, read: Callable[[Position, int], list[Frame]], position: Position) -> None:
+        self._read, self._cursor, self._reading = read, position, position
+        self._frames: deque[Frame] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """How many events have been read and not cut yet."""
+        return sum(len(frame.records) for frame in self._frames) - (self._cursor.index if self._frames else 0)
+
+    async def fill(self, most: int) -> int:
+        """Have so many events waiting, or all that the log has; answers how many there are. Read in steps: calls that are answered
+        meanwhile are followed by the next at once."""
+        room = MOST_BYTES - sum(frame.next - frame.address for frame in self._frames)
+        while self.waiting < most and room > 0 and (frames := self._read(self._reading, READ_BYTES)):
+            self._frames.extend(frames)
+            self._reading = frames[-1].after()
+            room -= sum(frame.next - frame.address for frame in frames)
+            await asyncio.sleep(0)
+        return self.waiting
+
+    def cut(self, lanes: int, most: int, canaries: bool, edge: Callable[[int], bool]) -> Window:
+        """The next window; see cut()."""
+        window = cut(self._frames, self._cursor, lanes, most, canaries, edge)
+        self._cursor = window.after
+        return window
 
 
 def truncated(window: Window, position: Position) -> Window:
