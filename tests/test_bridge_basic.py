@@ -154,7 +154,12 @@ def test_pause_keeps_the_backlog_over_a_restart_and_resume_sends_it(start_nexus,
 
 def test_windows_are_full_as_long_as_the_log_has_more(start_nexus, partner, monkeypatch):
     windows: list[Window] = []
-    monkeypatch.setattr(delivery, "cut", lambda *given: windows.append(cut(*given)) or windows[-1])
+
+    def noted(*given: Any) -> Window:
+        windows.append(cut(*given))
+        return windows[-1]
+
+    monkeypatch.setattr(delivery, "cut", noted)
     monkeypatch.setattr(delivery, "READ_BYTES", 1 << 17)  # a step holds one frame, and a window events of two or three
     nexus = start_nexus(PYTHON_EVENT_API_URL=partner.url)
     client = client_of(nexus)

@@ -250,10 +250,10 @@ def test_a_request_that_fails_leaves_those_that_wait_beside_it_to_themselves(sto
 
         async def once_broken(*given: Any) -> Any:
             if given[0] is api.ACCEPT and next(broken, False):
-                raise api.RedisError("the connection is lost")
+                raise redis.ConnectionError("the connection is lost")
             return await run(*given)
 
-        service.run = once_broken  # type: ignore[method-assign]
+        service.run = once_broken  # type: ignore[method-assign, assignment]
         takes = [
             api.take([(0, api.decode_event(json.dumps(answer(f"e{i}")).encode()))], api.now_ms()) for i in range(3)
         ]
