@@ -35,13 +35,14 @@ log = logging.getLogger(__name__)
 
 
 class Host(Protocol):
-    """The features stream, as far as backfill deals with it; `lock` is held while it takes in a batch, and `writing` is true
-    from a cut until all of it is in the store."""
+    """The features stream, as far as backfill deals with it; `lock` is held while it takes in a batch, `writing` is true from a
+    cut until all of it is in the store, and one that is `torn` goes on no more."""
 
     store: Store
     fold: Fold
     lock: AbstractContextManager[object]
     writing: bool
+    torn: bool
     backfill: Backfill | None
 
     @property
@@ -94,7 +95,7 @@ class Backfill:
 
     def step(self, now: int) -> None:
         """One slice of work; takes the stream over at the end. Raises Fenced, StoreError: the next step goes on."""
-        if not self._epoch():
+        if not self._epoch() or self._stream.torn:
             return
         began = time.monotonic()
         try:
@@ -164,14 +165,16 @@ class Backfill:
                     break  # in the midst of a frame: should this fail, it is read again as a whole
                 position = end
             self._write(position, now)
-            stream.hand_out()
-            for chunk in stream.fold.chunks(now):
-                checkpoints.commit(stream.store, self._epoch(), chunk)
             target = [replace(f, until=until) if f in self.families else f for f in self._target]
             definitions = pack_definitions(self._features, target, self.mark)
+            stream.hand_out()
+            stream.torn = True  # until all of it is known to be in the store
+            for chunk in stream.fold.chunks(now):
+                checkpoints.commit(stream.store, self._epoch(), chunk)
             checkpoints.commit(
                 stream.store, self._epoch(), [("SET", keys.DEFINITIONS, definitions), ("DEL", keys.BACKFILL)]
             )
+            stream.torn = False
             stream.serve(self._features, target, after=stream.fold)
             stream.fold.share((), self.mark)
             stream.backfill = None

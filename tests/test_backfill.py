@@ -14,7 +14,7 @@ from pipeline.catalogue import FEATURES
 from pipeline.checkpoints import DeadLetter, Progress
 from pipeline.dead_letters import DeadLetters
 from pipeline.definitions import DAY, HOUR, Feature
-from pipeline.errors import Fenced
+from pipeline.errors import Fenced, StoreUnavailable
 from pipeline.frames import Position
 from pipeline.lease import Lease
 from pipeline.log import Log
@@ -372,6 +372,35 @@ def test_users_that_a_takeover_writes_are_published(store, lease):
     worker.fill()
     assert "late" in worker.stream.outbox.first(100)
     assert "late" in worker.stream.active
+
+
+@pytest.mark.parametrize("failing", ["rows", "definitions"])
+def test_store_that_fails_for_a_moment_in_a_takeover_costs_no_event(store, lease, monkeypatch, failing):
+    worker = grown(store, lease)
+    post(store, "u1", "u4")
+    worker.feed()
+    real, stream = checkpoints.commit, worker.stream
+
+    def broken(store: Store, epoch: int, commands: Any) -> None:
+        if stream.torn and (failing == "rows" or any(command[1] == keys.DEFINITIONS for command in commands)):
+            raise StoreUnavailable("for a moment")
+        real(store, epoch, commands)
+
+    monkeypatch.setattr(checkpoints, "commit", broken)
+    with pytest.raises(StoreUnavailable):
+        worker.fill()
+    monkeypatch.setattr(checkpoints, "commit", real)
+    post(store, "u5")
+    with pytest.raises(StoreUnavailable):  # the runner makes the streams anew then
+        worker.feed()
+    with pytest.raises(StoreUnavailable):
+        worker.checkpoint()
+    after = Worker(store, lease, NEW)
+    after.feed()
+    after.fill()
+    after.checkpoint()
+    again = Worker(store, lease, NEW)
+    assert answers(again.stream, ["u1", "u4", "u5"]) == answers(afresh(store), ["u1", "u4", "u5"])
 
 
 def test_crash_of_a_takeover_in_the_midst_of_a_frame_loses_nothing(store, lease, monkeypatch):

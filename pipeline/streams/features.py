@@ -16,6 +16,7 @@ from pipeline.catalogue import FEATURES
 from pipeline.completeness import Backlog
 from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature
+from pipeline.errors import StoreUnavailable
 from pipeline.families import Family, needs_of, pack_definitions, plan, provides, unpack_definitions
 from pipeline.frames import CANARY, Position, named, user_of
 from pipeline.log import Log
@@ -58,6 +59,7 @@ class Features(Stream):
         self.backfill: Backfill | None = None
         self.writing = False  # from a cut until it is written
         self._unsaved: bytes | None = None  # definitions that go before the next checkpoint
+        self.torn = False  # rows that it takes for written may not be in the store: it has to be made anew
         self.active: dict[str, None] = {}  # users with events since the last feature sync
         self.outbox = Outbox()  # the publisher takes from it
         self._outboxed = 0  # the ordinal up to which whose events were counted came into it
@@ -147,6 +149,7 @@ class Features(Stream):
 
     def process(self, batch: Batch, now: int) -> Outcome:
         with self.lock:
+            self._check_whole()
             outcome = self.fold.process(batch, now)
         if self._backlog is not None:
             self._backlog.note(batch)
@@ -154,6 +157,7 @@ class Features(Stream):
 
     def cut(self, now: int) -> Cut:
         with self.lock:
+            self._check_whole()
             fold, self.writing = self.fold, True
             self.hand_out()
             # Before the rows: what a definition that was dropped has in them is deleted there, and must not be served again.
@@ -170,6 +174,11 @@ class Features(Stream):
                     table.evict(self._cached_users)
 
         return Cut(chunks, final, written)
+
+    def _check_whole(self) -> None:
+        """Raises StoreUnavailable where it is torn, as a failed commit does: the streams begin again from their checkpoints."""
+        if self.torn:
+            raise StoreUnavailable("the rows of a finished backfill did not reach the store")
 
     def hand_out(self) -> None:
         """Give the users with events that are not written yet to the publisher and the feature sync. With the lock held, and before
