@@ -7,9 +7,12 @@ MAKEFLAGS += --no-builtin-rules
 VENV := .venv/bin/python
 STAMP := .venv/.installed-$(shell cat requirements.txt 2>/dev/null | sha256sum | cut -c 1-16)
 PEERS := .venv-bench/.installed-$(shell cat benchmarks/requirements.txt 2>/dev/null | sha256sum | cut -c 1-16)
-# Looked for only when .venv is made.
-PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
-	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+# Looked for only when .venv is made: one that can make it, before one that cannot. The distribution's own comes first: built with
+# profile-guided optimisation, it takes a tenth less processor time than one that was merely compiled.
+PYTHON ?= $(shell for needed in venv,ensurepip sys; do \
+	for p in /usr/bin/python3 python3 python3.14 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c "import sys, $$needed; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && echo $$p && exit; \
+	done; done)
 ARGS ?=
 
 # exec: a signal sent to make reaches the process itself, and make waits for its clean end. --tied: kill -9 of make is a

@@ -11,9 +11,10 @@ import sys
 import pytest
 import redis
 
-from pipeline.embedded import EmbeddedStore, alive, is_serving, sync_to_disk
+from pipeline.embedded import EmbeddedStore, Rewriting, alive, is_serving, sync_to_disk
 from pipeline.errors import AlreadyRunning, StoreUnavailable
 from pipeline.settings import Settings, load
+from tests.helpers import until
 
 
 @pytest.fixture
@@ -75,6 +76,27 @@ def test_sync_to_disk_syncs_the_file_that_the_server_appends_to(settings, store,
     with client(settings) as redis_client:
         name = redis_client.config_get("appendfilename")["appendfilename"]
     assert synced == [str(settings.data_dir / "appendonlydir" / f"{name}.1.incr.aof")]
+
+
+def test_file_that_has_grown_is_written_anew_once_hardly_an_event_comes(settings, store):
+    with client(settings) as redis_client:
+        for _ in range(6):
+            redis_client.set("overwritten", "x" * (8 << 20))
+        rewriting = Rewriting(settings, redis_client.execute_command)
+        rewriting.look(2_000)
+        assert rewrites(redis_client) == (0, 0)
+        rewriting.look(2_900)
+        until(lambda: rewrites(redis_client) == (1, 0), "the file is written anew")
+        files = (settings.data_dir / "appendonlydir").iterdir()
+        assert sum(path.stat().st_size for path in files) < 9 << 20
+        rewriting.look(2_900)
+        assert rewrites(redis_client) == (1, 0)
+
+
+def rewrites(redis_client: redis.Redis) -> tuple[int, int]:
+    """How many were begun, and whether one is under way."""
+    found = redis_client.info("persistence")
+    return int(found["aof_rewrites"]), int(found["aof_rewrite_in_progress"])
 
 
 def test_socket_is_for_its_user_alone(settings, store):
