@@ -25,7 +25,8 @@ _GRACE_S = 30.0  # a large append-only file takes its time to reach the disk
 _LOG_LIMIT = 10 * 2**20  # bytes; the log is turned over at a start beyond this
 _POLL_S = 0.02
 _APPENDED_BYTES = 32 << 20  # a start reads them in a third of a second
-_QUIET_EVENTS = 1_000  # between two looks
+REWRITE_EVERY_S = 10.0
+_QUIET_S = 1.0  # of processor time between two looks: without requests Nexus uses a quarter of that
 
 # Runs as a process of its own between fork and exec: unlike a preexec_fn it is safe beside threads. The parent's id is
 # compared after prctl, since a parent that died before it would never be noticed. The signals unblocked here are those
@@ -193,16 +194,16 @@ def sync_to_disk(settings: Settings) -> None:
 
 
 class Rewriting:
-    """Has the server write its append-only file anew, as short as can be, while hardly an event comes."""
+    """Has the server write its append-only file anew, as short as can be, while there is hardly anything to do."""
 
     def __init__(self, settings: Settings, call: Callable[[str], Any]) -> None:
         """`call` sends the server a command; it may raise StoreRefused: it is at it already."""
-        self._folder, self._call, self._events = settings.data_dir / "appendonlydir", call, 0
+        self._folder, self._call, self._worked_s = settings.data_dir / "appendonlydir", call, 0.0
 
-    def look(self, events: int) -> None:
-        """`events`: how many were counted by now. Raises StoreError where the server is away."""
-        before, self._events = self._events, events
-        if events - before < _QUIET_EVENTS and self._is_due():
+    def look(self, worked_s: float) -> None:
+        """`worked_s`: processor seconds that Nexus has used by now. Raises StoreError where the server is away."""
+        before, self._worked_s = self._worked_s, worked_s
+        if worked_s - before < _QUIET_S and self._is_due():
             with contextlib.suppress(StoreRefused):
                 self._call("BGREWRITEAOF")
 

@@ -22,7 +22,7 @@ from pipeline.connections import close_idle
 from pipeline.dead_letters import DeadLetters
 from pipeline.definitions import check
 from pipeline.demand_history import city_warming
-from pipeline.embedded import Rewriting, sync_to_disk
+from pipeline.embedded import REWRITE_EVERY_S, Rewriting, sync_to_disk
 from pipeline.errors import PartnerTimeout, StoreError
 from pipeline.events import rfc3339, uuid7
 from pipeline.feature_health import FeatureHealth
@@ -136,7 +136,7 @@ class Runtime:
         ]
         if self.settings.embedded:
             rewriting = Rewriting(self.settings, self.store.call)
-            jobs.append(Job("rewrite file", lambda: 10.0, lambda: rewriting.look(self.runner.ordinal("features"))))
+            jobs.append(Job("rewrite file", lambda: REWRITE_EVERY_S, lambda: rewriting.look(time.process_time())))
         if self.settings.embedded and self.settings.store_fsync == "everysec":
             jobs.append(Job("sync to disk", lambda: 1.0, lambda: sync_to_disk(self.settings)))
         return jobs
