@@ -9,6 +9,7 @@ HTTP -> ingest -> log -> five streams -> feature store, models -> serving -> HTT
                   throttle, attempts, outages)
     checkpoints   effects and position in one step, fenced by the lease
     windows       tiles of the features that definitions declares
+    read_lately   values that were read a moment ago, as long as they hold
     feature_store both systems' features, merged, with where each value comes from
     publisher     the public feature keys of who is in the outbox, after the commit
     lookups       receipts, dead letters, predictions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import NoneType
 from typing import Any
 
@@ -19,6 +20,8 @@ from pipeline.store import Store, translate
 _decode = msgspec.json.Decoder().decode
 _EARLIEST_MS = 10**11  # a number below is seconds
 _PLUS = re.compile(r" (?=\d\d:\d\d\Z)")  # of an offset; unescaped in a query it arrives as a space
+_LONGEST_TIME = 64  # characters
+_SHORT_BYTES = 4096  # of a text that is worth keeping
 _FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999: RFC 3339 has no others
 
 
@@ -92,18 +95,27 @@ def judged(partner: Partner, key: str, numbers: Container[str]) -> Partner:
 
 
 def _from_json(raw: bytes, name: str, now: int) -> Partner:
+    features, stamp, fault = _parsed_before(raw) if len(raw) <= _SHORT_BYTES else _parsed(raw)
+    return Partner(malformed=f"{name} {fault}") if features is None else _stamped(features, stamp, name, now)
+
+
+def _parsed(raw: bytes) -> tuple[dict[str, Any] | None, Any, str]:
+    """The features in a text, not to be changed, and their stamp; or what is wrong with it."""
     try:
         value = _decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        return Partner(malformed=f"{name} is not JSON: {error}")
+        return None, None, f"is not JSON: {error}"
     if not isinstance(value, dict):
-        return Partner(malformed=f"{name} is no JSON object")
+        return None, None, "is no JSON object"
     features = value.get("features")
     if features is None and "features" not in value:
         features = {k: v for k, v in value.items() if k not in ("user_id", "computed_at")}
     if not isinstance(features, dict):
-        return Partner(malformed=f"{name} has no object 'features'")
-    return _stamped(features, value.get("computed_at"), name, now)
+        return None, None, "has no object 'features'"
+    return features, value.get("computed_at"), ""
+
+
+_parsed_before = lru_cache(maxsize=5_000)(_parsed)  # a text is read again until the Python service writes another one
 
 
 def _from_hash(flat: dict[Any, Any], key: str, now: int) -> Partner:
@@ -139,14 +151,19 @@ def _moment(value: Any, now: int) -> int | None:
     a clock that is wrong), which would count as fresh until then."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         ms = value if value > _EARLIEST_MS else value * 1000
-    elif isinstance(value, str):
-        try:
-            ms = read_moment("computed_at", value)
-        except BadRequest:
-            return None
+    elif isinstance(value, str) and len(value) <= _LONGEST_TIME and (read := _ms_of(value)) is not None:
+        ms = read
     else:
         return None
     return int(ms) if _FIRST_MS <= ms <= now + MAX_AHEAD_MS else None
+
+
+@lru_cache(maxsize=5_000)
+def _ms_of(text: str) -> int | None:
+    try:
+        return read_moment("computed_at", text)
+    except BadRequest:
+        return None
 
 
 def read_moment(name: str, text: str) -> int:

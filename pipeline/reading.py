@@ -34,7 +34,7 @@ class Reading:
             [_Plan(layout, i) for i in range(len(self.families))] if whole is None else whole._plans
         )
         # All tiles and windows are multiples of the grain: within it, no tile enters a window or leaves one.
-        self._grain = gcd(*(ms for family in self.families for ms in (*family.tiles, *family.windows))) or 1
+        self.grain = gcd(*(ms for family in self.families for ms in (*family.tiles, *family.windows))) or 1
         self._spans = lru_cache(maxsize=16)(self._spans_of)
         self._nothing: Values = {feature.name: None for feature in features}
         self._single: list[list[tuple[str, _Read]]] = [[] for _ in self.families]
@@ -100,7 +100,7 @@ class Reading:
         nothing."""
         found = self._nothing.copy()
         states: list[States | None] = [None] * len(self.families)
-        spans, ripe = self._spans(at // self._grain), _ripe(entity, at)
+        spans, ripe = self._spans(at // self.grain), _ripe(entity, at)
         empties, leaves = _NEVER, min([ts for ts, _, _ in entity.future[:1]], default=_NEVER)
         tiles, rows, newest = entity.tiles, entity.rows, entity.values
         for i, plan, single in self._needed:
@@ -133,7 +133,7 @@ class Reading:
 
     def _spans_of(self, grain: int) -> list[_Span]:
         """For each slot the times in which a tile's start lies that is in its window, and the start of the first tile after."""
-        at, spans = grain * self._grain, []
+        at, spans = grain * self.grain, []
         for i, level in self._layout.slots:
             tile_ms, window = self.families[i].tiles[level], self.families[i].windows[level]
             spans.append((((at - window) // tile_ms + 1) * tile_ms, (at // tile_ms + 1) * tile_ms))

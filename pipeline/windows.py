@@ -69,6 +69,11 @@ class Windows:
     def new(self) -> Entity:
         return self.layout.new()
 
+    @property
+    def grain_ms(self) -> int:
+        """Within a multiple of it, no tile enters a window or leaves one."""
+        return self._reading.grain
+
     # ------------------------------------------------------------------------------------------ counting
 
     def extract(self, event: Event | Stored, data: Mapping[str, Any], ts: int) -> Deltas:

@@ -297,11 +297,11 @@ def test_reader_waits_for_what_the_pipeline_is_about_to_finish(monkeypatch):
 @given(st.integers(0, 40 * DAY_MS), st.integers(0, 40 * DAY_MS))
 def test_what_is_in_a_window_is_the_same_throughout_a_grain(at, other):
     reading = Windows(FEATURES)._reading
-    assert all(ms % reading._grain == 0 for family in reading.families for ms in (*family.tiles, *family.windows))
+    assert all(ms % reading.grain == 0 for family in reading.families for ms in (*family.tiles, *family.windows))
     spans = [
         (((at - window) // tile + 1) * tile, (at // tile + 1) * tile)
         for family in reading.families
         for tile, window in zip(family.tiles, family.windows, strict=True)
     ]
-    reading._spans(other // reading._grain)  # another moment has been asked for before
-    assert reading._spans(at // reading._grain) == spans
+    reading._spans(other // reading.grain)  # another moment has been asked for before
+    assert reading._spans(at // reading.grain) == spans

@@ -206,7 +206,7 @@ class Features(Stream):
         names: frozenset[str] | None = None,
     ) -> dict[str, Values]:
         """Each known entity's features as of `at` (epoch ms, now or a moment ago), all or at least those of `names`; entities
-        without any event are left out.
+        without any event are left out. Not to be changed.
 
         `hashes` has the stored form of entities that are not in memory, where the caller has read them already.
         """
@@ -217,7 +217,7 @@ class Features(Stream):
             entity = table.entities.get(i)
             if entity is not None:
                 if entity.position:
-                    found[i] = table.windows.values(entity, at, names)
+                    found[i] = table.read_lately.values(i, entity, at, names)
             elif hashes is None or i not in hashes:  # it may have been in memory a moment ago
                 absent.append(i)
             elif hashes.get(i):

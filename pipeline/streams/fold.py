@@ -20,6 +20,7 @@ from pipeline.events import CANARY_TYPE, Stored
 from pipeline.extraction import Count, Counting, compile_counting
 from pipeline.families import Family
 from pipeline.frames import REDRIVE
+from pipeline.read_lately import ReadLately
 from pipeline.store import Call, Command, Store
 from pipeline.streams.stream import UNDECODABLE, Batch, Outcome
 from pipeline.tiles import Entity
@@ -39,6 +40,7 @@ class Table:
         self.windows, self.prefix = windows, PREFIXES[windows.kind]
         self.entities: dict[str, Entity] = {}
         self.dirty: dict[str, Entity] = {}
+        self.read_lately = ReadLately(windows)
         self._store = store
 
     def load(self, ids: Iterable[str]) -> None:
