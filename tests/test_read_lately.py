@@ -11,6 +11,7 @@ from pipeline.windows import Windows
 from tests.helpers import HOUR_MS, MINUTE_MS, NOON, parsed, payment, response
 
 SECOND_MS = 1000
+SOME = frozenset({"payments_1h", "event_count_5m"})
 # Posted events: their type and how far their time lies from the clock; or so long passes.
 _AGO = st.integers(-2 * HOUR_MS, HOUR_MS)
 _PASS = st.sampled_from([1, SECOND_MS, 7 * SECOND_MS, MINUTE_MS, HOUR_MS, 25 * HOUR_MS])
@@ -37,8 +38,15 @@ def test_what_was_read_before_is_told_as_long_as_it_holds(steps):
             stored, at = parsed([posted], now)[0].stored, now + size
             windows.add(entity, at, windows.extract(stored, stored.data, at), now)
             entity.position += 1
-        for names in (None, frozenset({"payments_1h", "event_count_5m"})):
-            assert lately.values("u", entity, now, names) == windows.values(entity, now, names)
+        for owner, names in (("all", None), ("some", SOME)):
+            assert lately.values(owner, entity, now, names) == windows.values(entity, now, names)
+
+
+def test_some_of_the_values_and_all_of_them_are_told_apart():
+    windows = Windows(FEATURES)
+    lately, entity = ReadLately(windows), windows.new()
+    for names in (SOME, None, SOME):
+        assert lately.values("u", entity, NOON, names).keys() == windows.values(entity, NOON, names).keys()
 
 
 def test_values_are_not_read_again_until_an_event_comes_or_a_tile_may_leave(monkeypatch):
@@ -83,3 +91,11 @@ def test_another_entity_of_the_same_name_is_read_itself():
         entity.position = 1
     assert lately.values("u", first, NOON)["payment_sum_24h"] == 1
     assert lately.values("u", second, NOON)["payment_sum_24h"] == 2
+
+
+def test_values_of_an_entity_whose_tiles_are_being_moved_are_not_kept():
+    windows = Windows(FEATURES)
+    lately, entity = ReadLately(windows), windows.new()
+    entity.begun += 1
+    lately.values("u", entity, NOON)
+    assert not lately._kept
