@@ -11,7 +11,7 @@ from flask.testing import FlaskClient
 
 from pipeline import checkpoints
 from pipeline.runtime import Runtime
-from pipeline.streams import delivery
+from pipeline.streams import delivery, linger
 from pipeline.streams.delivery import Window, cut
 from tests.conftest import Start, client_of
 from tests.helpers import DAY_MS, FakePartner, Valkey, event, response, until
@@ -51,6 +51,15 @@ def test_event_is_sent_in_the_nested_shape_with_its_id_and_without_an_absent_loc
         "data": {"response": "accepted"},
     }
     assert sent["timestamp"].endswith("Z")
+
+
+def test_who_waits_for_a_delivery_waits_for_no_pause_after_a_small_window(monkeypatch, nexus, client, partner):
+    monkeypatch.setattr(linger, "LEAST_S", 3_600.0)
+    monkeypatch.setattr(linger, "MOST_S", 3_600.0)
+    nexus.bridge._linger.look()
+    for _ in range(3):
+        post(client, event())
+        assert nexus.wait_delivered(nexus.log.head().ordinal, 20.0)
 
 
 def test_events_arrive_in_the_order_of_the_log_over_many_batches(nexus, client, partner):

@@ -30,6 +30,7 @@ from pipeline.partner import Partner
 from pipeline.store import Command, Store
 from pipeline.streams.delivery import Ahead, Window, truncated
 from pipeline.streams.gate import Gate
+from pipeline.streams.linger import Linger
 from pipeline.streams.sender import Sender
 from pipeline.streams.watch import Watch
 from pipeline.throttle import Throttle
@@ -37,7 +38,6 @@ from pipeline.throttle import Throttle
 DEPTH = 3  # windows in memory: one under way, one to follow at once, one being read
 DAMAGED = "damaged: the log's frame cannot be decoded"
 _COMMIT_S = 0.02  # at most this often while there is more to send
-_LINGER_S = 0.05  # requests of this long are sent together: a call costs as much as fifty events
 _IDLE_S, _POLL_S = 0.25, 0.5
 _GRACE_S = 2.0
 log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class Bridge:
         self._moved = threading.Condition()
         self._wake: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._linger = Linger()
         self._hungry = False  # it has looked for events since it was last woken
         self._polled = 0.0
         self._uncertain = 0  # the epoch under which the store last failed
@@ -106,14 +107,14 @@ class Bridge:
     def wake(self) -> None:
         """Something changed: settings, a command, or somebody waits. Callable from any thread."""
         self._hungry = True
-        self.arrived()
+        self.arrived(hurry=True)
 
-    def arrived(self) -> None:
+    def arrived(self, hurry: bool = False) -> None:
         """The log has taken events; costs next to nothing while the bridge is busy anyway. Callable from any thread."""
         if self._hungry and self._loop is not None and self._wake is not None:
             self._hungry = False
             with contextlib.suppress(RuntimeError):  # the loop has ended: there is nobody to wake
-                self._loop.call_soon_threadsafe(self._wake.set)
+                self._loop.call_soon_threadsafe(self._stir, hurry)
 
     def wait_for(self, ordinal: int, timeout_s: float) -> bool:
         """Wait until all events before `ordinal` are delivered or dead letters; gives up where nothing is sent just
@@ -140,6 +141,7 @@ class Bridge:
     async def run(self, stop: Callable[[], bool]) -> None:
         """Deliver until `stop`. Survives the store and the partner being away."""
         self._loop, self._wake, self._stop = asyncio.get_running_loop(), asyncio.Event(), stop
+        self._linger = Linger()
         self.partner.open()
         try:
             while not stop():
@@ -176,7 +178,7 @@ class Bridge:
         self._windows: deque[Window] = deque()
         self._notes: list[Command] = []
         self._at_end = False
-        self._cut_at = self._flushed_at = 0.0
+        self._flushed_at = 0.0
         self.ordinal = position.ordinal
         self.gate.open()
         self.sender.start()
@@ -216,7 +218,8 @@ class Bridge:
         self.state, self.detail = self.gate.stands()
         if not self.gate.shut:
             while self._room():
-                await self._linger()
+                if not self._windows:
+                    await self._linger.rest()
                 if not await self._send_next():
                     break
         counting = self.ledger.counting or (self.circuit.state != "closed" and self.ledger.count_users())
@@ -237,9 +240,12 @@ class Bridge:
         self.gate.look(load or not self._epoch or not self._lease.epoch)
         self.ledger.refresh(always=not self._lease.epoch)
         self._polled = time.monotonic()
+        self._linger.look()
 
-    def _stir(self) -> None:
-        """There is something to do; from the loop itself."""
+    def _stir(self, hurry: bool = False) -> None:
+        """There is something to do, maybe something that somebody waits for; from the loop itself."""
+        if hurry:
+            self._linger.hurry()
         if self._wake is not None:
             self._wake.set()
 
@@ -251,12 +257,6 @@ class Bridge:
         if starved or not any(window.unfinished for window in self._windows):
             self._at_end = False
         return len(self._windows) < (2 * DEPTH if starved else DEPTH) and not self._at_end
-
-    async def _linger(self) -> None:
-        """After a small window a moment's pause, so that the next one holds more than one request."""
-        left = self._cut_at + _LINGER_S - time.monotonic()
-        if left > 0 and not self._windows:
-            await asyncio.sleep(left)
 
     async def _send_next(self) -> bool:
         """Cut the next window and send its parts off; False at the log's end, or while the number of lanes changes."""
@@ -275,7 +275,7 @@ class Bridge:
         window = self._ahead.cut(lanes, most, canaries, self.ledger.is_edge)
         self._windows.append(window)
         self._at_end = not window.full and not self._ahead.waiting
-        self._cut_at = 0.0 if window.full else time.monotonic()
+        self._linger.cut(window.full)
         self.sender.send(window)
         if not window.parts:
             self._flush()
