@@ -85,11 +85,11 @@ def test_file_that_has_grown_is_written_anew_while_there_is_hardly_anything_to_d
         rewriting = Rewriting(settings, redis_client.execute_command)
         rewriting.look(5.0)
         assert rewrites(redis_client) == (0, 0)
-        rewriting.look(6.0)
+        rewriting.look(5.5)
         until(lambda: rewrites(redis_client) == (1, 0), "the file is written anew")
         files = (settings.data_dir / "appendonlydir").iterdir()
         assert sum(path.stat().st_size for path in files) < 9 << 20
-        rewriting.look(6.5)
+        rewriting.look(6.0)
         assert rewrites(redis_client) == (1, 0)
 
 
