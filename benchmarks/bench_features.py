@@ -184,7 +184,7 @@ class Bench:
                 "computed_at": "2026-01-01T00:00:00Z",
             }
             self.store.call("SET", f"features:{user}", msgspec.json.encode(value))
-        note = f"{len(NAMES)} features with provenance; half of the users have values of the Python service too"
+        note = f"{len(NAMES)} features with provenance, some read a moment before; half of the users have the Python service's, too"
         rows = []
         for label, reader, count in (
             ("1 user", store, 1),
