@@ -200,7 +200,7 @@ class Drill:
 
     def _recover(self, report: Report, over: float) -> None:
         """Until the service is online and what had waited when the fault was over is through; then the traffic stops."""
-        self._until(self._healthy, 120.0, "the service online again")
+        self._until(lambda: self._back(report), 120.0, "the service online again")
         report.moments["online again after"] = time.monotonic() - over
         goal = accepted(self._health())
         self._until(lambda: self._settled(self._account(report)) >= goal, _CATCH_UP_S, "the backlog delivered")
@@ -266,6 +266,13 @@ class Drill:
             return False
         checked_at = answer.json()["python_service"]["checked_at"]
         return datetime.fromisoformat(checked_at).timestamp() >= since
+
+    def _back(self, report: Report) -> bool:
+        """All is healthy again; until then events go on waiting, more than there were when the fault ended."""
+        healthy = self._healthy()
+        if not healthy:
+            self._account(report)
+        return healthy
 
     def _healthy(self) -> bool:
         return self._online() and self._http.get("/readyz").status_code == 200

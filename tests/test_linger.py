@@ -51,10 +51,18 @@ def test_who_is_in_a_hurry_ends_the_rest_and_the_next_window_has_its_own():
     asyncio.run(hurried_in_the_midst(pause))
 
 
-def test_rest_after_a_small_window_ends_by_itself():
+def test_rest_after_a_small_window_ends_by_itself_and_not_at_once():
+    async def rests(pause: Linger) -> None:
+        resting = asyncio.create_task(pause.rest())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not resting.done()
+        await asyncio.wait_for(resting, PATIENCE_S)
+
     pause = Linger()
+    pause.pause_s = 0.5
     pause.cut(full=False)
-    rested(pause)
+    asyncio.run(rests(pause))
 
 
 @pytest.mark.parametrize(
