@@ -61,6 +61,18 @@ def test_a_drill_sees_the_fault_and_accounts_for_every_event(system, partner, sl
     assert settings["PYTHON_EVENT_API_URL"]["source"] == "environment"
 
 
+def test_what_goes_on_waiting_once_the_fault_is_over_is_counted_until_the_service_is_back(monkeypatch):
+    made, report, online = Drill("http://127.0.0.1:1", 0.0, lambda _: None), Report("", before={}), iter([False, True])
+    monkeypatch.setattr(made, "_healthy", lambda: next(online))
+    monkeypatch.setattr(made, "_health", lambda: {"streams": {"bridge": {"pending": 7}}, "unexplained": 0})
+    try:
+        assert not made._back(report)
+        assert report.most_queued == 7
+        assert made._back(report)
+    finally:
+        made.close()
+
+
 def test_the_command_prints_the_report_and_exits_with_0(system, monkeypatch, capsys):
     for name in ("NEXUS_PORT", "NEXUS_DATA_DIR", "NEXUS_LOG_DIR"):
         monkeypatch.setenv(name, system[name])
