@@ -18,6 +18,7 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import add, or_
 from typing import Any, Literal
 
@@ -99,38 +100,41 @@ def columns_of(f: Feature) -> tuple[Column, ...]:
             return ()
 
 
-def value_of(f: Feature) -> Callable[[Sequence[Any]], float | int | None]:
-    """A feature's value from the states of its columns: counts of nothing are 0, all else of nothing is null."""
+def value_text(f: Feature, columns: Sequence[str]) -> str:
+    """A feature's value as an expression over the states of its columns, named by these texts: counts of nothing are 0, all else
+    of nothing is null. It means NAMES."""
     match f.aggregation:
         case "count":
-            return lambda c: int(c[0])
+            return columns[0]
         case "rate":
-            return lambda c: c[0] / c[1] if c[1] else None
+            return "{0} / {1} if {1} else None".format(*columns)
         case "sum":
-            return lambda c: c[0] / SCALE
+            return f"{columns[0]} / {SCALE}"
         case "mean":
-            return lambda c: c[1] / (c[0] * SCALE) if c[0] else None
+            return f"{columns[1]} / ({columns[0]} * {SCALE}) if {columns[0]} else None"
         case "std":
-            return lambda c: _std(c[0], c[1], c[2])
+            return f"std({', '.join(columns)})"
         case "deviation":
-            return _deviation
+            return f"deviation({', '.join(columns)})"
         case "max":
-            return lambda c: _from_sorting(c[0]) if c[0] else None
+            return "from_sorting({0}) if {0} else None".format(*columns)
         case "min":
-            return lambda c: _from_sorting(2 * _TOP - 1 - c[0]) if c[0] else None
+            return "from_sorting({1} - {0}) if {0} else None".format(*columns, _U64_MAX)
         case "last":
-            return lambda c: _from_sorting(c[0] & (2 * _TOP - 1)) if c[0] else None
+            return "from_sorting({0} & {1}) if {0} else None".format(*columns, _U64_MAX)
         case "distinct":
-            bits = BITS[f.entity]
-            return lambda c: distinct(c[0], bits)
+            return f"distinct({columns[0]}.bit_count(), {BITS[f.entity]})"
         case "quantile":
-            assert f.quantile is not None
-            assert f.low is not None
-            assert f.high is not None
-            q, low, high = f.quantile, f.low, f.high
-            return lambda c: quantile(c[0], q, low, high)
+            return f"quantile({columns[0]}, {f.quantile!r}, {f.low!r}, {f.high!r})"
         case _:
-            return lambda c: c[0][1] / c[0][0] if c[0][0] else None
+            return "{0}[1] / {0}[0] if {0}[0] else None".format(*columns)
+
+
+def value_of(f: Feature) -> Callable[[Sequence[Any]], float | int | None]:
+    """A feature's value from the states of its columns."""
+    names = [f"c{i}" for i in range(len(columns_of(f)))]
+    value: Callable[..., float | int | None] = eval(f"lambda {', '.join(names)}: {value_text(f, names)}", dict(NAMES))
+    return lambda columns: value(*columns)
 
 
 def error(f: Feature) -> float | None:
@@ -145,10 +149,10 @@ def error(f: Feature) -> float | None:
 # ---------------------------------------------------------------------------------------------- what a state says
 
 
-def distinct(state: int, bits: int) -> int:
-    """Linear counting (Whang et al. 1990): how many names set so many bits."""
-    zeros = bits - state.bit_count()
-    return round(-bits * math.log(max(zeros, 0.5) / bits)) if state else 0
+@lru_cache(maxsize=10_000)
+def distinct(ones: int, bits: int) -> int:
+    """Linear counting (Whang et al. 1990): how many names set so many of the bits."""
+    return round(-bits * math.log(max(bits - ones, 0.5) / bits)) if ones else 0
 
 
 def quantile(state: int, q: float, low: float, high: float) -> float | None:
@@ -179,11 +183,11 @@ def _std(count: int, total: int, squares: int) -> float | None:
     return math.sqrt(count * squares - total * total) / (count * SCALE) if count else None
 
 
-def _deviation(c: Sequence[int]) -> float | None:
-    spread = _std(c[0], c[1], c[2])
-    if not c[3] or not spread:
+def _deviation(count: int, total: int, squares: int, latest: int) -> float | None:
+    spread = _std(count, total, squares)
+    if not latest or not spread:
         return None
-    return (_from_sorting(c[3] & (2 * _TOP - 1)) - c[1] / (c[0] * SCALE)) / spread
+    return (_from_sorting(latest & _U64_MAX) - total / (count * SCALE)) / spread
 
 
 def sorting(x: float) -> int:
@@ -196,3 +200,12 @@ def _from_sorting(bits: int) -> float:
     raw = bits & ~_TOP if bits & _TOP else 2 * _TOP - 1 - bits
     found: float = _DOUBLE.unpack(_U64.pack(raw))[0]
     return found
+
+
+NAMES: Mapping[str, Any] = {
+    "std": _std,
+    "deviation": _deviation,
+    "from_sorting": _from_sorting,
+    "distinct": distinct,
+    "quantile": quantile,
+}
