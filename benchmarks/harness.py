@@ -20,13 +20,13 @@ from typing import Any
 
 import redis
 
-from pipeline.embedded import spawn
+from pipeline.embedded import APPENDED_BYTES, spawn
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS_PYTHON = ROOT / ".venv-bench" / "bin" / "python"  # made by `make bench`
 INGEST = "/api/ml/events/ingest"
 _TICK = os.sysconf("SC_CLK_TCK")
-_LOOK_S = 1.0
+_LOOK_S = 3.0  # the publisher's first round after a load does next to nothing: it goes by how busy the one before was
 _IDLE_SHARE = 0.15  # of one core, by all parts together: they use 0.05 to 0.08 when nothing is asked of them
 # By a word of the command line; the web server's own process is Nexus's too.
 _PARTS = (("valkey-server", "store"), ("event_api.py", "python"), ("app.py", "nexus"), (" serve", "nexus"))
@@ -184,15 +184,24 @@ class System:
         wait_until(lambda: self.pending(*streams) == 0, seconds, "the drain of the backlog", 0.05)
 
     def quiet(self, seconds: float = 120.0, *streams: str) -> None:
-        """drained(), and what follows it, such as public keys, is done too: next to nothing runs."""
+        """drained(), and what follows it is done too: public keys are written, and the store's file is short. Next to nothing
+        runs."""
         self.drained(seconds, *streams)
 
         def still() -> bool:
             before = sum(self.cpu_s().values())
             time.sleep(_LOOK_S)
-            return sum(self.cpu_s().values()) - before < _IDLE_SHARE * _LOOK_S
+            return sum(self.cpu_s().values()) - before < _IDLE_SHARE * _LOOK_S and not self.rewrites()
 
         wait_until(still, seconds, "the end of all work")
+
+    def rewrites(self) -> bool:
+        """The store is writing its append-only file anew, by a process of its own, or will be asked to as soon as there is little
+        to do."""
+        found = self.store.info("persistence")
+        base = int(found["aof_base_size"])
+        due = int(found["aof_current_size"]) - base > max(APPENDED_BYTES, base // 2)
+        return due or bool(found["aof_rewrite_in_progress"])
 
     def processes(self) -> dict[str, list[int]]:
         """The process ids of each part: store, python, nexus."""
