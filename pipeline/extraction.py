@@ -1,14 +1,16 @@
 """Extraction: what an event adds to each family, as one function per event type, written as source and compiled.
 
 A field is read and judged once for all columns that look at it, of whatever entity, before anything is changed. Generated code
-does so at a third of the cost of closures, and this is what every event goes through. It comes in two forms that share all but
-their end: one gives what the event adds as a list, the other counts it in the newest tiles of its entities.
+does so at a third of the cost of closures, and this is what every event goes through. It comes in two forms that share the
+judging: one gives what an event adds as a list, the other counts a batch's events of the type in the newest tiles of their
+entities.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -23,8 +25,26 @@ from pipeline.tiles import Layout
 Data = Mapping[str, Any]
 Deltas = list[tuple[int, int]]  # (family's index, what the event adds)
 Extract = Callable[[Data, Event | Stored, int], Deltas]  # data, event, event time (ms)
-Count = Callable[..., None]  # data, event, event time, now (ms), then for each kind an entity, or None
+Dead = list[tuple[int, str]]  # index, reason
 Match = tuple[str, tuple[Any, ...]] | None
+
+
+@dataclass(slots=True)
+class Owners:
+    """Of one kind the entities that a batch's events are of: by index the id, None where there is none; by id the entities, all
+    that are named; and those that an event was counted in, to which others are added."""
+
+    ids: Sequence[str | None] | Mapping[int, str | None]
+    entities: Mapping[str, Tiles]
+    counted: dict[str, Tiles]
+
+
+# indexes, events, event times, now (ms), ordinal of index 0, owners by kind, indexes of events that it passes over (ahead of
+# the clock, or from before 1970), and of those that cannot be counted -> the latest event time that was, or 0
+Count = Callable[
+    [Sequence[int], Sequence[Event | Stored | None], Sequence[int], int, int, Mapping[Entity, Owners], list[int], Dead],
+    int,
+]
 
 
 class Counting(Protocol):
@@ -46,12 +66,16 @@ def compile_extraction(layout: Layout, event_type: str | None) -> Extract:
 
 
 def compile_counting(windows: Mapping[Entity, Counting], event_type: str | None, kinds: Collection[Entity]) -> Count:
-    """The function that counts a type's events, none ahead of the clock or from before 1970, in the entities of these kinds;
-    it takes one of each kind that `windows` has, in that order. It raises Malformed; nothing is changed then."""
-    families = tuple((kind, some.layout.families if kind in kinds else ()) for kind, some in windows.items())
-    methods = [method for some in windows.values() for method in (some.ripen, some.turn, some.add_late)]
+    """The function that counts events of a type in the entities of these kinds. Each event counts in an entity unless that holds
+    it already, by its position. Of one that has a field it cannot take nothing is counted."""
+    families = tuple((kind, some.layout.families) for kind, some in windows.items() if kind in kinds)
+    methods = [method for kind in kinds for method in _methods(windows[kind])]
     count: Count = _compiled_counting(families, event_type)(*methods)
     return count
+
+
+def _methods(windows: Counting) -> list[Callable[..., Any]]:
+    return [windows.ripen, windows.turn, windows.add_late]
 
 
 @lru_cache(maxsize=1_000)
@@ -73,11 +97,33 @@ def _compiled_counting(families: tuple[tuple[Entity, tuple[Family, ...]], ...], 
     writer = _Writer(layouts, event_type)
     methods = [f"{kind}_{method}" for kind, _ in layouts for method in ("ripen", "turn", "add_late")]
     writer.write(f"def bind({', '.join(methods)}):", 0)
-    writer.write(f"def count(data, event, ts, now, {', '.join(kind for kind, _ in layouts)}):", 1)
-    writer.judge(2)
+    writer.write("def count(indexes, events, times, now, first, owners, apart, dead):", 1)
+    writer.write("latest = 0", 2)
+    for kind, _ in layouts:
+        writer.write(f"of = owners[{kind!r}]", 2)
+        writer.write(f"{kind}_ids, {kind}_all, {kind}_counted = of.ids, of.entities, of.counted", 2)
+    writer.write("for index in indexes:", 2)
+    writer.write("ts = times[index]", 3)
+    writer.write("if not 0 <= ts <= now:", 3)
+    writer.write("apart.append(index)", 4)
+    writer.write("continue", 4)
+    writer.write("event = events[index]", 3)
+    writer.write("data = event.data", 3)
+    writer.write("try:", 3)
+    writer.write("pass", 4)
+    writer.judge(4)
+    writer.write("except Malformed as error:", 3)
+    writer.write("dead.append((index, f'malformed: {error}'))", 4)
+    writer.write("continue", 4)
     for kind, layout in layouts:
-        if writer.families[kind]:
-            writer.count(kind, layout, 2)
+        writer.write(f"{kind}_id = {kind}_ids[index]", 3)
+        writer.write(f"if {kind}_id is not None:", 3)
+        writer.write(f"{kind} = {kind}_all[{kind}_id]", 4)
+        writer.write(f"if first + index >= {kind}.position:", 4)
+        writer.count(kind, layout, 5)
+        writer.write(f"{kind}_counted[{kind}_id] = {kind}", 5)
+    writer.write("if ts > latest: latest = ts", 3)
+    writer.write("return latest", 2)
     writer.write("return count", 1)
     return writer.compile("bind")
 
@@ -97,6 +143,7 @@ class _Writer:
             "log": math.log,
             "digest": digest,
             "judge": judge,
+            "Malformed": Malformed,
         }
 
     def compile(self, name: str) -> Any:
@@ -195,14 +242,13 @@ class _Writer:
 
     def count(self, kind: str, layout: Layout, depth: int) -> None:
         """Add the variables of a kind to the newest tiles of its entity."""
-        self.write(f"if {kind} is not None:", depth)
-        self.write(f"if {kind}.future: {kind}_ripen({kind}, now)", depth + 1)
-        self.write(f"tiles, values, touched = {kind}.tiles, {kind}.values, 0", depth + 1)
+        self.write(f"if {kind}.future: {kind}_ripen({kind}, now)", depth)
+        self.write(f"tiles, values, touched = {kind}.tiles, {kind}.values, 0", depth)
         by_group: dict[int, list[tuple[int, Family]]] = {}
         for i, family in self.families[kind]:
             by_group.setdefault(layout.group[i], []).append((i, family))
         for group, families in by_group.items():
-            inner = depth + 1
+            inner = depth
             variables = [f"{kind}{i}" for i, _ in families]
             if self._always.isdisjoint(variables):
                 self.write(f"if {' or '.join(variables)}:", inner)
@@ -214,7 +260,7 @@ class _Writer:
             late = ", ".join(f"({i}, {kind}{i})" for i, _ in families)
             self.write(f"else: {kind}_add_late({kind}, ts, ({late},), now)", inner)
         # Not before: whoever turns to another tile marks what it moves by the same bits.
-        self.write(f"{kind}.touched |= touched", depth + 1)
+        self.write(f"{kind}.touched |= touched", depth)
 
     def _merge(self, variable: str, i: int, family: Family, sure: bool, depth: int) -> None:
         """`sure`: the variable is known not to be 0."""

@@ -14,7 +14,7 @@ from pipeline.definitions import DAY, Entity, Feature, Malformed
 from pipeline.demo import City
 from pipeline.errors import Unprocessable
 from pipeline.events import Stored
-from pipeline.extraction import compile_counting
+from pipeline.extraction import Owners, compile_counting
 from pipeline.feature_store import FeatureStore
 from pipeline.ingest import judge
 from pipeline.log import Log, Request
@@ -131,16 +131,18 @@ def test_counting_straight_in_the_tiles_does_what_adding_an_events_deltas_does(i
     for age, (kind, data), session in items:
         now += HOUR_MS
         posted = Stored("e", kind, "u", "", "1", "x", data, session)
-        count = compile_counting(of, kind, list(of))
+        dead: list[tuple[int, str]] = []
+        owners = {of_kind: Owners(["o"], {"o": entity}, {}) for of_kind, entity in straight.items()}
+        compile_counting(of, kind, list(of))([0], [posted], [now - age], now, 0, owners, [], dead)
         try:
-            deltas = {kind: windows.extract(posted, data, now - age) for kind, windows in of.items()}
-        except Malformed:
-            with pytest.raises(Malformed):
-                count(data, posted, now - age, now, *straight.values())
+            deltas = {of_kind: windows.extract(posted, data, now - age) for of_kind, windows in of.items()}
+        except Malformed as error:
+            reason = str(error)
         else:
-            count(data, posted, now - age, now, *straight.values())
-            for kind, windows in of.items():
-                windows.add(added[kind], now - age, deltas[kind], now)
+            reason = ""
+            for of_kind, windows in of.items():
+                windows.add(added[of_kind], now - age, deltas[of_kind], now)
+        assert dead == ([(0, f"malformed: {reason}")] if reason else [])
         for kind, windows in of.items():
             assert windows.values(straight[kind], now) == windows.values(added[kind], now)
             assert fields(windows.dump(straight[kind], "k", now)) == fields(windows.dump(added[kind], "k", now))

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.catalogue import FEATURES
-from pipeline.definitions import DAY, HOUR, Feature
+from pipeline.definitions import DAY, HOUR, Entity, Feature
 from pipeline.events import Stored
-from pipeline.extraction import compile_counting
+from pipeline.extraction import Owners, compile_counting
 from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.features import Features
@@ -250,6 +250,7 @@ def test_reader_beside_the_pipeline_never_sees_a_tile_twice_or_not_at_all(straig
     windows = Windows(features)
     entity, anything = windows.new(), Stored("e", "t", "u", "", "1", "x", {})
     count = compile_counting({"user": windows}, None, ["user"])
+    owners: dict[Entity, Owners] = {"user": Owners(["u"], {"u": entity}, {})}
     torn: list[Any] = []
 
     def look(frame: FrameType, kind: str, _: object) -> Any:
@@ -269,7 +270,7 @@ def test_reader_beside_the_pipeline_never_sees_a_tile_twice_or_not_at_all(straig
             before = windows.values(entity, at)
             sys.settrace(look)
             if straight and ts <= at:
-                count({}, anything, ts, at, entity)
+                count([0], [anything], [ts], at, 0, owners, [], [])
             else:
                 windows.add(entity, ts, [(0, 1)], at)
             sys.settrace(None)

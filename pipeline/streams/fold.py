@@ -16,8 +16,8 @@ import msgspec
 from pipeline import keys
 from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature, Malformed
-from pipeline.events import CANARY_TYPE, Stored
-from pipeline.extraction import Count, Counting, compile_counting
+from pipeline.events import CANARY_TYPE
+from pipeline.extraction import Count, Counting, Dead, Owners, compile_counting
 from pipeline.families import Family
 from pipeline.frames import REDRIVE
 from pipeline.read_lately import ReadLately
@@ -76,12 +76,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Counter:
-    """How the events of a type are counted, and of which kinds of entities."""
+    """How the events of a type are counted, and in which kinds of entities."""
 
     count: Count
-    of_user: bool
-    of_payee: bool
-    of_zone: bool
+    kinds: tuple[Kind, ...]
 
 
 class Fold:
@@ -136,123 +134,123 @@ class Fold:
 
     def _counter(self, event_type: str | None) -> Counter:
         untyped = any(f.event_type is None for f in self.tables["user"].windows.families)
-        kinds = [
+        kinds = tuple(
             kind
             for kind, table in self.tables.items()
             if event_type in table.windows.event_types or (kind == "user" and untyped)
-        ]
+        )
         windows: dict[Kind, Counting] = {kind: table.windows for kind, table in self.tables.items()}
-        return Counter(compile_counting(windows, event_type, kinds), *(kind in kinds for kind in self.tables))
+        return Counter(compile_counting(windows, event_type, kinds), kinds)
 
     def process(self, batch: Batch, now: int, upto: int | None = None) -> Outcome:
-        """Count a batch, or its events before the ordinal `upto`."""
-        outcome = Outcome()
-        first = batch.first_ordinal
-        events = batch.events if upto is None else batch.events[: max(0, upto - first)]
+        """Count a batch, or its events before the ordinal `upto`: type by type, since every merge is exact in any order."""
+        first, size = batch.first_ordinal, len(batch)
+        if upto is not None:
+            size = min(size, max(0, upto - first))
+        dead: Dead = [(index, UNDECODABLE) for index in batch.undecodable if index < size]
         merchants = self._merchants(batch) if self._joins else {}
         filled = self._first_places(batch) if batch.to & REDRIVE and self._until else None
-        of_users, of_payees, of_zones = self.tables.values()
-        users, payees, zones = of_users.entities, of_payees.entities, of_zones.entities
-        counters, untyped, ts, newest = self._counters, self._untyped, batch.ts, self.newest
-        for index, event in enumerate(events):
-            if event is None:
-                outcome.dead.append((index, UNDECODABLE))
-                continue
-            event_type, user_id = event.event_type, event.user_id
-            counter = counters.get(event_type, untyped)
-            if counter is None or event_type == CANARY_TYPE:
-                continue
-            data = event.data
-            # Each of its entities, unless the event is read again after a crash and already in it.
-            ordinal, at = first + index, ts[index]
-            payee_id = zone_id = None
-            user = payee = zone = None
-            if counter.of_user:
-                user = users.get(user_id) or self._fetch(batch, events, merchants, users, user_id)
-                if ordinal < user.position:
-                    user = None
-            if counter.of_payee:
-                payee_id = merchants.get(str(data.get("transaction_id"))) if event_type == REPORT else merchant_of(data)
-                if payee_id is not None:
-                    payee = payees.get(payee_id) or self._fetch(batch, events, merchants, payees, payee_id)
-                    if ordinal < payee.position:
-                        payee = None
-            if counter.of_zone:
-                zone_id = batch.zones[index]
-                if zone_id is not None:
-                    zone = zones.get(zone_id) or self._fetch(batch, events, merchants, zones, zone_id)
-                    if ordinal < zone.position:
-                        zone = None
-            try:
-                if self._judges and counter is not untyped:
-                    for judge in self._judges:
-                        judge.extract(event, data, at)
-                if 0 <= at <= now and filled is None:
-                    counter.count(data, event, at, now, user, payee, zone)
-                else:
-                    self._count_apart(
-                        counter, event, data, at, now, (user, payee, zone), filled[index] if filled else None
-                    )
-            except Malformed as error:
-                outcome.dead.append((index, f"malformed: {error}"))
-                continue
-            if user is not None:
-                user.position = ordinal + 1
-                of_users.dirty[user_id] = user
-            if payee is not None and payee_id is not None:
-                payee.position = ordinal + 1
-                of_payees.dirty[payee_id] = payee
-            if zone is not None and zone_id is not None:
-                zone.position = ordinal + 1
-                of_zones.dirty[zone_id] = zone
-            if counter is not untyped and newest.get(event_type, 0) < at <= now:
-                newest[event_type] = at
+        work = self._work(batch, size)
+        owners = self._owners(batch, work, merchants)
+        paid: list[tuple[int, str, str]] = []
+        for event_type, counter, indexes in work:
+            if event_type == REPORT and self._joins:
+                self._join(batch, indexes, merchants, paid, owners["merchant"])
+            if self._judges and counter is not self._untyped:
+                indexes = self._judged(batch, indexes, dead)
+            if filled is None:
+                apart: list[int] = []
+                latest = counter.count(indexes, batch.events, batch.ts, now, first, owners, apart, dead)
+            else:
+                apart, latest = indexes, 0
+            for index in apart:
+                latest = max(latest, self._count_apart(counter, batch, index, now, owners, filled, dead))
+            if counter is not self._untyped and latest > self.newest.get(event_type, 0):
+                self.newest[event_type] = latest
             if event_type == PAYMENT and self._joins:
-                self._remember(batch.arrivals[index], data, merchants)
-        if ts:
-            newest[""] = max(newest.get("", 0), min(max(ts), now))  # of any type
-        self.ordinal = first + len(events)
-        outcome.done = len(events) - len(outcome.dead)
-        return outcome
+                paid = self._remember(batch, indexes, dead)
+        self.ordinal = first + size
+        for kind, table in self.tables.items():
+            counted = owners[kind].counted
+            for entity in counted.values():
+                entity.position = self.ordinal
+            table.dirty.update(counted)
+        if batch.ts:
+            self.newest[""] = max(self.newest.get("", 0), min(max(batch.ts), now))  # of any type
+        return Outcome(size - len(dead), sorted(dead))
 
-    def _fetch(
-        self,
-        batch: Batch,
-        events: Sequence[Stored | None],
-        merchants: Mapping[str, str],
-        entities: Mapping[str, Entity],
-        owner: str,
-    ) -> Entity:
-        """One of `entities` that was not in memory: in one round trip for each kind all come that the batch may count for."""
-        found = [(i, e, self._counters.get(e.event_type, self._untyped)) for i, e in enumerate(events) if e is not None]
-        counted = [(i, e, c) for i, e, c in found if c is not None and e.event_type != CANARY_TYPE]
-        of_users, of_payees, of_zones = self.tables.values()
-        of_users.load({e.user_id for _, e, c in counted if c.of_user})
-        payees = [merchant_of(e.data) for _, e, c in counted if c.of_payee]
-        of_payees.load({payee for payee in (*payees, *merchants.values()) if payee is not None})
-        of_zones.load({zone for i, _, c in counted if c.of_zone and (zone := batch.zones[i]) is not None})
-        return entities[owner]
+    def _work(self, batch: Batch, size: int) -> list[tuple[str, Counter, list[int]]]:
+        """The events to be counted, by type: payments before the reports that may be about them."""
+        work = []
+        for event_type, indexes in batch.by_type.items():
+            counter = self._counters.get(event_type, self._untyped)
+            if counter is not None and event_type not in ("", CANARY_TYPE):  # "" stands for what is undecodable
+                chosen = indexes if size == len(batch) else [index for index in indexes if index < size]
+                work.append((event_type, counter, chosen))
+        return sorted(work, key=lambda of_type: of_type[0] != PAYMENT)
+
+    def _owners(
+        self, batch: Batch, work: Sequence[tuple[str, Counter, list[int]]], merchants: Mapping[str, str]
+    ) -> dict[Kind, Owners]:
+        """Whose the events are. Those not in memory are fetched, in one round trip for each kind."""
+        payees = {i: merchant_of(batch.data(i)) for kind, _, indexes in work if kind == PAYMENT for i in indexes}
+        ids: dict[Kind, Any] = {"user": batch.users, "merchant": payees, "zone": batch.zones}
+        named: dict[Kind, set[Any]] = {
+            "user": {*batch.users},
+            "merchant": {*payees.values(), *merchants.values()},
+            "zone": {*batch.zones},
+        }
+        for kind, table in self.tables.items():
+            absent = named[kind].difference(table.entities)
+            absent.discard(None)
+            if absent and kind != "merchant":  # only then it matters whose events are counted
+                counted = [indexes for _, counter, indexes in work if kind in counter.kinds]
+                absent.intersection_update([ids[kind][index] for indexes in counted for index in indexes])
+            table.load(absent)
+        return {kind: Owners(ids[kind], table.entities, {}) for kind, table in self.tables.items()}
+
+    def _judged(self, batch: Batch, indexes: Sequence[int], dead: Dead) -> list[int]:
+        """Those that each of the judges can take."""
+        sound = []
+        for index in indexes:
+            event = batch.events[index]
+            try:
+                for judge in self._judges:
+                    judge.extract(event, batch.data(index), batch.ts[index])  # type: ignore[arg-type]
+            except Malformed as error:
+                dead.append((index, f"malformed: {error}"))
+            else:
+                sound.append(index)
+        return sound
 
     def _count_apart(
         self,
         counter: Counter,
-        event: Stored,
-        data: Mapping[str, Any],
-        ts: int,
+        batch: Batch,
+        index: int,
         now: int,
-        entities: Sequence[Entity | None],
-        place: int | None,
-    ) -> None:
-        """Count an event that is ahead of the clock, from before 1970, or sent again: then `place` is where it stood at first,
-        and a backfill has counted it already in the families that it filled beyond that. Raises Malformed."""
-        flags = (counter.of_user, counter.of_payee, counter.of_zone)
-        tables = [some.windows for some, has in zip(self.tables.values(), flags, strict=True) if has]
-        made = [(windows, windows.extract(event, data, ts)) for windows in tables]
-        chosen = [entity for entity, has in zip(entities, flags, strict=True) if has]
-        for (windows, deltas), entity in zip(made, chosen, strict=True):
-            if entity is not None:
+        owners: Mapping[Kind, Owners],
+        places: Sequence[int] | None,
+        dead: Dead,
+    ) -> int:
+        """Count an event that is ahead of the clock, from before 1970, or sent again: then its place is where it stood at first,
+        and a backfill has counted it already in the families that it filled beyond that. Answers its time if that has come."""
+        event, ts, ordinal = batch.events[index], batch.ts[index], batch.first_ordinal + index
+        place = places[index] if places is not None else None
+        assert event is not None
+        try:
+            made = {kind: self.tables[kind].windows.extract(event, event.data, ts) for kind in counter.kinds}
+        except Malformed as error:
+            dead.append((index, f"malformed: {error}"))
+            return 0
+        for kind, deltas in made.items():
+            of, windows = owners[kind], self.tables[kind].windows
+            owner = of.ids[index]
+            if owner is not None and ordinal >= (entity := of.entities[owner]).position:
                 kept = [d for d in deltas if place is None or windows.families[d[0]].until <= place]
                 windows.add(entity, ts, kept, now)
+                of.counted[owner] = entity
+        return ts if ts <= now else 0
 
     def _merchants(self, batch: Batch) -> dict[str, str]:
         """The merchants of the payments that the batch's fraud reports are about, from before the batch."""
@@ -267,11 +265,35 @@ class Fold:
             found |= {t: merchant.decode() for t, merchant in zip(wanted, stored, strict=True) if merchant is not None}
         return found
 
-    def _remember(self, arrival: int, data: Mapping[str, Any], merchants: dict[str, str]) -> None:
-        transaction, merchant = data.get("transaction_id"), merchant_of(data)
-        if type(transaction) in (str, int) and merchant is not None:
-            merchants[str(transaction)] = merchant
-            self._paid.setdefault(f"{keys.PAID}{arrival // _DAY_MS}", {})[str(transaction)] = merchant
+    def _remember(self, batch: Batch, indexes: Iterable[int], dead: Dead) -> list[tuple[int, str, str]]:
+        """Keep the merchants of payments that were counted: of each its index, transaction and merchant."""
+        lost, paid = {index for index, _ in dead}, []
+        for index in indexes:
+            data = batch.data(index)
+            transaction, merchant = data.get("transaction_id"), merchant_of(data)
+            if type(transaction) in (str, int) and merchant is not None and index not in lost:
+                day = batch.arrivals[index] // _DAY_MS
+                self._paid.setdefault(f"{keys.PAID}{day}", {})[str(transaction)] = merchant
+                paid.append((index, str(transaction), merchant))
+        return paid
+
+    def _join(
+        self,
+        batch: Batch,
+        indexes: Iterable[int],
+        merchants: Mapping[str, str],
+        paid: Sequence[tuple[int, str, str]],
+        payees: Owners,
+    ) -> None:
+        """Reports count for the merchants of the payments that they are about, where these came before them."""
+        assert isinstance(payees.ids, dict)
+        known, before = dict(merchants), deque(paid)
+        for index in indexes:
+            while before and before[0][0] < index:
+                _, transaction, merchant = before.popleft()
+                known[transaction] = merchant
+            payees.ids[index] = known.get(str(batch.data(index).get("transaction_id")))
+        self.tables["merchant"].load({payee for i in indexes if (payee := payees.ids[i]) is not None})
 
     def _first_places(self, batch: Batch) -> list[int]:
         """Where dead letters that were sent again stood in the log at first."""
