@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from math import gcd
 from typing import Any, Protocol
 
 from pipeline.aggregations import BUCKETS, LARGEST, SCALE, WEIGHT_SCALE, Column, sorting
@@ -102,11 +103,20 @@ def _compiled_counting(families: tuple[tuple[Entity, tuple[Family, ...]], ...], 
     for kind, _ in layouts:
         writer.write(f"of = owners[{kind!r}]", 2)
         writer.write(f"{kind}_ids, {kind}_all, {kind}_counted = of.ids, of.entities, of.counted", 2)
+    writer.write("begins = ends = 0", 2)
     writer.write("for index in indexes:", 2)
     writer.write("ts = times[index]", 3)
     writer.write("if not 0 <= ts <= now:", 3)
     writer.write("apart.append(index)", 4)
     writer.write("continue", 4)
+    # Most events of a batch are of one moment, and all tiles the same throughout a grain.
+    grain = gcd(*(length for _, layout in layouts for length in layout.lengths))
+    writer.write("if not begins <= ts < ends:", 3)
+    writer.write(f"begins = ts - ts % {grain}", 4)
+    writer.write(f"ends = begins + {grain}", 4)
+    for kind, layout in layouts:
+        for group, length in enumerate(layout.lengths):
+            writer.write(f"{kind}_tile{group} = ts // {length}", 4)
     writer.write("event = events[index]", 3)
     writer.write("data = event.data", 3)
     writer.write("try:", 3)
@@ -253,8 +263,8 @@ class _Writer:
             if self._always.isdisjoint(variables):
                 self.write(f"if {' or '.join(variables)}:", inner)
                 inner += 1
-            self.write(f"t = ts // {layout.lengths[group]}", inner)
-            self.write(f"if tiles[{group}] == t or {kind}_turn({kind}, {group}, t, now):", inner)
+            tile = f"{kind}_tile{group}"
+            self.write(f"if tiles[{group}] == {tile} or {kind}_turn({kind}, {group}, {tile}, now):", inner)
             for i, family in families:
                 self._merge(f"{kind}{i}", i, family, sure=len(families) == 1, depth=inner + 1)
             late = ", ".join(f"({i}, {kind}{i})" for i, _ in families)
