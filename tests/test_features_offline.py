@@ -175,6 +175,24 @@ def test_training_set_of_any_entity_equals_what_is_online(store, steps):
                 assert_same(online, found if set(found.values()) != {None} else nothing.values(nothing.new(), now))
 
 
+@on_a_store
+@given(st.lists(posted, min_size=1, max_size=12))
+def test_events_that_come_together_count_as_they_do_one_by_one(store, items):
+    store.call("FLUSHALL")
+    events = [as_event(item, NOON) for item in items]
+    batch = batch_of(store, events, NOON)
+    together, alone = Features(store), Features(store)
+    dead = [index for index, _ in together.process(batch, NOON).dead]
+    [frame] = frames(Log(store))
+    for index in range(len(events)):
+        assert bool(alone.process(Batch([frame], index, single=True), NOON).dead) == (index in dead)
+    for kind, table in together.fold.tables.items():
+        owners = [owner for owner, entity in table.entities.items() if entity.position]
+        assert together.values(owners, NOON, kind) == alone.values(owners, NOON, kind)
+        assert owners or not any(entity.position for entity in alone.fold.tables[kind].entities.values())
+    assert together.fold.newest == alone.fold.newest
+
+
 def test_reported_fraud_counts_for_the_payee_of_the_payment_also_after_a_restart(store):
     log = Log(store)
     stream = Features(store)
