@@ -69,14 +69,11 @@ def compile_extraction(layout: Layout, event_type: str | None) -> Extract:
 def compile_counting(windows: Mapping[Entity, Counting], event_type: str | None, kinds: Collection[Entity]) -> Count:
     """The function that counts events of a type in the entities of these kinds. Each event counts in an entity unless that holds
     it already, by its position. Of one that has a field it cannot take nothing is counted."""
-    families = tuple((kind, some.layout.families) for kind, some in windows.items() if kind in kinds)
-    methods = [method for kind in kinds for method in _methods(windows[kind])]
+    chosen = {kind: some for kind, some in windows.items() if kind in kinds}
+    families = tuple((kind, some.layout.families) for kind, some in chosen.items())
+    methods = [method for some in chosen.values() for method in (some.ripen, some.turn, some.add_late)]
     count: Count = _compiled_counting(families, event_type)(*methods)
     return count
-
-
-def _methods(windows: Counting) -> list[Callable[..., Any]]:
-    return [windows.ripen, windows.turn, windows.add_late]
 
 
 @lru_cache(maxsize=1_000)
@@ -110,7 +107,7 @@ def _compiled_counting(families: tuple[tuple[Entity, tuple[Family, ...]], ...], 
     writer.write("apart.append(index)", 4)
     writer.write("continue", 4)
     # Most events of a batch are of one moment, and all tiles the same throughout a grain.
-    grain = gcd(*(length for _, layout in layouts for length in layout.lengths))
+    grain = gcd(*(length for _, layout in layouts for length in layout.lengths)) or 1
     writer.write("if not begins <= ts < ends:", 3)
     writer.write(f"begins = ts - ts % {grain}", 4)
     writer.write(f"ends = begins + {grain}", 4)

@@ -54,7 +54,7 @@ def compile_reader(layout: Layout, i: int, features: Sequence[Feature]) -> Read:
     for k, mask in zip(levels, masks, strict=True):
         state, nothing = f"held + {bias} & {mask}" if bias else f"held & {mask}", str(bias & mask)
         if family.half_life_s is not None:
-            state, nothing = f"decayed({state}, 0, {family.half_life_s})", "(0.0, 0.0)"
+            state, nothing = f"decayed({state}, 0, {family.half_life_s!r})", "(0.0, 0.0)"
         lines.append(f"  v{k} = {state} if b{k} <= start < e{k} else {nothing}")
     for k, (window, length) in enumerate(zip(family.windows, family.tiles, strict=True)):
         # The shortest window that it is in empties first: a longer one is longer by at least a tile of its own.

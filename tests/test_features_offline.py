@@ -207,6 +207,14 @@ def test_reported_fraud_counts_for_the_payee_of_the_payment_also_after_a_restart
     assert again.values(["m"], NOON, "merchant")["m"]["payee_fraud_rate_30d"] == 0.5
 
 
+def test_payment_that_no_feature_counts_is_still_known_to_the_report_about_it(store):
+    frauds = next(feature for feature in FEATURES if feature.name == "payee_frauds_30d")
+    stream = Features(store, [frauds])
+    outcome = stream.process(batch_of(store, [payment("t", data={"merchant_id": "m"}), report("t")], NOON), NOON)
+    assert not outcome.dead
+    assert stream.values(["m"], NOON, "merchant")["m"] == {"payee_frauds_30d": 1}
+
+
 def test_event_that_a_feature_of_payees_cannot_take_counts_in_no_past_value_of_users_either(store):
     count = Feature(name="n", aggregation="count", window_s=DAY, description="events")
     tips = Feature(name="tips", aggregation="sum", event_type="payment", field="tip", entity="merchant", window_s=DAY,
