@@ -20,7 +20,7 @@ from typing import Any
 
 import redis
 
-from pipeline.embedded import APPENDED_BYTES, spawn
+from pipeline.embedded import is_long, spawn
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS_PYTHON = ROOT / ".venv-bench" / "bin" / "python"  # made by `make bench`
@@ -199,9 +199,8 @@ class System:
         """The store is writing its append-only file anew, by a process of its own, or will be asked to as soon as there is little
         to do."""
         found = self.store.info("persistence")
-        base = int(found["aof_base_size"])
-        due = int(found["aof_current_size"]) - base > max(APPENDED_BYTES, base // 2)
-        return due or bool(found["aof_rewrite_in_progress"])
+        base, size = int(found["aof_base_size"]), int(found["aof_current_size"])
+        return is_long(base, size - base) or bool(found["aof_rewrite_in_progress"])
 
     def processes(self) -> dict[str, list[int]]:
         """The process ids of each part: store, python, nexus."""

@@ -24,7 +24,7 @@ from pipeline.settings import Settings, child_environment
 _GRACE_S = 30.0  # a large append-only file takes its time to reach the disk
 _LOG_LIMIT = 10 * 2**20  # bytes; the log is turned over at a start beyond this
 _POLL_S = 0.02
-APPENDED_BYTES = 32 << 20  # a start reads them in a third of a second
+_APPENDED_BYTES = 32 << 20  # a start reads them in a third of a second
 REWRITE_EVERY_S = 10.0
 _QUIET_S = 1.0  # of processor time between two looks: without requests Nexus uses a quarter of that
 
@@ -210,7 +210,12 @@ class Rewriting:
     def _is_due(self) -> bool:
         """So much was appended that the next start takes noticeably longer."""
         base, appended = (sum(map(_size, self._folder.glob(f"*.{part}.*"))) for part in ("base", "incr"))
-        return appended > max(APPENDED_BYTES, base // 2)
+        return is_long(base, appended)
+
+
+def is_long(base: int, appended: int) -> bool:
+    """An append-only file of so many bytes, and so many more since it was last written anew, is worth writing anew."""
+    return appended > max(_APPENDED_BYTES, base // 2)
 
 
 def _size(path: Path) -> int:

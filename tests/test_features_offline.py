@@ -186,10 +186,13 @@ def test_events_that_come_together_count_as_they_do_one_by_one(store, items):
     [frame] = frames(Log(store))
     for index in range(len(events)):
         assert bool(alone.process(Batch([frame], index, single=True), NOON).dead) == (index in dead)
-    for kind, table in together.fold.tables.items():
-        owners = [owner for owner, entity in table.entities.items() if entity.position]
-        assert together.values(owners, NOON, kind) == alone.values(owners, NOON, kind)
-        assert owners or not any(entity.position for entity in alone.fold.tables[kind].entities.values())
+    for kind in together.fold.tables:
+        known, others = (
+            sorted(owner for owner, entity in stream.fold.tables[kind].entities.items() if entity.position)
+            for stream in (together, alone)
+        )
+        assert known == others
+        assert together.values(known, NOON, kind) == alone.values(known, NOON, kind)
     assert together.fold.newest == alone.fold.newest
 
 

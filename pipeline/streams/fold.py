@@ -192,7 +192,7 @@ class Fold:
     def _owners(
         self, batch: Batch, work: Sequence[tuple[str, Counter, list[int]]], merchants: Mapping[str, str]
     ) -> dict[Kind, Owners]:
-        """Whose the events are. Those not in memory are fetched, in one round trip for each kind."""
+        """Whose the events are. Those not in memory are fetched, in one round trip for each kind, before anything is counted."""
         payees = {i: merchant_of(batch.data(i)) for kind, _, indexes in work if kind == PAYMENT for i in indexes}
         ids: dict[Kind, Any] = {"user": batch.users, "merchant": payees, "zone": batch.zones}
         named: dict[Kind, set[Any]] = {
@@ -293,7 +293,6 @@ class Fold:
                 _, transaction, merchant = before.popleft()
                 known[transaction] = merchant
             payees.ids[index] = known.get(str(batch.data(index).get("transaction_id")))
-        self.tables["merchant"].load({payee for i in indexes if (payee := payees.ids[i]) is not None})
 
     def _first_places(self, batch: Batch) -> list[int]:
         """Where dead letters that were sent again stood in the log at first."""
