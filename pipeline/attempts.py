@@ -7,7 +7,6 @@ user's id.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,7 +14,7 @@ import msgspec
 from pipeline import keys
 from pipeline.errors import BadRequest, PartnerStatus
 from pipeline.events import rfc3339
-from pipeline.frames import CANARY, user_of, users_of
+from pipeline.frames import CANARY, named, user_of
 from pipeline.log import Log
 from pipeline.replies import KINDS, Delivery, kind_of
 from pipeline.store import Command, Store
@@ -51,12 +50,7 @@ _decode = msgspec.json.Decoder(Attempt).decode
 
 def lane_of(body: bytes, lanes: int) -> int:
     """The lane that carries all events of the event's user."""
-    return zlib.crc32(user_of(body)) % lanes
-
-
-def lanes_of(bodies: Sequence[bytes], lanes: int) -> list[int]:
-    """lane_of() of many."""
-    return [checksum % lanes for checksum in map(zlib.crc32, users_of(bodies))]
+    return zlib.crc32(named(user_of(body)).encode()) % lanes
 
 
 def made(delivery: Delivery, first: int, last: int, lane: int, lanes: int) -> Attempt:

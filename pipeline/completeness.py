@@ -9,7 +9,7 @@ from zlib import crc32
 
 import numpy as np
 
-from pipeline.frames import BRIDGE_ONLY, Position, named, user_of
+from pipeline.frames import BRIDGE_ONLY, Position
 from pipeline.log import Log
 from pipeline.streams.stream import Batch
 
@@ -30,7 +30,7 @@ class Backlog:
 
     def note(self, batch: Batch) -> None:
         """A batch that the features stream has counted."""
-        self._add(batch.first_ordinal, array("I", map(crc32, map(str.encode, batch.users))))
+        self._add(batch.first_ordinal, array("I", batch.user_hashes))
 
     def _add(self, first: int, users: array[int]) -> None:
         done = self._delivered()
@@ -56,10 +56,7 @@ class Backlog:
         while position.ordinal < upto and (frames := log.read(position, 1 << 20)):
             for frame in frames:
                 if frame.ordinal < upto and frame.to & BRIDGE_ONLY:
-                    self._add(
-                        frame.ordinal,
-                        array("I", [crc32(named(user_of(record[8:])).encode()) for record in frame.records]),
-                    )
+                    self._add(frame.ordinal, array("I", frame.user_hashes()))
             position = frames[-1].after()
 
     def behind(self, user_id: str) -> int:

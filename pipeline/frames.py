@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
+from zlib import crc32
 
 import msgspec
 
@@ -54,9 +55,17 @@ class Frame:
     events: list[Stored] | None = None  # decoded, where this process has just appended the frame itself
     times: list[int] | None = None  # event times (epoch ms), given with `events`
     broken: bool = False  # undecodable: one record per missing event, the first holds the raw bytes
+    hashes: list[int] | None = None  # what user_hashes() found
 
     def place(self, index: int) -> int:
         return self.address * PER_FRAME + index
+
+    def user_hashes(self) -> list[int]:
+        """32 bits for each event's user, worked out once for all who want them."""
+        if self.hashes is None:
+            users = [event.user_id for event in self.events] if self.events is not None else _users_of(self.records)
+            self.hashes = list(map(crc32, map(str.encode, users)))
+        return self.hashes
 
     def after(self) -> Position:
         start = self.address & 0xFFFFFF  # not from `next`: a frame may end behind what 24 bits of offset reach
@@ -160,12 +169,10 @@ def user_of(body: bytes) -> bytes:
         return b""
 
 
-def users_of(bodies: Sequence[bytes]) -> list[bytes]:
-    """user_of() of many."""
-    users = [body.partition(_MARK)[2].partition(b'"')[0] for body in bodies]
-    return [user_of(body) for body in bodies] if b"\\" in b"".join(users) else users
-
-
 def named(user: bytes) -> str:
     """The user_id that user_of() found."""
     return _decode_text(b'"%b"' % user) if b"\\" in user else user.decode(errors="replace")
+
+
+def _users_of(records: Sequence[bytes]) -> list[str]:
+    return [named(user_of(record[8:])) for record in records]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from dataclasses import replace
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.attempts import lane_of, lanes_of
-from pipeline.frames import ALL_STREAMS, CANARY, Frame, Position, named, user_of
+from pipeline.attempts import lane_of
+from pipeline.events import Stored
+from pipeline.frames import ALL_STREAMS, CANARY, Frame, Position, named, record, user_of
 from pipeline.streams import delivery
 from pipeline.streams.delivery import Window, cut, truncated
 
@@ -156,5 +158,9 @@ def test_an_event_that_nobody_can_decode_has_a_user_that_holds_up_nobody(body):
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))), st.integers(1, 16))
 def test_many_events_have_the_lanes_that_each_has_by_itself(users, lanes):
-    bodies = [msgspec.json.encode({"event_id": "a", "event_type": "t", "user_id": user, "n": 1}) for user in users]
-    assert lanes_of(bodies, lanes) == [lane_of(body, lanes) for body in bodies]
+    events = [Stored("a", "t", user, "2026-01-01T00:00:00Z", "1", "android", {"n": 1}) for user in users]
+    bodies = [msgspec.json.encode(one) for one in events]
+    stored = Frame(0, 0, ALL_STREAMS, 0, 0, "test", [record(0, body) for body in bodies])
+    at_hand = replace(stored, events=events, hashes=None)
+    for frame in (stored, at_hand):
+        assert [found % lanes for found in frame.user_hashes()] == [lane_of(body, lanes) for body in bodies]

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.attempts import lanes_of
 from pipeline.frames import BRIDGE_ONLY, CANARY, Frame, Position
 from pipeline.streams.suspects import MAX_ATTEMPTS, Suspect
 
@@ -90,6 +89,7 @@ class Window:
     broken: list[tuple[Frame, int]] = field(default_factory=list)  # events that cannot be sent: frame and index
     _frames: list[tuple[Frame, int]] = field(default_factory=list)  # each with the index at which its piece begins
     _starts: list[int] = field(default_factory=list)
+    _users: list[int] = field(default_factory=list)  # 32 bits for the user of each
 
     def event(self, index: int) -> tuple[Frame, int]:
         """The frame that holds an event of `bodies`, and the event's index in it."""
@@ -109,6 +109,7 @@ class Window:
         self._starts.append(len(self.bodies))
         self._frames.append((frame, start))
         self.bodies += [record[8:] for record in frame.records[start:stop]]  # behind the event time (log.py)
+        self._users += frame.user_hashes()[start:stop]
         if frame.to & CANARY:
             self.canaries += stop - start
 
@@ -119,8 +120,8 @@ class Window:
             self.parts = [Part(0, 1, bodies, range(len(bodies)), [(0, len(bodies))])] if bodies else []
         else:
             indexes: list[list[int]] = [[] for _ in range(lanes)]
-            for index, lane in enumerate(lanes_of(bodies, lanes)):
-                indexes[lane].append(index)
+            for index, user in enumerate(self._users):
+                indexes[user % lanes].append(index)
             self.parts = [
                 Part(lane, lanes, [bodies[i] for i in mine], mine, [(0, len(mine))])
                 for lane, mine in enumerate(indexes)

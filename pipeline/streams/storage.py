@@ -79,8 +79,12 @@ class Storage(Stream):
     def process(self, batch: Batch, now: int) -> Outcome:
         if not batch.canary:
             # name_hash() as maps of C functions: no Python runs per event.
-            hashes = (map(crc32, map(str.encode, c)) for c in (batch.users, batch.sessions, batch.types, batch.sources))
-            rows = list(map(_PACK, batch.places, batch.ts, *hashes))
+            sessions = map(crc32, map(str.encode, batch.sessions))
+            few = [
+                map({name: name_hash(name) for name in {*column}}.get, column)
+                for column in (batch.types, batch.sources)
+            ]
+            rows = list(map(_PACK, batch.places, batch.ts, batch.user_hashes, sessions, *few))
             self._pending.append(b"".join(batch.counted(rows)))
         return batch.outcome()
 

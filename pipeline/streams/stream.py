@@ -38,6 +38,7 @@ class Batch:
         self.arrivals: list[int] = []
         self.sources: list[str] = []
         self._records: list[bytes] = []
+        self._pieces: list[tuple[Frame, int, int]] = []
         self.first_ordinal = frames[0].ordinal + skip
         self.to = frames[0].to
         self.canary = bool(self.to & CANARY)
@@ -46,6 +47,7 @@ class Batch:
             stop = skip + 1 if single else len(frame.records)
             records = frame.records[skip:stop]
             self._records += records
+            self._pieces.append((frame, skip, stop))
             if frame.events is not None and frame.times is not None:
                 self.events += frame.events[skip:stop]
                 self.ts += frame.times[skip:stop]
@@ -89,6 +91,11 @@ class Batch:
     @cached_property
     def users(self) -> list[str]:
         return [event.user_id for event in self._rows]
+
+    @cached_property
+    def user_hashes(self) -> list[int]:
+        """32 bits for each user."""
+        return [found for frame, start, stop in self._pieces for found in frame.user_hashes()[start:stop]]
 
     @cached_property
     def sessions(self) -> list[str]:
@@ -216,6 +223,11 @@ class Stream(ABC):
     @property
     def unsaved(self) -> bool:
         """There is something to write though no event came."""
+        return False
+
+    @property
+    def full(self) -> bool:
+        """There is so much to write in one step that it should not become more."""
         return False
 
     def load(self, now: int) -> None:  # noqa: B027  most streams have nothing to load
