@@ -97,7 +97,7 @@ def begin(store: Store, epoch: int, packed: bytes) -> Call:
 
 def pack(commands: Iterable[Command]) -> bytes:
     """Commands as one word, behind which others may be put: the store takes longer to take thousands of words in than to carry
-    them out. Each is the number of its words, then the words, each behind its length."""
+    them out. Each is the number of its words, then the words, each behind its length. An HSETNX may be of many fields."""
     parts: list[bytes] = []
     add, size = parts.append, _SIZE.pack
     for command in commands:

