@@ -23,7 +23,7 @@ from flask import Flask
 
 from benchmarks import altered
 from pipeline import checkpoints, hot_route, ingest, log, publisher, serving
-from pipeline.streams import aggregates, features, inference, storage, stream, worker
+from pipeline.streams import aggregates, features, group, inference, storage, stream, worker
 
 PATH = "/bench/stages"
 # owner, attribute, stage. Nested ones count for the inner stage alone.
@@ -35,7 +35,7 @@ STAGES: tuple[tuple[Any, str, str], ...] = (
     (ingest, "read_body", "ingest: decode, not plain"),
     (ingest, "judge", "ingest: judge, not plain"),
     (log.Log, "accept", "ingest: pack and store call"),
-    (worker.Group, "work", "pipeline: loop"),
+    (group.Group, "work", "pipeline: loop"),
     (worker.Worker, "checkpoint_step", "checkpoint: steps"),
     (checkpoints, "pack", "checkpoint: pack and store call"),
     (checkpoints, "begin", "checkpoint: pack and store call"),

@@ -4,10 +4,11 @@ HTTP -> ingest -> log -> five streams -> feature store, models -> serving -> HTT
 
     ingest        judges each event of a posted body and brings the good ones to the log, in one atomic step
     log           frames of events in segments (frames); the truth, and the write-ahead log of everything else
-    streams/      features, storage, aggregates, inference: four in one pass, each with its checkpoints (runner, worker, straggler);
+    streams/      features, storage, aggregates, inference: features first, each with its checkpoints (runner, group, worker, straggler);
                   bridge: on its own, to the Python service (gate, sender, suspects; partner, transport, replies, circuit,
                   throttle, attempts, outages)
     checkpoints   effects and position in one step, fenced by the lease
+    precedence    what somebody waits for goes first
     windows       tiles of the features that definitions declares
     read_lately   values that were read a moment ago, as long as they hold
     feature_store both systems' features, merged, with where each value comes from

@@ -4,6 +4,7 @@ much as the route's work."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ class HotRoute:
         if method == "POST" and path == INGEST:
             status, headers, body = ingest_response(self._nexus, environ)
         elif method == "GET" and (user_id := _user_of(path)):
-            status, headers, body = features_response(self._nexus, environ, user_id)
+            with self._nexus.precedence if _of_now(environ) else nullcontext():
+                status, headers, body = features_response(self._nexus, environ, user_id)
         else:
             return self._app(environ, start_response)
         start_response(_STATUS[status], [*headers, ("Content-Length", str(len(body)))])
@@ -38,8 +40,12 @@ class HotRoute:
 def is_read(environ: dict[str, Any]) -> bool:
     """Whether a request asks for one entity's features of now, which takes well under a millisecond; those of the past take as
     long as their events are many."""
-    now = environ["REQUEST_METHOD"] == "GET" and "as_of" not in environ.get("QUERY_STRING", "")
+    now = environ["REQUEST_METHOD"] == "GET" and _of_now(environ)
     return now and _user_of(environ["PATH_INFO"]) is not None
+
+
+def _of_now(environ: dict[str, Any]) -> bool:
+    return "as_of" not in environ.get("QUERY_STRING", "")
 
 
 def _user_of(path: str) -> str | None:

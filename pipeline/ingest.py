@@ -14,6 +14,7 @@ from pipeline.events import Parsed, Plain, Rejected, parse, parse_plain
 from pipeline.frames import ALL_STREAMS
 from pipeline.log import Log, Request, Taken
 from pipeline.posted import read_body, read_plain, unpack
+from pipeline.precedence import Precedence
 
 _GROUP_BYTES = 4 << 20
 _MAX_WAIT_MS = 30_000
@@ -99,9 +100,15 @@ class Ingest:
     """
 
     def __init__(
-        self, log: Log, clock: Callable[[], int], taken: Callable[[], None], applied: Callable[[int, float], bool]
+        self,
+        log: Log,
+        clock: Callable[[], int],
+        taken: Callable[[], None],
+        applied: Callable[[int, float], bool],
+        precedence: Precedence | None = None,
     ) -> None:
         self._group = GroupCommit(log, clock)
+        self._precedence = precedence or Precedence()
         self._clock, self._taken, self._applied = clock, taken, applied
         self.closed: str | None = None
         self.latencies_ms: deque[float] = deque(maxlen=1000)
@@ -112,8 +119,9 @@ class Ingest:
         """The status and the answer's object. Raises BadRequest, TooLarge, StoreUnavailable, StoreFull."""
         began = time.perf_counter()
         wait_s = _wait_s(query)
-        verdicts, source = self._judge(unpack(body, encoding), content_type)
-        taken = self._submit(verdicts, source, ALL_STREAMS)
+        with self._precedence:
+            verdicts, source = self._judge(unpack(body, encoding), content_type)
+            taken = self._submit(verdicts, source, ALL_STREAMS)
         answer: dict[str, Any] = {
             "accepted": taken.taken,
             "duplicates": len(taken.duplicates),

@@ -42,6 +42,7 @@ from pipeline.store import Store
 SEGMENT_BYTES = 8 << 20
 SEGMENT_MS = 3_600_000
 
+POLL_S = 0.1
 _HEAD = struct.Struct("<18Q")
 _DAMAGE_KEPT = 4096
 _DIGEST_BYTES = 10  # accept.lua knows it, too
@@ -359,6 +360,24 @@ class Log:
             left = self._store.run("move_ids", (keys.HEAD, keys.IDS, keys.ID_BUCKET), (_MOVED_AT_ONCE,))
             self._ids_moved = left == 0
         return keys.IDS
+
+
+class Follower:
+    """Reads on at the log's end. What this process appended is at hand; for what another instance did, and is not there, the
+    store is asked only now and then: that costs a round trip."""
+
+    def __init__(self, log: Log) -> None:
+        self._log, self._next_look = log, 0.0
+
+    def read(self, position: Position, limit: int = 1 << 20, at_once: bool = False) -> list[Frame]:
+        """Whole frames from a position on, as Log.read() gives them; `at_once`: there is reason to ask the store."""
+        if recent := self._log.recent(position, limit):
+            return recent
+        if not at_once and time.monotonic() < self._next_look:
+            return []
+        frames = self._log.read(position, limit)
+        self._next_look = 0.0 if frames else time.monotonic() + POLL_S
+        return frames
 
 
 def _place(packed: bytes) -> int:

@@ -36,6 +36,7 @@ from pipeline.log import Log
 from pipeline.lookups import Lookups
 from pipeline.models import fraud
 from pipeline.partner import Partner
+from pipeline.precedence import Precedence
 from pipeline.publisher import Publisher
 from pipeline.registry import Models
 from pipeline.retention import Retention
@@ -55,6 +56,7 @@ VERSION = "0.1.0"
 YOUNG = 5_000  # new objects between two collections: one takes a few ms
 SWITCH_INTERVAL_S = 0.0005  # default 5 ms: a request would wait that long behind the pipeline's thread
 _FREEZE_S = 5.0
+_CAUGHT_UP_S = 0.5  # a query of events waits so long for those that the features have already
 _STOP_LOOK_S = 0.25  # who waits for the bridge looks so often whether all is being stopped
 _IDLE_S, _IDLE_AT_STOP_S = 300.0, 8.0
 T = TypeVar("T")
@@ -88,10 +90,13 @@ class Runtime:
             "aggregates": lambda: Aggregates(self.store, retention_ms),
             "inference": lambda: Inference(self.store, retention_ms),
         }
-        self.runner = Runner(self.store, self.log, self.lease, clock, make, self._spawn)
+        self.precedence = Precedence()
+        self.runner = Runner(self.store, self.log, self.lease, clock, make, self._spawn, self.precedence)
         partner = Partner(lambda: self.live["PYTHON_EVENT_API_URL"], lambda: self.live["PYTHON_SERVICE_TIMEOUT"], clock)
-        self.bridge = Bridge(self.store, self.log, self.lease, self.live, partner, clock)
-        self.ingest = Ingest(self.log, clock, self.taken, lambda end, s: self.runner.wait_for("features", end, s))
+        self.bridge = Bridge(self.store, self.log, self.lease, self.live, partner, clock, self.precedence)
+        self.ingest = Ingest(
+            self.log, clock, self.taken, lambda end, s: self.runner.wait_for("features", end, s), self.precedence
+        )
         self.events = EventStore(self.store, self.log, self._unwritten_rows)
         self.features = FeatureStore(
             self.store, self.events, self.live, self._live_features, clock, self._own_lag_s, self._python_behind
@@ -317,6 +322,7 @@ class Runtime:
             stream.backfill.step(self.clock())
 
     def _unwritten_rows(self) -> Any:
+        self.runner.catch_up("storage", _CAUGHT_UP_S)
         stream = self.stream("storage")
         return stream.unwritten() if isinstance(stream, Storage) else Storage(self.store).unwritten()
 

@@ -23,7 +23,9 @@ T = TypeVar("T")
 _LUA = Path(__file__).parent / "lua"
 _TIMEOUT_S = 5.0
 _TRUSTED_S = 0.02  # after its last use a connection is taken for good
+_PATIENCE_S = 1.0  # with an answer, then it is waited for: that ends with an error
 _HASHES_AT_ONCE, _FIELDS_AT_ONCE = 10, 500  # in one call of find.lua, which nothing else may interrupt
+_FEW = 1_000  # look-ups that are done in one call, whatever their hashes
 _ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)  # the second is none of the first
 _AWAY = (redis.exceptions.ReadOnlyError, redis.exceptions.ClusterError)
 _AWAY_WORDS = ("LATE", "BUSY", "NOREPLICAS")  # answers of a store that is there, but not just now
@@ -55,7 +57,7 @@ class _Pool(redis.ConnectionPool):
         try:
             if not connection.is_connected:
                 connection.connect()
-            elif time.monotonic() - connection.used_at > _TRUSTED_S and _spoilt(connection):
+            elif time.monotonic() - connection.used_at > _TRUSTED_S and _spoke(connection):
                 connection.disconnect()
                 connection.connect()
         except BaseException:
@@ -70,8 +72,8 @@ class _Pool(redis.ConnectionPool):
             self._available_connections.append(connection)
 
 
-def _spoilt(connection: Any) -> bool:
-    """The store has closed it, or has said something that nobody asked for."""
+def _spoke(connection: Any) -> bool:
+    """The store has said something, or has closed it."""
     try:
         return bool(connection.can_read())
     except (redis.ConnectionError, redis.TimeoutError, OSError):
@@ -85,6 +87,7 @@ class Call:
         """`anew` is sent where the store has forgotten the script. A Cluster's client sends it all when the result is asked for."""
         self._client, self._words, self._anew = client, words, anew
         self._connection: Any = None
+        self._began = time.monotonic()
         if not cluster:
             self._connection = client.connection_pool.get_connection()
             self._send(words)
@@ -95,6 +98,11 @@ class Call:
         except BaseException:
             self.close()
             raise
+
+    def ready(self) -> bool:
+        """Whether result() has no need to wait, or has to see why there is no answer."""
+        late = time.monotonic() - self._began > _PATIENCE_S
+        return late or self._connection is None or _spoke(self._connection)
 
     def result(self) -> Any:
         """Waits for the answer. Raises StoreError."""
@@ -206,6 +214,9 @@ class Store:
 
     def find(self, hashes: Sequence[str], fields: Sequence[str]) -> list[bytes | None]:
         """For each field its value in the first of the hashes that has it, None where none does."""
+        if len(hashes) * len(fields) <= _FEW:
+            few: list[bytes | None] = self.run("find", hashes, fields)
+            return few
         found: list[bytes | None] = [None] * len(fields)
         for keys in _pieces(hashes, _HASHES_AT_ONCE):
             absent = [i for i, value in enumerate(found) if value is None]

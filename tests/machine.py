@@ -131,16 +131,24 @@ class Machine(RuleBasedStateMachine):
         instance.start()
 
     @rule(who=WHO, size=st.integers(1, 4))
-    def process(self, who: int, size: int) -> None:
-        """The owner goes on; so does one that was replaced and has not noticed."""
+    def lead(self, who: int, size: int) -> None:
+        """The owner goes on, the features first; so does one that was replaced and has not noticed."""
         if self.instances[who].group is not None:
-            self.instances[who].process(size)
+            self.instances[who].lead(size)
+
+    @rule(who=WHO)
+    def follow(self, who: int) -> None:
+        """The other streams go on."""
+        if self.instances[who].group is not None:
+            self.instances[who].follow()
 
     @rule(who=WHO)
     def work(self, who: int) -> None:
         """All there is, and its checkpoint."""
         if self.instances[who].group is not None:
-            self.instances[who].process(1_000)
+            self.instances[who].lead(1_000)
+            while self.instances[who].follow():
+                pass
             self._commit(who, whole=True)
 
     @rule(who=WHO, answered=st.booleans())
@@ -257,7 +265,8 @@ class Machine(RuleBasedStateMachine):
             (5, lambda who: self.accept(who, some())),
             (1, lambda who: self.accept(who, some(), BRIDGE_ONLY)),
             (1, self.send_canary),
-            (5, lambda who: self.process(who, rng.randint(1, 4))),
+            (5, lambda who: self.lead(who, rng.randint(1, 4))),
+            (5, self.follow),
             (5, self.checkpoint_step),
             (2, self.checkpoint),
             (2, self.work),

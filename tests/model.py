@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +18,11 @@ from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.aggregates import Aggregates
 from pipeline.streams.features import Features
+from pipeline.streams.group import Group
 from pipeline.streams.inference import Inference
 from pipeline.streams.storage import Storage
 from pipeline.streams.stream import Batch, Outcome, Stream
-from pipeline.streams.worker import Group, Shared
+from pipeline.streams.worker import Shared
 from tests.helpers import HOUR_MS, LOCAL, NOON, STREAMS, Clock
 
 IDS, LATE_MS = 200, 5 * HOUR_MS
@@ -119,12 +121,17 @@ class Instance:
             group._committed[name] = position
         self.group = group
 
-    def process(self, size: int) -> None:
-        """One pass over the next frames."""
+    def lead(self, size: int) -> None:
+        """The next frames, for the leader alone."""
         assert self.group is not None
-        frames = self.log.read(self.group.position)[:size]
-        if run := next(self.group._runs(frames), None):
-            self.group._pass(Batch(run, self.group.position.index))
+        self.group._at_hand = deque(self.log.read(self.group.front)[:size])
+        if self.group._at_hand:
+            self.group.lead()
+
+    def follow(self) -> bool:
+        """For the others, what the leader has had."""
+        assert self.group is not None
+        return self.group.follow()
 
     def checkpoint_step(self, answered: bool) -> bool | None:
         """One commit of the stream whose turn it is, and its answer unless that is left to the next step; whether it was made,

@@ -20,13 +20,15 @@ from pipeline.lease import Lease
 from pipeline.log import Log
 from pipeline.runtime import Runtime
 from pipeline.store import Call, Command, Store
+from pipeline.streams import group as groups
 from pipeline.streams import worker
 from pipeline.streams.aggregates import Aggregates
+from pipeline.streams.group import Failed, Group
 from pipeline.streams.runner import APART_EVENTS, Runner
 from pipeline.streams.storage import Query, Storage
 from pipeline.streams.straggler import MAX_ATTEMPTS, Straggler
 from pipeline.streams.stream import Batch, Cut, Outcome, Stream
-from pipeline.streams.worker import Failed, Group, Shared
+from pipeline.streams.worker import Shared
 from tests.conftest import Start, client_of
 from tests.helpers import LOCAL, NOON, append, event, frames, until
 
@@ -226,7 +228,7 @@ def test_failure_of_a_worker_that_was_given_up_is_nobodys(group: Group) -> None:
 
     group.streams["storage"].process = wakes  # type: ignore[method-assign,assignment]
     with pytest.raises(Fenced):
-        group._pass(Batch(frames(group.shared.log)))
+        group._give(Batch(frames(group.shared.log)), ["storage"])
 
 
 @pytest.mark.parametrize("index", [1, 5])
@@ -239,10 +241,10 @@ def test_stream_that_joins_within_a_frame_is_fed_no_event_of_it_again(
     append(log, [event() for _ in range(6)], NOON)
     position = Position(1, 0, index, index)
     checkpoints.commit(store, epoch, checkpoints.advance(Progress("aggregates", position, index), NOON))
-    group.position = Position(1, 0, group_index, group_index)
+    group.position = group.front = Position(1, 0, group_index, group_index)
     group._admit("aggregates")
-    for run in group._runs(log.read(group.position)):
-        group._pass(Batch(run, group.position.index))
+    while group.lead():
+        group.follow()
     group.checkpoint()
     accounts = checkpoints.audit(store).accounts
     assert (accounts["aggregates"].processed, accounts["aggregates"].unexplained) == (12, 0)
@@ -260,7 +262,8 @@ def now(group: Group, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def feed(group: Group) -> None:
     append(group.shared.log, [event()], NOON)
-    group._pass(Batch([frames(group.shared.log)[-1]]))
+    assert group.lead()
+    assert group.follow()
 
 
 def test_checkpoint_comes_a_moment_after_the_last_event_but_not_between_two(group: Group, now: list[float]) -> None:
@@ -272,13 +275,22 @@ def test_checkpoint_comes_a_moment_after_the_last_event_but_not_between_two(grou
     assert group.checkpoint_step(True)
 
 
+def test_checkpoint_of_a_stream_with_much_for_one_step_does_not_wait(
+    group: Group, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed(group)
+    assert not group.checkpoint_step(False)
+    monkeypatch.setattr(Storage, "full", True)
+    assert group.checkpoint_step(False)
+
+
 def test_checkpoint_that_takes_long_is_not_followed_by_the_next_at_once(
     group: Group, now: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = checkpoints.begin
 
     def slow(*given: Any) -> Call:
-        now[0] += 0.2
+        now[0] += 0.1
         return begin(*given)
 
     monkeypatch.setattr(checkpoints, "begin", slow)
@@ -288,7 +300,7 @@ def test_checkpoint_that_takes_long_is_not_followed_by_the_next_at_once(
     feed(group)
     while group._paces["storage"].steps is not None:
         group.checkpoint_step(False)
-    now[0] += 1.7  # a tenth of the time is for checkpoints
+    now[0] += 1.7  # a twentieth of the time is for checkpoints
     assert not group.checkpoint_step(False)
     now[0] += 0.2
     assert group.checkpoint_step(False)
@@ -298,14 +310,148 @@ def test_events_are_taken_in_while_the_store_is_at_a_checkpoint(group: Group) ->
     feed(group)
     position = group.at["storage"]
     steps = group._checkpoint("storage")
-    while group._under_way is None:
+    while not group.committing:
         next(steps)
     feed(group)
     assert "storage" not in group._committed
-    assert next(steps, None) is None
+    for _ in steps:
+        group.settle()
     assert group._committed["storage"] == position
     assert checkpoints.read(group.shared.store, ["storage"])["storage"] == position
     assert group.at["storage"].ordinal == position.ordinal + 1
+
+
+def test_commit_that_the_store_has_yet_to_answer_holds_up_no_event(
+    group: Group, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[bool] = []
+    monkeypatch.setattr(Call, "ready", lambda call: bool(answered))
+    feed(group)
+    now[0] += 1.0
+    while not group.committing:
+        assert group.checkpoint_step(False)
+    assert not group.checkpoint_step(False)
+    feed(group)
+    answered.append(True)
+    while group._paces["storage"].steps is not None:
+        assert group.checkpoint_step(False)
+    assert group._committed["storage"].ordinal == 1
+
+
+def test_commit_takes_the_place_of_no_other_that_is_under_way(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = False
+    monkeypatch.setattr(Call, "ready", lambda call: answered)
+    group.load("aggregates", Position())
+    chunks: Iterator[list[Command]] = iter([[("SET", f"x{n}", n)] for n in range(2)])
+    monkeypatch.setattr(group.streams["storage"], "cut", lambda now: Cut(chunks))
+    feed(group)
+    one, other = group._checkpoint("storage"), group._checkpoint("aggregates")
+    assert next(one)
+    first = group._under_way
+    while (began := next(other)) and group._under_way is first:
+        pass
+    assert not began
+    answered = True
+    assert next(one)
+    second = group._under_way
+    assert second is not first
+    answered = False
+    assert not next(other)
+    assert group._under_way is second
+
+
+def test_store_that_does_not_answer_a_commit_is_found_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = store.begin("vectors", ["none"], [0])
+    until(call.ready, "the answer")
+    assert call.result() == [[]]
+    monkeypatch.setattr("pipeline.store._spoke", lambda connection: False)
+    call = store.begin("vectors", ["none"], [0])
+    assert not call.ready()
+    monkeypatch.setattr("pipeline.store._PATIENCE_S", 0.0)
+    assert call.ready()
+    assert call.result() == [[]]
+
+
+@pytest.fixture
+def led(group: Group, monkeypatch: pytest.MonkeyPatch) -> Group:
+    """A group of two streams of which aggregates leads."""
+    monkeypatch.setattr(groups, "LEADER", "aggregates")
+    group.load("aggregates", Position())
+    return group
+
+
+def ordinals(group: Group) -> dict[str, int]:
+    return {name: position.ordinal for name, position in group.at.items()}
+
+
+def test_what_is_new_goes_to_the_leader_before_the_others_have_had_what_came_earlier(led: Group) -> None:
+    for size in (2, 3):
+        append(led.shared.log, [event() for _ in range(size)], NOON)
+        assert led.lead()
+    assert ordinals(led) == {"aggregates": 5, "storage": 0}
+    assert led.follow()
+    assert ordinals(led) == {"aggregates": 5, "storage": 2}
+    assert led.follow()
+    assert not led.follow()
+    assert ordinals(led) == {"aggregates": 5, "storage": 5}
+    led.checkpoint()
+    accounts = checkpoints.audit(led.shared.store).accounts
+    assert {name: accounts[name].processed for name in led.streams} == {"aggregates": 5, "storage": 5}
+
+
+def test_leader_that_is_as_far_ahead_as_it_may_be_waits_for_the_others(
+    led: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much comes, nothing is ever further ahead."""
+    monkeypatch.setattr(groups, "MOST_AHEAD", 4)
+    apart: list[int] = []
+
+    def follow() -> bool:
+        apart.append(led.at["aggregates"].ordinal - led.at["storage"].ordinal)
+        if led.at["storage"].ordinal == 40:
+            led.stopping.set()
+        return Group.follow(led)
+
+    monkeypatch.setattr(led, "follow", follow)
+    monkeypatch.setattr(groups, "PASS_EVENTS", 1)
+    for _ in range(20):
+        append(led.shared.log, [event(), event()], NOON)
+    led.work()
+    assert max(apart) == 4
+    assert ordinals(led) == {"aggregates": 40, "storage": 40}
+
+
+def test_those_that_follow_give_way_to_precedence_for_a_while_and_then_no_longer(
+    led: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(led.shared.log, [event()], NOON)
+    with led.shared.precedence:
+        assert not led._gives_way()  # there is nothing to put off
+        led.lead()
+        monkeypatch.setattr(groups, "GIVE_WAY_S", 1e9)
+        assert led._gives_way()
+        monkeypatch.setattr(groups, "GIVE_WAY_S", 0.0)
+        assert not led._gives_way()
+        monkeypatch.setattr(groups, "GIVE_WAY_S", 1e9)
+        led.stopping.set()
+        assert not led._gives_way()
+    led.stopping.clear()
+    assert not led._gives_way()
+
+
+@pytest.mark.parametrize("name", ["aggregates", "storage"])
+def test_stream_that_joins_while_the_leader_is_ahead_has_each_event_once(led: Group, name: str) -> None:
+    for _ in range(3):
+        append(led.shared.log, [event(), event()], NOON)
+    assert led.lead()
+    led.checkpoint()
+    led.drop(name)
+    led._admit(name)
+    while led.lead():
+        led.follow()
+    led.checkpoint()
+    accounts = checkpoints.audit(led.shared.store).accounts
+    assert [(accounts[n].processed, accounts[n].unexplained) for n in led.streams] == [(6, 0), (6, 0)]
 
 
 def test_stream_with_much_to_write_holds_up_no_other_ones_checkpoint(
@@ -318,6 +464,7 @@ def test_stream_with_much_to_write_holds_up_no_other_ones_checkpoint(
     now[0] += 1.0
     for _ in range(8):
         group.checkpoint_step(False)
+        group.settle()
     assert "aggregates" not in group._committed
     assert group._committed["storage"].ordinal == 1
     while group._paces["aggregates"].steps is not None:

@@ -24,9 +24,10 @@ from pipeline.frames import CANARY, Frame, Position
 from pipeline.health import Health
 from pipeline.lease import Lease
 from pipeline.live_settings import LiveSettings
-from pipeline.log import Log
+from pipeline.log import Follower, Log
 from pipeline.outages import Ledger
 from pipeline.partner import Partner
+from pipeline.precedence import Precedence
 from pipeline.store import Command, Store
 from pipeline.streams.delivery import Ahead, Window, truncated
 from pipeline.streams.gate import Gate
@@ -49,7 +50,14 @@ class Bridge:
     name = "bridge"
 
     def __init__(
-        self, store: Store, events: Log, lease: Lease, live: LiveSettings, partner: Partner, clock: Callable[[], int]
+        self,
+        store: Store,
+        events: Log,
+        lease: Lease,
+        live: LiveSettings,
+        partner: Partner,
+        clock: Callable[[], int],
+        precedence: Precedence,
     ) -> None:
         self._store, self._log, self._lease, self._live = store, events, lease, live
         self.partner = partner
@@ -67,7 +75,8 @@ class Bridge:
         self._moved = threading.Condition()
         self._wake: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._linger = Linger()
+        self._precedence = precedence
+        self._linger = Linger(precedence)
         self._hungry = False  # it has looked for events since it was last woken
         self._polled = 0.0
         self._uncertain = 0  # the epoch under which the store last failed
@@ -141,7 +150,7 @@ class Bridge:
     async def run(self, stop: Callable[[], bool]) -> None:
         """Deliver until `stop`. Survives the store and the partner being away."""
         self._loop, self._wake, self._stop = asyncio.get_running_loop(), asyncio.Event(), stop
-        self._linger = Linger()
+        self._linger = Linger(self._precedence)
         self.partner.open()
         try:
             while not stop():
@@ -174,7 +183,7 @@ class Bridge:
 
     def _begin(self, epoch: int, position: Position) -> None:
         """Forget what was under way: the checkpoint says where to go on."""
-        self._epoch, self._committed, self._ahead = epoch, position, Ahead(self._log.read, position)
+        self._epoch, self._committed, self._ahead = epoch, position, Ahead(Follower(self._log).read, position)
         self._windows: deque[Window] = deque()
         self._notes: list[Command] = []
         self._at_end = False

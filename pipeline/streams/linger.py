@@ -6,15 +6,19 @@ import asyncio
 import contextlib
 import time
 
+from pipeline.precedence import Precedence
+
 # A call costs both sides as much as fifty events. The busier this process is the dearer that is: then others wait for it.
 LEAST_S, MOST_S = 0.05, 0.3
+GIVE_WAY_S, _GLANCE_S = 0.02, 0.002  # longer at the most for those who have precedence; so often it is looked at
 FULL = 0.8  # of a core: busier than that it hardly becomes
 
 
 class Linger:
     """For one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, precedence: Precedence) -> None:
+        self._precedence = precedence
         self.pause_s = LEAST_S
         self._ends = 0.0
         self._hurried = asyncio.Event()
@@ -35,8 +39,14 @@ class Linger:
         self._hurried.set()
 
     async def rest(self) -> None:
-        left = self._ends - time.monotonic()
-        if left > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurried.wait(), left)
+        await self._wait(self._ends - time.monotonic())
+        until = time.monotonic() + GIVE_WAY_S
+        while self._precedence.taken and not self._hurried.is_set() and time.monotonic() < until:
+            await self._wait(_GLANCE_S)
         self._hurried.clear()
+
+    async def _wait(self, seconds: float) -> None:
+        """Until somebody hurries, at the most."""
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurried.wait(), seconds)

@@ -1,7 +1,7 @@
 """The runner of the local streams: holds the lease, starts their workers, restarts, watches and reports, once for all
 four.
 
-Streams that stand together share one pass over a decoded frame and one checkpoint (worker.Group). A stream that
+Streams that stand together share one pass over a decoded frame and one checkpoint (group.py). A stream that
 throws, hangs or is behind goes on alone (straggler.py), finds the bad event, and joins the group again once it
 has caught up.
 """
@@ -20,14 +20,17 @@ from pipeline.frames import Position
 from pipeline.keys import LOCAL_STREAMS
 from pipeline.lease import TTL_MS, Lease
 from pipeline.log import Log
+from pipeline.precedence import Precedence
 from pipeline.store import Store
+from pipeline.streams.group import Failed, Group
 from pipeline.streams.straggler import Straggler
 from pipeline.streams.stream import Stream
-from pipeline.streams.worker import Counters, Failed, Group, Shared, Worker
+from pipeline.streams.worker import Counters, Shared, Worker
 
 HANG_S = 30.0
 NEAR_EVENTS = 2_000  # a straggler this close to the group joins it
 APART_EVENTS = 100_000  # streams that a crash left no farther apart go on as one group, from the hindmost on
+_CATCH_UP_EVENTS = 10_000  # who is farther behind is not waited for: it takes about a second
 _FIRST_RESTART_S, _LAST_RESTART_S = 0.1, 5.0
 Spawn = Callable[[str, Callable[[], None]], threading.Thread]
 log = logging.getLogger(__name__)
@@ -44,9 +47,12 @@ class Runner:
         clock: Callable[[], int],
         make: Mapping[str, Callable[[], Stream]],
         spawn: Spawn,
+        precedence: Precedence | None = None,
     ) -> None:
         self._store, self._lease, self._spawn = store, lease, spawn
-        self._shared = Shared(store, events, lease, clock, make, threading.Event(), self._applied)
+        self._shared = Shared(
+            store, events, lease, clock, make, threading.Event(), self._applied, precedence or Precedence()
+        )
         self._group: Group | None = None
         self._stragglers: dict[str, Straggler] = {}
         self._threads: dict[Worker, threading.Thread] = {}
@@ -147,6 +153,16 @@ class Runner:
                     return True
                 self._news.wait(min(left, 0.05))
         return True
+
+    def catch_up(self, name: str, timeout_s: float) -> None:
+        """Wait until a stream has what the leader has; not for one that runs apart from the group, or is far behind."""
+        group = self._group
+        if group is None or self.state != "running" or name not in group.streams:
+            return
+        behind = group.front.ordinal - self._ordinals.get(name, 0)
+        if 0 < behind < _CATCH_UP_EVENTS:
+            group.hurry()
+            self.wait_for(name, group.front.ordinal, timeout_s)
 
     def _applied(self, name: str, ordinal: int) -> None:
         self._ordinals[name] = ordinal

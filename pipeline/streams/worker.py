@@ -1,4 +1,4 @@
-"""Workers: the loops that feed streams and checkpoint them; Group runs those that stand together (straggler.py has the other)."""
+"""The worker: feeds streams and checkpoints them, in steps; group.py and straggler.py say which and when."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import TypeVar
@@ -15,22 +15,21 @@ from typing import TypeVar
 from pipeline import checkpoints
 from pipeline.checkpoints import DeadLetter, Progress
 from pipeline.errors import Fenced, StoreError
-from pipeline.frames import CANARY, Frame, Position
+from pipeline.frames import CANARY, Position
 from pipeline.keys import STREAMS
 from pipeline.lease import Lease
 from pipeline.log import Log
+from pipeline.precedence import Precedence
 from pipeline.store import Call, Store
 from pipeline.streams.stream import Batch, Stream
 
-# Rows of what changed coalesce from one checkpoint of a stream to its next: it may take a tenth of the time, and comes the
-# later the more there is to write. After the last event there is nothing to coalesce any more.
+# Rows of what changed coalesce from one checkpoint of a stream to its next: it may take a twentieth of the worker's time, and
+# comes the later the more there is to write. After the last event there is nothing to coalesce any more.
 CHECKPOINT_S = 0.5  # at least, from one's beginning to the next
-CHECKPOINT_SHARE = 9  # pause at least so many times as long as the latest took,
+CHECKPOINT_SHARE = 19  # pause at least so many times as long as the latest took,
 MOST_CHECKPOINT_S = 3.0  # but no longer: so much of the log is read again after a crash
 IDLE_CHECKPOINT_S = 0.1
 _STREAMS_AT_ONCE = 2  # have their checkpoints carried on between two batches
-PASS_EVENTS = 300  # and the frame that goes beyond: a few ms, which is how long what comes behind waits
-POLL_S = 0.1
 _PACKED_AT_ONCE = 200  # commands of a checkpoint, some ms; then events have their turn
 
 BITS = {name: 1 << i for i, name in enumerate(STREAMS)}
@@ -49,6 +48,7 @@ class Shared:
     make: Mapping[str, Callable[[], Stream]]
     wake: threading.Event
     applied: Callable[[str, int], None]
+    precedence: Precedence = field(default_factory=Precedence)
 
 
 @dataclass(slots=True)
@@ -57,15 +57,6 @@ class Counters:
 
     processed: int = 0
     dead: int = 0
-
-
-@dataclass(slots=True)
-class Failed:
-    """A stream that threw out of a batch."""
-
-    stream: str
-    error: str
-    ordinal: int
 
 
 @dataclass(slots=True)
@@ -85,7 +76,7 @@ class _Pace:
     pause: float = CHECKPOINT_S  # from then on
     began: float = 0.0
     spent_s: float = 0.0  # on the one under way, so far
-    steps: Iterator[None] | None = None
+    steps: Iterator[bool] | None = None
 
 
 class Worker(ABC):
@@ -204,13 +195,16 @@ class Worker(ABC):
         pace, began = self._paces[name], time.monotonic()
         if pace.steps is None:
             idle = idle and began - self._fed >= IDLE_CHECKPOINT_S
-            if began - pace.ended < (IDLE_CHECKPOINT_S if idle else pace.pause) or not self._moved(name):
+            pause = 0.0 if self.streams[name].full else IDLE_CHECKPOINT_S if idle else pace.pause
+            if began - pace.ended < pause or not self._moved(name):
                 return False
             pace.steps, pace.spent_s, pace.began = self._checkpoint(name), 0.0, began
-        done = next(pace.steps, self) is self
+        moved = next(pace.steps, None)
+        if moved is False:
+            return False
         ended = time.monotonic()
         pace.spent_s += ended - began
-        if done:
+        if moved is None:
             pace.steps, pace.ended = None, ended
             pace.pause = max(
                 CHECKPOINT_S - (ended - pace.began), min(CHECKPOINT_SHARE * pace.spent_s, MOST_CHECKPOINT_S)
@@ -221,18 +215,18 @@ class Worker(ABC):
         """Bring everything processed so far into the store, now."""
         for name, pace in list(self._paces.items()):
             for _ in pace.steps or ():
-                pass
+                self.settle()
             pace.steps = None
             if self._paces.get(name) is pace and self._moved(name):
                 for _ in self._checkpoint(name):
-                    pass
+                    self.settle()
             pace.ended = time.monotonic()
 
     def _moved(self, name: str) -> bool:
         return self._progress[name].position != self._committed.get(name) or self.streams[name].unsaved
 
-    def _checkpoint(self, name: str) -> Iterator[None]:
-        """A stream's checkpoint, in steps; given up where the stream has left."""
+    def _checkpoint(self, name: str) -> Iterator[bool]:
+        """A stream's checkpoint, in steps, False where the store has yet to answer; given up where the stream has left."""
         cut = self._of(name, partial(self.streams[name].cut, self.shared.clock()))
         if cut is None:
             return
@@ -244,7 +238,7 @@ class Worker(ABC):
         final, packed = iter(cut.final), []
         while some := list(islice(final, _PACKED_AT_ONCE)):
             packed.append(checkpoints.pack(some))
-            yield
+            yield True
         packed.append(checkpoints.pack(checkpoints.advance(progress, self.shared.clock())))
         yield from self._commit(b"".join(packed))
         cut.done()
@@ -268,121 +262,33 @@ class Worker(ABC):
         """Whether the others go on without a stream that threw."""
         return False
 
-    def _commit(self, packed: bytes) -> Iterator[None]:
+    def _commit(self, packed: bytes) -> Iterator[bool]:
         """Events go on being processed while the store is at it."""
+        while (
+            self._under_way is not None
+        ):  # another stream's; while this one waited for that, it may have begun the next
+            yield from self._answered(self._under_way)
         if self.abandoned:
             raise Fenced("this worker hung and was replaced")
-        self.settle()  # another stream's, perhaps
-        self._under_way = checkpoints.begin(self.shared.store, self.epoch, packed)
-        yield
-        self.settle()
+        call = self._under_way = checkpoints.begin(self.shared.store, self.epoch, packed)
+        yield True
+        yield from self._answered(call)
+
+    def _answered(self, call: Call) -> Iterator[bool]:
+        """Until a commit is through, unless another step has seen to it."""
+        while call is self._under_way:
+            if call.ready():
+                self.settle()
+            else:
+                yield False
+
+    @property
+    def committing(self) -> bool:
+        """A commit is under way."""
+        return self._under_way is not None
 
     def settle(self) -> None:
         """Wait for the commit that is under way. Raises Fenced, StoreError."""
         if self._under_way is not None:
             call, self._under_way = self._under_way, None
             call.result()
-
-
-class Group(Worker):
-    """The streams that stand together, or a little ahead of `start`: one pass over each batch. There may be none yet."""
-
-    def __init__(
-        self, shared: Shared, start: Position, positions: Mapping[str, Position], failed: Callable[[Failed], None]
-    ) -> None:
-        super().__init__(shared)
-        self._start = dict(positions)
-        self._failed = failed
-        self.position = start
-        self._joining: list[str] = []
-        self._next_look = 0.0  # monotonic; when the store is asked for more of the log than is at hand
-
-    def join(self, name: str) -> None:
-        """Take a stream in that stands at its checkpoint, at the next batch boundary."""
-        self._joining.append(name)
-        self.shared.wake.set()
-
-    def work(self) -> None:
-        for name, position in self._start.items():
-            self.at[name] = position
-            self._of(name, partial(self.load, name, position))
-            self._committed[name] = position
-        while not self.stopping.is_set():
-            woken = self.shared.wake.is_set()
-            self.shared.wake.clear()
-            while self._joining:
-                self._admit(self._joining.pop())
-            frames = self._next_frames(woken)
-            for run in self._runs(frames):
-                self._pass(Batch(run, self.position.index))
-                self.checkpoint_step(False)
-            if not frames and not self.checkpoint_step(True):
-                moved = any(self._moved(name) for name in self._paces)
-                self.shared.wake.wait(IDLE_CHECKPOINT_S / 2 if moved else POLL_S)
-
-    def _next_frames(self, woken: bool) -> list[Frame]:
-        """What follows in the log. What this process appended is at hand; for what another instance did the store is asked only
-        now and then, since it costs a round trip."""
-        if recent := self.shared.log.recent(self.position):
-            return recent
-        if not woken and time.monotonic() < self._next_look:
-            return []
-        frames = self.shared.log.read(self.position)
-        self._next_look = 0.0 if frames else time.monotonic() + POLL_S
-        return frames
-
-    def _pass(self, batch: Batch) -> None:
-        for name in list(self.streams):
-            if self.at[name].ordinal >= batch.first_ordinal + len(batch):
-                continue  # joined ahead of the group
-            try:
-                self.feed(name, batch)
-            except (StoreError, Fenced):
-                raise
-            except Exception as error:  # noqa: BLE001  whatever it throws, it leaves the group
-                self.left_alone(name, error)
-                continue
-            self.shared.applied(name, batch.first_ordinal + len(batch))
-        self.position = batch.after
-
-    def left_alone(self, name: str, error: Exception) -> bool:
-        ordinal = self.at[name].ordinal
-        log.error("stream left the group", exc_info=error, extra={"stream": name, "ordinal": ordinal})
-        self.settle()  # whoever goes on with the stream reads its checkpoint
-        self.drop(name)
-        self._failed(Failed(name, f"{type(error).__name__}: {error}", ordinal))
-        return True
-
-    def _runs(self, frames: list[Frame]) -> Iterator[list[Frame]]:
-        """Neighbouring frames with the same addressees, some events at a time."""
-        edges = {position.ordinal for position in self.at.values()}
-        run: list[Frame] = []
-        size = 0
-        for frame in frames:
-            if run and (frame.to != run[0].to or size >= PASS_EVENTS or frame.ordinal in edges):
-                yield run
-                run, size = [], 0
-            run.append(frame)
-            size += len(frame.records)
-        if run:
-            yield run
-
-    def _admit(self, name: str) -> None:
-        """Load a stream and bring it to the group's position, or leave it ahead, at a frame's beginning, for the group
-        to reach."""
-        position = self.at[name] = checkpoints.read(self.shared.store, [name])[name]
-        self._of(name, partial(self.load, name, position))
-        self._committed[name] = position
-        while name in self.streams and not self.stopping.is_set():
-            if self.at[name].ordinal >= self.position.ordinal and not self.at[name].index:
-                return
-            for frame in self.shared.log.read(self.at[name]):
-                if frame.ordinal >= self.position.ordinal and not self.at[name].index:
-                    return
-                try:
-                    self.feed(name, Batch([frame], self.at[name].index))
-                except (StoreError, Fenced):
-                    raise
-                except Exception as error:  # noqa: BLE001  whatever it throws, it leaves the group
-                    self.left_alone(name, error)
-                    return
