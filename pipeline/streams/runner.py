@@ -1,7 +1,7 @@
 """The runner of the local streams: holds the lease, starts their workers, restarts, watches and reports, once for all
 four.
 
-Streams that stand together share one pass over a decoded frame and one checkpoint (group.py). A stream that
+Streams that stand together share what is decoded (group.py), not their checkpoints. A stream that
 throws, hangs or is behind goes on alone (straggler.py), finds the bad event, and joins the group again once it
 has caught up.
 """
