@@ -6,7 +6,6 @@ user's id.
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import msgspec
@@ -14,7 +13,7 @@ import msgspec
 from pipeline import keys
 from pipeline.errors import BadRequest, PartnerStatus
 from pipeline.events import rfc3339
-from pipeline.frames import CANARY, named, user_of
+from pipeline.frames import CANARY, user_hashes_of
 from pipeline.log import Log
 from pipeline.replies import KINDS, Delivery, kind_of
 from pipeline.store import Command, Store
@@ -50,7 +49,7 @@ _decode = msgspec.json.Decoder(Attempt).decode
 
 def lane_of(body: bytes, lanes: int) -> int:
     """The lane that carries all events of the event's user."""
-    return zlib.crc32(named(user_of(body)).encode()) % lanes
+    return user_hashes_of([body])[0] % lanes
 
 
 def made(delivery: Delivery, first: int, last: int, lane: int, lanes: int) -> Attempt:

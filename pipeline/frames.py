@@ -63,8 +63,10 @@ class Frame:
     def user_hashes(self) -> list[int]:
         """32 bits for each event's user, worked out once for all who want them."""
         if self.hashes is None:
-            users = [event.user_id for event in self.events] if self.events is not None else _users_of(self.records)
-            self.hashes = list(map(crc32, map(str.encode, users)))
+            if self.events is not None:
+                self.hashes = list(map(crc32, map(str.encode, [event.user_id for event in self.events])))
+            else:
+                self.hashes = user_hashes_of([record[8:] for record in self.records])
         return self.hashes
 
     def after(self) -> Position:
@@ -174,5 +176,9 @@ def named(user: bytes) -> str:
     return _decode_text(b'"%b"' % user) if b"\\" in user else user.decode(errors="replace")
 
 
-def _users_of(records: Sequence[bytes]) -> list[str]:
-    return [named(user_of(record[8:])) for record in records]
+def user_hashes_of(bodies: Sequence[bytes]) -> list[int]:
+    """32 bits for the user of each of these stored events, the same as of the decoded event's user_id."""
+    users = [body.partition(_MARK)[2].partition(b'"')[0] for body in bodies]
+    if b"\\" in b"".join(users):  # JSON writes one of them otherwise than it is
+        users = [named(user_of(body)).encode() for body in bodies]
+    return list(map(crc32, users))

@@ -46,7 +46,7 @@ POLL_S = 0.1
 _HEAD = struct.Struct("<18Q")
 _DAMAGE_KEPT = 4096
 _DIGEST_BYTES = 10  # accept.lua knows it, too
-_TAIL_EVENTS = 50_000
+_TAIL_EVENTS, _TAIL_BYTES = 50_000, 64 << 20
 _FORGET_WORDS = 2_000
 _MOVED_AT_ONCE = 500  # buckets of an earlier version's id table: some 20 ms of the store
 _PATIENCE_MS = 4_000  # less than the connection's time-out: whoever is told no must not find it done later
@@ -125,7 +125,7 @@ class Log:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._tail: OrderedDict[int, Frame] = OrderedDict()  # by address; the first is let go of first
-        self._tail_events = 0
+        self._tail_events = self._tail_bytes = 0
         self._tail_lock = threading.Lock()
         self._answered = keys.ANSWERED + uuid.uuid4().hex
         self._number = 0  # of the latest accept
@@ -189,9 +189,11 @@ class Log:
                 self._clear_tail()
             self._tail[taken.address] = frame
             self._tail_events += len(records)
-            while self._tail_events > _TAIL_EVENTS and len(self._tail) > 1:
+            self._tail_bytes += size
+            while len(self._tail) > 1 and (self._tail_events > _TAIL_EVENTS or self._tail_bytes > _TAIL_BYTES):
                 _, oldest = self._tail.popitem(last=False)
                 self._tail_events -= len(oldest.records)
+                self._tail_bytes -= oldest.next - oldest.address
 
     def drop_tail(self) -> None:
         """Read from the store alone what stands there now: it may have been emptied or trimmed."""
@@ -199,7 +201,7 @@ class Log:
             self._clear_tail()
 
     def _clear_tail(self) -> None:
-        self._tail, self._tail_events = OrderedDict(), 0
+        self._tail, self._tail_events, self._tail_bytes = OrderedDict(), 0, 0
 
     def recent(self, position: Position, limit: int = 1 << 20) -> list[Frame]:
         """The frames from a position on that this process has just appended, about `limit` bytes of them."""

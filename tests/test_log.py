@@ -428,3 +428,14 @@ def test_trim_by_a_former_owner_is_fenced(store, log, small_segments):
     with pytest.raises(Fenced):
         log.trim(1, former.epoch)
     assert store.call("EXISTS", f"{keys.LOG}1") == 1
+
+
+def test_what_was_appended_last_is_at_hand_as_far_as_its_bytes_allow(log, monkeypatch):
+    for _ in range(3):
+        append(log, [event()], NOON)
+    assert len(log.recent(Position())) == 3
+    monkeypatch.setattr(log_module, "_TAIL_BYTES", 1)
+    append(log, [event()], NOON)
+    assert log.recent(Position()) == []
+    assert [frame.ordinal for frame in log.read(Position())] == [0, 1, 2, 3]
+    assert [frame.ordinal for frame in log.recent(log.read(Position())[2].after())] == [3]

@@ -399,11 +399,14 @@ def test_what_is_new_goes_to_the_leader_before_the_others_have_had_what_came_ear
     assert {name: accounts[name].processed for name in led.streams} == {"aggregates": 5, "storage": 5}
 
 
+@pytest.mark.parametrize("limit", ["MOST_AHEAD", "MOST_AHEAD_BYTES"])
 def test_leader_that_is_as_far_ahead_as_it_may_be_waits_for_the_others(
-    led: Group, monkeypatch: pytest.MonkeyPatch
+    led: Group, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     """However much comes, nothing is ever further ahead."""
-    monkeypatch.setattr(groups, "MOST_AHEAD", 4)
+    append(led.shared.log, [event(), event()], NOON)
+    frame = frames(led.shared.log)[0]
+    monkeypatch.setattr(groups, limit, 4 if limit == "MOST_AHEAD" else 2 * (frame.next - frame.address))
     apart: list[int] = []
 
     def follow() -> bool:
@@ -414,7 +417,7 @@ def test_leader_that_is_as_far_ahead_as_it_may_be_waits_for_the_others(
 
     monkeypatch.setattr(led, "follow", follow)
     monkeypatch.setattr(groups, "PASS_EVENTS", 1)
-    for _ in range(20):
+    for _ in range(19):
         append(led.shared.log, [event(), event()], NOON)
     led.work()
     assert max(apart) == 4

@@ -18,7 +18,7 @@ from pipeline.streams.worker import IDLE_CHECKPOINT_S, Shared, Worker
 
 LEADER = "features"
 PASS_EVENTS = 300  # and the frame that goes beyond: a few ms, which is how long what comes behind waits
-MOST_AHEAD = 40_000  # events by which the leader is ahead at the most; the log keeps so many at hand
+MOST_AHEAD, MOST_AHEAD_BYTES = 40_000, 32 << 20  # events by which the leader is ahead at the most, and about their size
 GIVE_WAY_S = 0.25  # so long after the leader the others' work waits for those who have precedence
 _GLANCE_S = 0.002  # who gives way looks so often whether it still has to
 _ANSWER_S = 0.001  # the store's, about
@@ -32,6 +32,15 @@ class Failed:
     stream: str
     error: str
     ordinal: int
+
+
+@dataclass(slots=True)
+class _Led:
+    """What was given to the leader alone: its bytes in the log, and since when (monotonic seconds)."""
+
+    batch: Batch
+    size: int
+    since: float
 
 
 class Group(Worker):
@@ -50,7 +59,8 @@ class Group(Worker):
         self.position = start  # where those that follow stand
         self.front = start  # what comes next in the log
         self._at_hand: deque[Frame] = deque()  # read, but given to nobody yet
-        self._led: deque[tuple[float, Batch]] = deque()  # given to the leader alone, since when (monotonic)
+        self._led: deque[_Led] = deque()
+        self._led_bytes = 0
         self._joining: list[str] = []
         self._hurried = 0  # up to this ordinal nobody is given way to
         self._follower = Follower(shared.log)
@@ -75,7 +85,7 @@ class Group(Worker):
             self.shared.wake.clear()
             while self._joining:
                 self._admit(self._joining.pop())
-            if self.front.ordinal - self.position.ordinal < MOST_AHEAD and self.lead(woken):
+            if self._may_lead() and self.lead(woken):
                 continue
             if self._gives_way():
                 self.shared.wake.wait(_GLANCE_S)
@@ -96,21 +106,28 @@ class Group(Worker):
             self._at_hand.extend(self._follower.read(self.front, at_once=woken))
         if not self._at_hand:
             return False
+        run = self._run()
         with self.shared.precedence:
-            batch = Batch(self._run(), self.front.index)
+            batch = Batch(run, self.front.index)
             self._give(batch, [name for name in self.streams if name == LEADER])
         self.front = batch.after
-        self._led.append((time.monotonic(), batch))
+        self._led.append(_Led(batch, sum(frame.next - frame.address for frame in run), time.monotonic()))
+        self._led_bytes += self._led[-1].size
         return True
 
     def follow(self) -> bool:
         """Give the others a batch that the leader has had; False where they have had all."""
         if not self._led:
             return False
-        _, batch = self._led.popleft()
-        self._give(batch, [name for name in self.streams if name != LEADER])
-        self.position = batch.after
+        led = self._led.popleft()
+        self._led_bytes -= led.size
+        self._give(led.batch, [name for name in self.streams if name != LEADER])
+        self.position = led.batch.after
         return True
+
+    def _may_lead(self) -> bool:
+        """Whether the leader is not as far ahead as it may be."""
+        return self.front.ordinal - self.position.ordinal < MOST_AHEAD and self._led_bytes < MOST_AHEAD_BYTES
 
     def _gives_way(self) -> bool:
         """Whether those that follow let others go before them."""
@@ -118,7 +135,7 @@ class Group(Worker):
             self.shared.precedence.taken
             and bool(self._led)
             and self.position.ordinal >= self._hurried
-            and time.monotonic() - self._led[0][0] < GIVE_WAY_S
+            and time.monotonic() - self._led[0].since < GIVE_WAY_S
             and not self.stopping.is_set()
         )
 
