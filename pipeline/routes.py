@@ -323,6 +323,7 @@ def _aggregates(nexus: Runtime) -> Response:
             f"since, until and step ask for {len(starts)} points; at most {MAX_POINTS}: take a larger step",
         )
     hours = list(range(first // 3600 * 3600, last + 1, 3600))
+    nexus.catch_up("aggregates")
     stream = nexus.stream("aggregates")
     unwritten = list(stream.unwritten(step)) if isinstance(stream, Aggregates) else []
     flats = nexus.store.many([("HGETALL", f"{keys.AGGREGATE}{step}:{start}") for start in starts])

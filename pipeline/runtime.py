@@ -56,7 +56,7 @@ VERSION = "0.1.0"
 YOUNG = 5_000  # new objects between two collections: one takes a few ms
 SWITCH_INTERVAL_S = 0.0005  # default 5 ms: a request would wait that long behind the pipeline's thread
 _FREEZE_S = 5.0
-_CAUGHT_UP_S = 0.5  # a query of events waits so long for those that the features have already
+_CAUGHT_UP_S = 0.5  # who asks what another stream has waits so long for what the features have already
 _STOP_LOOK_S = 0.25  # who waits for the bridge looks so often whether all is being stopped
 _IDLE_S, _IDLE_AT_STOP_S = 300.0, 8.0
 T = TypeVar("T")
@@ -302,6 +302,10 @@ class Runtime:
         self.runner.wake()
         self.bridge.arrived()
 
+    def catch_up(self, name: str) -> None:
+        """Wait a moment until a stream has what the features have."""
+        self.runner.catch_up(name, _CAUGHT_UP_S)
+
     def _live_features(self) -> Features | None:
         stream = self.stream("features")
         return stream if isinstance(stream, Features) else None
@@ -322,7 +326,7 @@ class Runtime:
             stream.backfill.step(self.clock())
 
     def _unwritten_rows(self) -> Any:
-        self.runner.catch_up("storage", _CAUGHT_UP_S)
+        self.catch_up("storage")
         stream = self.stream("storage")
         return stream.unwritten() if isinstance(stream, Storage) else Storage(self.store).unwritten()
 

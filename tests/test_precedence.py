@@ -59,7 +59,7 @@ def test_a_request_has_precedence_while_it_is_worked_on_however_it_ends(
     until(lambda: not nexus.precedence.taken, "the end of all short work")
 
 
-def test_who_reads_events_finds_what_the_features_have_however_much_others_are_given_way_to(
+def test_who_reads_events_or_aggregates_finds_what_the_features_have_however_much_others_are_given_way_to(
     nexus: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = client_of(nexus)
@@ -69,6 +69,9 @@ def test_who_reads_events_finds_what_the_features_have_however_much_others_are_g
             posted = client.post("/api/ml/events/ingest?wait=features", json=[_event(name)])
             assert posted.json["applied"]
             assert name in {found["event_id"] for found in client.get("/api/ml/events?user_id=u").json["events"]}
+        assert client.post("/api/ml/events/ingest?wait=features", json=[_event("c")]).json["applied"]
+        [row] = client.get("/api/ml/aggregates").json["series"]
+        assert sum(n for _, n in row["points"]) == 3
 
 
 def _event(name: str) -> dict[str, str]:
