@@ -159,10 +159,10 @@ class Runner:
         group = self._group
         if group is None or self.state != "running" or name not in group.streams:
             return
-        behind = group.front.ordinal - self._ordinals.get(name, 0)
-        if 0 < behind < _CATCH_UP_EVENTS:
+        front = group.front.ordinal
+        if 0 < front - self._ordinals.get(name, 0) < _CATCH_UP_EVENTS:
             group.hurry()
-            self.wait_for(name, group.front.ordinal, timeout_s)
+            self.wait_for(name, front, timeout_s)
 
     def _applied(self, name: str, ordinal: int) -> None:
         self._ordinals[name] = ordinal

@@ -264,9 +264,8 @@ class Worker(ABC):
 
     def _commit(self, packed: bytes) -> Iterator[bool]:
         """Events go on being processed while the store is at it."""
-        while (
-            self._under_way is not None
-        ):  # another stream's; while this one waited for that, it may have begun the next
+        # Another stream's goes first; while this one waited for that, it may have begun the next.
+        while self._under_way is not None:
             yield from self._answered(self._under_way)
         if self.abandoned:
             raise Fenced("this worker hung and was replaced")
