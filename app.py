@@ -17,14 +17,13 @@ from pipeline import logs, processes, settings
 from pipeline.connections import Turns
 from pipeline.dashboard import create_dashboard
 from pipeline.errors import NexusError, SettingError
-from pipeline.hot_route import HotRoute, is_read
+from pipeline.hot_route import HotRoute, SharedReads
 from pipeline.routes import register
 from pipeline.runtime import Runtime
 from pipeline.settings import Settings
 
 CONNECTIONS = 512  # each may hold a thread, which is there only as long as it is needed
-TURNS = 16  # requests that are worked on at a time,
-READ_TURNS = 2  # and reads of features: one computes while the other waits for the store
+TURNS = 16  # requests that are worked on at a time
 
 
 def create_app(nexus: Runtime) -> Flask:
@@ -34,7 +33,8 @@ def create_app(nexus: Runtime) -> Flask:
     register(app, nexus)
     create_dashboard(app)
     app.add_url_rule("/", "root", lambda: redirect("/nexus/"))
-    app.wsgi_app = Turns(HotRoute(app.wsgi_app, nexus), TURNS, is_read, READ_TURNS)  # type: ignore[method-assign]
+    turns = Turns(HotRoute(app.wsgi_app, nexus), TURNS)
+    app.wsgi_app = SharedReads(turns, nexus)  # type: ignore[method-assign]
     return app
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from pipeline.posted import MAX_BODY_BYTES
 
-BRIEF_S = 0.5  # so long a brief request waits for the others of its kind
 _NO_TURN = {"/healthz", "/readyz"}  # a probe answers however long the line is
 # In Linux's struct tcp_info: ms since data was last sent, since an acknowledgement was, since data was last received.
 _LAST_MOVED, _INFO_BYTES = struct.Struct("=44xIII"), 104
@@ -32,22 +31,15 @@ class Line:
         self._lock = threading.Lock()
         self.waiting: deque[threading.Lock] = deque()
 
-    def take_turn(self, patience_s: float = -1) -> bool:
-        """False where there was none within that time; -1 waits for as long as it takes."""
+    def take_turn(self) -> None:
         with self._lock:
             if self._free > 0:
                 self._free -= 1
-                return True
+                return
             called = threading.Lock()
             called.acquire()
             self.waiting.append(called)
-        if called.acquire(timeout=patience_s):
-            return True
-        with self._lock:
-            if called not in self.waiting:  # it was called just now
-                return True
-            self.waiting.remove(called)
-            return False
+        called.acquire()
 
     def pass_on(self) -> None:
         with self._lock:
@@ -61,28 +53,22 @@ class Turns:
     """A WSGI wrapper: so many requests are worked on at a time, and each has its body by then.
 
     The server gives every request a thread, many more of them than there are turns: an upload that stalls holds only
-    that. Without turns as many threads would struggle for one interpreter lock. Those that are `brief`, next to nothing but
-    computing, have a line of their own and few turns: more of them at a time only take the lock from each other. Where they
-    stand still nevertheless, since the store does, the next ones go with all others.
+    that. Without turns as many threads would struggle for one interpreter lock.
     """
 
-    def __init__(self, app: Wsgi, turns: int, brief: Callable[[dict[str, Any]], bool], brief_turns: int) -> None:
-        self._app, self._is_brief = app, brief
-        self.line, self.brief = Line(turns), Line(brief_turns)
+    def __init__(self, app: Wsgi, turns: int) -> None:
+        self._app, self.line = app, Line(turns)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] in _NO_TURN:
             return self._app(environ, start_response)
         if size := _to_read(environ):
             environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(size))
-        line = self.brief
-        if not self._is_brief(environ) or not line.take_turn(BRIEF_S):
-            line = self.line
-            line.take_turn()
+        self.line.take_turn()
         try:
             return self._app(environ, start_response)
         finally:
-            line.pass_on()
+            self.line.pass_on()
 
 
 def _to_read(environ: dict[str, Any]) -> int:

@@ -12,6 +12,7 @@ from pipeline.answers import answer, json_object, strings
 from pipeline.definitions import Entity
 from pipeline.errors import BadRequest, NotFound
 from pipeline.events import rfc3339
+from pipeline.feature_store import Combined
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime
@@ -69,17 +70,12 @@ def describe(nexus: Runtime) -> list[dict[str, Any]]:
 
 def vector(nexus: Runtime, user_id: str, query: Mapping[str, str]) -> dict[str, Any]:
     """The answer of GET /api/ml/features/{user_id}, by its query parameters. Raises BadRequest, NotFound, StoreError."""
-    text, known, wanted = query.get("as_of"), query.get("known_at"), query.get("names")
-    names = frozenset(wanted.split(",")) if wanted else None
+    text, known, names = query.get("as_of"), query.get("known_at"), names_in(query)
     now = nexus.clock()
     if (entity := query.get("entity", "user")) != "user":
         return _of_entity(nexus, entity, user_id, names, past=bool(query.keys() & {"as_of", "known_at"}))
     if text is None and known is None:
-        found = nexus.features.combine([user_id], names)[user_id]
-        if not found.known:
-            raise NotFound("unknown_user", f"neither system knows a user {user_id}")
-        stamp = rfc3339(now)
-        return {"user_id": user_id, "as_of": stamp, "features": found.combined, "meta": found.meta, **found.notes()}
+        return vector_of_now(user_id, nexus.features.combine([user_id], names)[user_id], now)
     at = now if text is None else nexus.features.as_of(text)
     known_at = None if known is None else nexus.features.as_of(known, "known_at")
     if known_at is not None and known_at < at and text is None:
@@ -95,6 +91,20 @@ def vector(nexus: Runtime, user_id: str, query: Mapping[str, str]) -> dict[str, 
     meta = {name: fresh if name in served else missing for name in values}
     meta |= {name: {**meta[name], "covers_from": since} for name, since in covers.items()}
     return {"user_id": user_id, "as_of": rfc3339(at), "features": values, "meta": meta}
+
+
+def names_in(query: Mapping[str, str]) -> frozenset[str] | None:
+    """The features that are asked for, None for all."""
+    wanted = query.get("names")
+    return frozenset(wanted.split(",")) if wanted else None
+
+
+def vector_of_now(user_id: str, found: Combined, now: int) -> dict[str, Any]:
+    """A user's merged vector as it is answered. Raises NotFound."""
+    if not found.known:
+        raise NotFound("unknown_user", f"neither system knows a user {user_id}")
+    stamp = rfc3339(now)
+    return {"user_id": user_id, "as_of": stamp, "features": found.combined, "meta": found.meta, **found.notes()}
 
 
 def _of_entity(nexus: Runtime, entity: str, owner: str, names: frozenset[str] | None, past: bool) -> dict[str, Any]:

@@ -113,21 +113,30 @@ class FeatureStore:
 
     def combine(self, user_ids: Sequence[str], names: frozenset[str] | None = None) -> dict[str, Combined]:
         """The merged vectors of users as of now; of unknown users, empty ones. One round trip at most."""
+        return dict(zip(user_ids, self.combine_each([(user_id, names) for user_id in user_ids]), strict=True))
+
+    def combine_each(self, asked: Sequence[tuple[str, frozenset[str] | None]]) -> list[Combined]:
+        """For each user, and the names that are asked of it (None: all), what combine() gives."""
         at, stream = self._clock(), self.stream
         hybrid = bool(self._settings["HYBRID_FEATURE_MODE"])
+        of_names: dict[frozenset[str] | None, list[str]] = {}
+        for user_id, names in asked:
+            of_names.setdefault(names, []).append(user_id)
+        user_ids = [user_id for user_id, _ in asked]
         absent = stream.absent(user_ids)
         prefix = stream.fold.tables["user"].prefix
-        partners, hashes = foreign.read(self._store, user_ids if hybrid else (), at, [prefix + i for i in absent])
-        nexus = stream.values(user_ids, at, hashes=dict(zip(absent, hashes, strict=True)), names=names)
+        partners, found = foreign.read(self._store, user_ids if hybrid else (), at, [prefix + i for i in absent])
+        hashes = dict(zip(absent, found, strict=True))
+        nexus = {names: stream.values(some, at, hashes=hashes, names=names) for names, some in of_names.items()}
         lag_s, own = self._own(at)
         nothing = Partner()
-        found = {}
-        for user_id in user_ids:
+        made = []
+        for user_id, names in asked:
             partner = foreign.judged(partners.get(user_id, nothing), keys.PARTNER + user_id, stream.definitions)
             behind = self._behind(user_id) if hybrid else None
-            ours = _Side(nexus.get(user_id, {}), lag_s, own)
-            found[user_id] = self._merge(stream, ours, partner, behind, at, names)
-        return found
+            ours = _Side(nexus[names].get(user_id, {}), lag_s, own)
+            made.append(self._merge(stream, ours, partner, behind, at, names))
+        return made
 
     def of_entity(self, kind: Entity, owner: str, names: frozenset[str] | None = None) -> Combined:
         """A payee's or a zone's vector as of now: Nexus's own, since the Python service has none."""

@@ -4,17 +4,20 @@ much as the route's work."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from pipeline.routes import features_response, ingest_response
+from pipeline.joint import Joint
+from pipeline.routes import Bare, features_response, features_responses, ingest_response
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
 INGEST = "/api/ml/events/ingest"
 FEATURES = "/api/ml/features/"
+MOST_READS = 4  # that are answered together: more let those who come meanwhile wait longer
+PATIENCE_S = 0.5  # so long a read waits for those before it
 _STATUS = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
 
@@ -27,25 +30,45 @@ class HotRoute:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
         if method == "POST" and path == INGEST:
-            status, headers, body = ingest_response(self._nexus, environ)
-        elif method == "GET" and (user_id := _user_of(path)):
-            with self._nexus.precedence if _of_now(environ) else nullcontext():
-                status, headers, body = features_response(self._nexus, environ, user_id)
-        else:
-            return self._app(environ, start_response)
-        start_response(_STATUS[status], [*headers, ("Content-Length", str(len(body)))])
-        return [body]
+            return _answer(start_response, ingest_response(self._nexus, environ))
+        if method == "GET" and (user_id := _user_of(path)):
+            return _answer(start_response, features_response(self._nexus, environ, user_id))
+        return self._app(environ, start_response)
 
 
-def is_read(environ: dict[str, Any]) -> bool:
-    """Whether a request asks for one entity's features of now, which takes well under a millisecond; those of the past take as
-    long as their events are many."""
-    now = environ["REQUEST_METHOD"] == "GET" and _of_now(environ)
-    return now and _user_of(environ["PATH_INFO"]) is not None
+class SharedReads:
+    """A WSGI wrapper for reads of users' features of now: those that come while others are at work are answered together, in
+    one trip to the store. Each on its own would take the interpreter from the others several times.
+
+    They take no turns, which others may hold for long. Where they stand still nevertheless, since the store does, the next
+    ones go the way of all others.
+    """
+
+    def __init__(self, app: Callable[..., Iterable[bytes]], nexus: Runtime) -> None:
+        self._app, self._nexus = app, nexus
+        self.reads = Joint[tuple[str, dict[str, Any]], Bare](self._work, MOST_READS)
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] == "GET" and (user_id := _user_of(environ["PATH_INFO"])) and _of_now(environ):
+            with suppress(TimeoutError):
+                return _answer(start_response, self.reads.ask((user_id, environ), PATIENCE_S))
+        return self._app(environ, start_response)
+
+    def _work(self, asked: list[tuple[str, dict[str, Any]]]) -> list[Bare]:
+        with self._nexus.precedence:
+            return features_responses(self._nexus, asked)
+
+
+def _answer(start_response: Callable[..., Any], bare: Bare) -> Iterable[bytes]:
+    status, headers, body = bare
+    start_response(_STATUS[status], [*headers, ("Content-Length", str(len(body)))])
+    return [body]
 
 
 def _of_now(environ: dict[str, Any]) -> bool:
-    return "as_of" not in environ.get("QUERY_STRING", "")
+    """Whether a request asks for a user's features of now, which takes well under a millisecond."""
+    query = environ.get("QUERY_STRING", "")
+    return not any(word in query for word in ("as_of", "known_at", "entity"))
 
 
 def _user_of(path: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 from pipeline.errors import BadRequest, StoreFull
 from pipeline.events import Parsed, Plain, Rejected, parse, parse_plain
 from pipeline.frames import ALL_STREAMS
+from pipeline.joint import Joint
 from pipeline.log import Log, Request, Taken
 from pipeline.posted import read_body, read_plain, unpack
 from pipeline.precedence import Precedence
@@ -30,68 +30,6 @@ class Verdicts:
     event_ids: list[str | None]
 
 
-class GroupCommit:
-    """Requests that arrive while the store is busy with others go to the log together, in one atomic step.
-
-    The first of them leads: it commits for all that wait, then passes the lead on; it takes no thread of its own.
-    """
-
-    def __init__(self, log: Log, clock: Callable[[], int]) -> None:
-        self._log, self._clock = log, clock
-        self._lock = threading.Lock()
-        self._waiting: deque[_Ticket] = deque()
-        self._leading = False
-
-    def submit(self, request: Request) -> Taken:
-        """Blocks until the log has the request or has refused it (StoreUnavailable, StoreFull)."""
-        ticket = _Ticket(request)
-        with self._lock:
-            self._waiting.append(ticket)
-            leads = not self._leading
-            self._leading = True
-        if not leads:
-            ticket.turn.acquire()
-        if ticket.taken is None and ticket.error is None:
-            self._lead()
-        if ticket.error is not None:
-            raise ticket.error
-        assert ticket.taken is not None
-        return ticket.taken
-
-    def _lead(self) -> None:
-        with self._lock:
-            group: list[_Ticket] = []
-            size = 0
-            while self._waiting and (not group or size + self._waiting[0].size <= _GROUP_BYTES):
-                group.append(self._waiting.popleft())
-                size += group[-1].size
-        try:
-            for ticket, taken in zip(group, self._log.accept([t.request for t in group], self._clock()), strict=True):
-                ticket.taken = taken
-        except Exception as error:  # noqa: BLE001  each waiting request is told, whatever it was
-            for ticket in group:
-                ticket.error = error
-        with self._lock:
-            heir = self._waiting[0] if self._waiting else None
-            self._leading = heir is not None
-        for ticket in group[1:]:
-            ticket.turn.release()
-        if heir is not None:
-            heir.turn.release()
-
-
-class _Ticket:
-    __slots__ = ("error", "request", "size", "taken", "turn")
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.size = sum([len(event.record) for event in request.events])
-        self.turn = threading.Lock()  # held until its request is done or leads: cheaper than an Event, and used once
-        self.turn.acquire()
-        self.taken: Taken | None = None
-        self.error: Exception | None = None
-
-
 class Ingest:
     """The ingest route's work, free of any web framework.
 
@@ -107,7 +45,8 @@ class Ingest:
         applied: Callable[[int, float], bool],
         precedence: Precedence | None = None,
     ) -> None:
-        self._group = GroupCommit(log, clock)
+        # Requests that arrive while the store is busy with others go to the log together, in one atomic step.
+        self._group = Joint[Request, Taken](lambda some: log.accept(some, clock()), _GROUP_BYTES, _size)
         self._precedence = precedence or Precedence()
         self._clock, self._taken, self._applied = clock, taken, applied
         self.closed: str | None = None
@@ -163,7 +102,11 @@ class Ingest:
     def _submit(self, verdicts: Verdicts, source: str, to: int) -> Taken:
         if self.closed is not None:
             raise StoreFull(self.closed)
-        return self._group.submit(Request(verdicts.kept, source, to, len(verdicts.rejected)))
+        return self._group.ask(Request(verdicts.kept, source, to, len(verdicts.rejected)))
+
+
+def _size(request: Request) -> int:
+    return sum([len(event.record) for event in request.events])
 
 
 def judge_plain(events: list[Plain], now: int) -> Verdicts | None:

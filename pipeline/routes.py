@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
@@ -16,7 +18,7 @@ from pipeline.answers import INTERNAL, JSON, answer, error_answer, json_object, 
 from pipeline.attempts import latest as latest_attempts
 from pipeline.errors import BadRequest, Fenced, NexusError, NotFound, StoreError, TooLarge
 from pipeline.events import rfc3339
-from pipeline.feature_routes import feature_routes, vector
+from pipeline.feature_routes import feature_routes, names_in, vector, vector_of_now
 from pipeline.foreign import read_moment
 from pipeline.lookups import event_object
 from pipeline.metrics import metrics_routes
@@ -256,6 +258,22 @@ def features_response(nexus: Runtime, environ: dict[str, Any], user_id: str) -> 
     return _bare(environ, lambda: (200, vector(nexus, user_id, _query(environ))))
 
 
+def features_responses(nexus: Runtime, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[Bare]:
+    """The same for several users as of now, each with its environ: they share a trip to the store."""
+    now, failed = nexus.clock(), None
+    try:
+        found = nexus.features.combine_each([(user_id, names_in(_query(environ))) for user_id, environ in asked])
+    except Exception as error:  # noqa: BLE001  each of them is told
+        failed = error
+
+    def route(index: int) -> tuple[int, dict[str, Any]]:
+        if failed is not None:
+            raise failed
+        return 200, vector_of_now(asked[index][0], found[index], now)
+
+    return [_bare(environ, partial(route, index)) for index, (_, environ) in enumerate(asked)]
+
+
 def _bare(environ: dict[str, Any], route: Callable[[], tuple[int, dict[str, Any]]]) -> Bare:
     headers = [("Content-Type", JSON)]
     try:
@@ -280,10 +298,15 @@ def _read_body(environ: dict[str, Any]) -> bytes:
     return body
 
 
-def _query(environ: dict[str, Any]) -> dict[str, str]:
+def _query(environ: dict[str, Any]) -> Mapping[str, str]:
     """The query's parameters, of each the first."""
     text = environ.get("QUERY_STRING")
-    return dict(reversed(parse_qsl(text, keep_blank_values=True))) if text else {}
+    return _parsed(text) if text else {}
+
+
+@lru_cache(maxsize=500)  # who asks for some features asks for the same ones again
+def _parsed(text: str) -> Mapping[str, str]:
+    return MappingProxyType(dict(reversed(parse_qsl(text, keep_blank_values=True))))
 
 
 def _both_features(nexus: Runtime, user_id: str) -> Response:

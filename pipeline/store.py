@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import hiredis
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from pipeline.errors import Fenced, StoreFull, StoreRefused, StoreUnavailable
+from pipeline.pool import Pool, spoke
 
 Word = str | bytes | int | float
 Command = Sequence[Word]
@@ -22,7 +22,6 @@ T = TypeVar("T")
 
 _LUA = Path(__file__).parent / "lua"
 _TIMEOUT_S = 5.0
-_TRUSTED_S = 0.02  # after its last use a connection is taken for good
 _PATIENCE_S = 1.0  # with an answer, then it is waited for: that ends with an error
 _HASHES_AT_ONCE, _FIELDS_AT_ONCE = 10, 500  # in one call of find.lua, which nothing else may interrupt
 _FEW = 1_000  # look-ups that are done in one call, whatever their hashes
@@ -30,54 +29,6 @@ _ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)  # the seco
 _AWAY = (redis.exceptions.ReadOnlyError, redis.exceptions.ClusterError)
 _AWAY_WORDS = ("LATE", "BUSY", "NOREPLICAS")  # answers of a store that is there, but not just now
 _NOT_BEGUN = (redis.exceptions.BusyLoadingError, redis.exceptions.AuthenticationError)
-
-
-class _Packer:
-    """Packs commands as redis-py does, but for a walk over every word in Python, which costs more than all the rest."""
-
-    def pack(self, name: str, *words: Word) -> list[bytes]:
-        return [hiredis.pack_command((*name.split(), *words))]  # type: ignore[arg-type]  # its stub knows tuples of one
-
-
-class _Pool(redis.ConnectionPool):
-    """Connections for whoever wants one. redis-py's own counts each turn for its metrics and asks the system whether the
-    connection is still good, which together take longer than the store does.
-
-    Only one that nobody has used for a while is asked: a store that has ended and come back since takes longer than that.
-    """
-
-    def get_connection(self, command_name: Any = None, *keys: Any, **options: Any) -> Any:
-        connection: Any
-        with self._lock:
-            try:
-                connection = self._available_connections.pop()
-            except IndexError:
-                connection = self.make_connection()
-            self._in_use_connections.add(connection)
-        try:
-            if not connection.is_connected:
-                connection.connect()
-            elif time.monotonic() - connection.used_at > _TRUSTED_S and _spoke(connection):
-                connection.disconnect()
-                connection.connect()
-        except BaseException:
-            self.release(connection)
-            raise
-        return connection
-
-    def release(self, connection: Any) -> None:
-        connection.used_at = time.monotonic()
-        with self._lock:
-            self._in_use_connections.discard(connection)
-            self._available_connections.append(connection)
-
-
-def _spoke(connection: Any) -> bool:
-    """The store has said something, or has closed it."""
-    try:
-        return bool(connection.can_read())
-    except (redis.ConnectionError, redis.TimeoutError, OSError):
-        return True
 
 
 class Call:
@@ -102,7 +53,7 @@ class Call:
     def ready(self) -> bool:
         """Whether result() has no need to wait, or has to see why there is no answer."""
         late = time.monotonic() - self._began > _PATIENCE_S
-        return late or self._connection is None or _spoke(self._connection)
+        return late or self._connection is None or spoke(self._connection)
 
     def result(self) -> Any:
         """Waits for the answer. Raises StoreError."""
@@ -156,7 +107,7 @@ class Store:
         self._clock_lead: int | None = None  # of the store's clock over this process's monotonic one, ms
         self._client: Any = None
         if not cluster:
-            self._client = redis.Redis.from_pool(_Pool.from_url(url, command_packer=_Packer(), **options))
+            self._client = redis.Redis.from_pool(Pool.from_url(url, **options))
         self._sources = {path.stem: _script(path) for path in _LUA.glob("[!_]*.lua")}
         self._shas = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._sources.items()}
 
@@ -180,6 +131,13 @@ class Store:
         """One command, its raw answer."""
         try:
             return self.client.execute_command(*words)
+        except _ERRORS as error:
+            raise translate(error) from error
+
+    def lean(self, *words: Word) -> Any:
+        """The same without what the client does around each command; the answer is as the protocol has it."""
+        try:
+            return Call(self.client, self.cluster, words, words).result()
         except _ERRORS as error:
             raise translate(error) from error
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.connections import Line, Turns, close_idle
-from pipeline.hot_route import is_read
+from pipeline.connections import Turns, close_idle
 from pipeline.posted import MAX_BODY_BYTES
 from tests.helpers import until
 
@@ -55,11 +54,7 @@ class Slow:
 
 
 def until_there(app: Turns, slow: Slow, count: int) -> None:
-    until(lambda: len(slow.began) + len(app.line.waiting) + len(app.brief.waiting) == count)
-
-
-def turns(app: Callable[..., Any], count: int) -> Turns:
-    return Turns(app, count, lambda environ: environ["PATH_INFO"].startswith("/brief"), 1)
+    until(lambda: len(slow.began) + len(app.line.waiting) == count)
 
 
 @pytest.fixture
@@ -78,15 +73,15 @@ def aside() -> Iterator[Callable[..., threading.Thread]]:
 
 
 def test_upload_that_stalls_takes_no_turn(aside):
-    app, body = turns(lambda environ, _: [environ["wsgi.input"].read()], 1), Stalled()
+    app, body = Turns(lambda environ, _: [environ["wsgi.input"].read()], 1), Stalled()
     aside(app, request(body=body, CONTENT_LENGTH="100"), start)
     assert app(request(body=io.BytesIO(b"[]"), CONTENT_LENGTH="2"), start) == [b"[]"]
     body.goes_on.set()
 
 
-def test_no_more_requests_are_worked_on_than_there_are_turns(aside):
+def test_no_more_requests_are_worked_on_than_there_are_Turns(aside):
     slow = Slow()
-    app = turns(slow, 2)
+    app = Turns(slow, 2)
     for path in ("/0", "/1", "/2", "/3", "/4"):
         aside(app, request(path), start)
         until_there(app, slow, int(path[1:]) + 1)
@@ -97,7 +92,7 @@ def test_no_more_requests_are_worked_on_than_there_are_turns(aside):
 
 def test_turns_go_round_in_the_order_in_which_requests_came(aside):
     slow = Slow()
-    app = turns(slow, 1)
+    app = Turns(slow, 1)
     for path in ("/0", "/1", "/2", "/3"):
         aside(app, request(path), start)
         until_there(app, slow, int(path[1:]) + 1)
@@ -105,62 +100,9 @@ def test_turns_go_round_in_the_order_in_which_requests_came(aside):
     until(lambda: slow.began == ["/0", "/1", "/2", "/3"])
 
 
-def test_brief_requests_and_the_others_do_not_wait_for_each_other(aside, monkeypatch):
-    monkeypatch.setattr("pipeline.connections.BRIEF_S", 20.0)
-    slow = Slow()
-    app = turns(slow, 1)
-    for n, path in enumerate(("/0", "/1", "/brief/0", "/brief/1")):
-        aside(app, request(path), start)
-        until_there(app, slow, n + 1)
-    assert slow.began == ["/0", "/brief/0"]
-    slow.let_go.set()
-    until(lambda: sorted(slow.began) == ["/0", "/1", "/brief/0", "/brief/1"])
-
-
-def test_brief_requests_that_stand_still_do_not_hold_up_the_next_ones(aside, monkeypatch):
-    monkeypatch.setattr("pipeline.connections.BRIEF_S", 0.01)
-    slow = Slow()
-    app = turns(slow, 2)
-    for path in ("/brief/0", "/brief/1", "/brief/2"):
-        aside(app, request(path), start)
-    until(lambda: len(slow.began) == 3)
-    assert not app.brief.waiting
-    slow.let_go.set()
-
-
-def test_turn_that_is_called_in_the_moment_in_which_patience_ends_is_not_lost(aside):
-    line = Line(1)
-
-    def go() -> None:
-        if line.take_turn(0.001):
-            line.pass_on()
-
-    for _ in range(30):
-        assert line.take_turn(20)
-        thread = aside(go)
-        until(lambda: line.waiting or not thread.is_alive())  # noqa: B023  it is asked at once
-        line.pass_on()
-        thread.join(20)
-    assert line.take_turn(20)
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "query", "brief"),
-    [
-        ("GET", "/api/ml/features/u1", "", True),
-        ("GET", "/api/ml/features/u1", "names=trips_7d", True),
-        ("GET", "/api/ml/features/u1", "as_of=2026-01-01T00:00:00Z", False),
-        ("POST", "/api/ml/features", "", False),
-        ("POST", "/api/ml/events/ingest", "", False),
-    ],
-)
-def test_only_reads_of_one_entity_as_of_now_are_brief(method, path, query, brief):
-    assert is_read({"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}) is brief
-
-
 def test_probe_is_answered_while_every_turn_is_taken(aside):
     slow = Slow()
-    app = turns(lambda environ, start: [b"ok"] if environ["PATH_INFO"] == "/healthz" else slow(environ, start), 1)
+    app = Turns(lambda environ, start: [b"ok"] if environ["PATH_INFO"] == "/healthz" else slow(environ, start), 1)
     aside(app, request("/busy"), start)
     until(lambda: slow.began)
     assert app(request("/healthz"), start) == [b"ok"]
@@ -171,7 +113,7 @@ def test_turn_of_a_request_that_fails_goes_to_the_next():
     def fails(*_: Any) -> list[bytes]:
         raise ValueError
 
-    app = turns(fails, 1)
+    app = Turns(fails, 1)
     for _ in range(3):
         with pytest.raises(ValueError, match=""):
             app(request(), start)
@@ -179,12 +121,12 @@ def test_turn_of_a_request_that_fails_goes_to_the_next():
 
 @pytest.mark.parametrize("length", [str(MAX_BODY_BYTES + 2), "9" * 30])
 def test_body_that_is_too_long_is_left_to_the_route_unread(length):
-    app = turns(lambda environ, _: [type(environ["wsgi.input"]).__name__.encode()], 1)
+    app = Turns(lambda environ, _: [type(environ["wsgi.input"]).__name__.encode()], 1)
     assert app(request(body=Unread(), CONTENT_LENGTH=length), start) == [b"Unread"]
 
 
 def test_body_without_a_length_is_read_to_one_byte_beyond_the_limit():
-    app = turns(lambda environ, _: [environ["wsgi.input"].read()], 1)
+    app = Turns(lambda environ, _: [environ["wsgi.input"].read()], 1)
     [body] = app(request(body=io.BytesIO(bytes(MAX_BODY_BYTES + 9)), HTTP_TRANSFER_ENCODING="chunked"), start)
     assert len(body) == MAX_BODY_BYTES + 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +54,33 @@ def test_store_that_has_ended_and_come_back_between_two_calls_is_not_noticed(own
     calls = [connection.begin("lease", (keys.OWNER,), ("take", "four", 2, 10_000, 0)) for _ in range(3)]
     assert [call.result() for call in calls] == [0, 0, 0]
     assert connection.call("PING")
+    connection.close()
+
+
+@pytest.mark.parametrize("scheme", ["unix", "tcp"])
+def test_store_that_stands_still_is_given_up_after_the_timeout_and_its_late_answer_is_nobodys(
+    own_server, monkeypatch, scheme
+):
+    monkeypatch.setattr("pipeline.store._TIMEOUT_S", 0.3)
+    port = free_port()
+    own_server.client.config_set("port", port)
+    connection = Store(own_server.url if scheme == "unix" else f"redis://127.0.0.1:{port}/0")
+    assert connection.call("SET", "k", "v")
+    os.kill(own_server.process.pid, signal.SIGSTOP)
+    try:
+        large = b"x" * (64 << 20)  # more than the sockets hold: the send itself has to be given up
+        for call in (
+            lambda: connection.call("GET", "k"),
+            lambda: connection.lean("GET", "k"),
+            lambda: connection.call("SET", "large", large),
+        ):
+            with pytest.raises(StoreUnavailable, match=r"[Tt]im"):
+                call()
+    finally:
+        os.kill(own_server.process.pid, signal.SIGCONT)
+    assert connection.call("PING") in (True, b"PONG")
+    assert connection.lean("GET", "k") == b"v"
+    assert connection.lean("GET", "large") is None
     connection.close()
 
 

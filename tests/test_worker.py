@@ -364,7 +364,7 @@ def test_store_that_does_not_answer_a_commit_is_found_out(store: Store, monkeypa
     call = store.begin("vectors", ["none"], [0])
     until(call.ready, "the answer")
     assert call.result() == [[]]
-    monkeypatch.setattr("pipeline.store._spoke", lambda connection: False)
+    monkeypatch.setattr("pipeline.store.spoke", lambda connection: False)
     call = store.begin("vectors", ["none"], [0])
     assert not call.ready()
     monkeypatch.setattr("pipeline.store._PATIENCE_S", 0.0)

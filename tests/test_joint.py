@@ -1,0 +1,143 @@
+"""Joint work: what waits is done together, each is told its own, and nobody waits for what has come to a stand."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from pipeline.errors import StoreUnavailable
+from pipeline.hot_route import SharedReads
+from pipeline.joint import Joint
+from pipeline.precedence import Precedence
+from tests.helpers import until
+
+
+class Held:
+    """Work that is held until it is let go."""
+
+    def __init__(self) -> None:
+        self.let_go = threading.Event()
+        self.done: list[list[int]] = []
+
+    def __call__(self, some: list[int]) -> list[int]:
+        self.done.append(some)
+        self.let_go.wait(20)
+        if any(n < 0 for n in some):
+            raise StoreUnavailable("away")
+        return [n * 10 for n in some]
+
+
+@pytest.fixture
+def aside() -> Iterator[Callable[..., Future[Any]]]:
+    with ThreadPoolExecutor(20) as pool:
+        yield pool.submit
+
+
+def first_and(aside: Callable[..., Future[Any]], joint: Joint[int, int], held: Held, *later: int) -> list[Future[Any]]:
+    """Ask 1, and the later ones while it is under way."""
+    asked = [aside(joint.ask, 1)]
+    until(lambda: held.done)
+    for n in later:
+        asked.append(aside(joint.ask, n))
+        until(lambda: len(joint.waiting) == len(asked) - 1)
+    return asked
+
+
+def test_requests_that_come_while_one_is_at_work_are_done_together_and_each_is_told_its_own(aside):
+    joint = Joint(held := Held(), 16)
+    asked = first_and(aside, joint, held, 2, 3, 4)
+    held.let_go.set()
+    assert [one.result(20) for one in asked] == [10, 20, 30, 40]
+    assert held.done == [[1], [2, 3, 4]]
+    assert joint.ask(5) == 50
+
+
+def test_as_many_are_done_together_as_their_weights_allow_and_one_that_is_heavier_alone(aside):
+    joint = Joint(held := Held(), 10, weight=lambda n: n)
+    asked = first_and(aside, joint, held, 5, 5, 30, 3)
+    held.let_go.set()
+    assert [one.result(20) for one in asked] == [10, 50, 50, 300, 30]
+    assert held.done == [[1], [5, 5], [30], [3]]
+
+
+def test_failure_is_told_to_all_that_were_done_together_and_the_next_go_on(aside):
+    joint = Joint(held := Held(), 2)
+    asked = first_and(aside, joint, held, -2, 3, 4)
+    held.let_go.set()
+    assert [type(one.exception(20)) for one in asked] == [type(None), StoreUnavailable, StoreUnavailable, type(None)]
+    assert asked[3].result() == 40
+
+
+def test_who_waits_in_vain_gives_up_and_neither_its_place_nor_the_lead_is_lost(aside):
+    joint = Joint(held := Held(), 16)
+    asked = first_and(aside, joint, held, 2)
+    with pytest.raises(TimeoutError):
+        joint.ask(3, patience_s=0.01)
+    assert len(joint.waiting) == 1
+    held.let_go.set()
+    assert [one.result(20) for one in asked] == [10, 20]
+    assert held.done == [[1], [2]]
+    assert joint.ask(4) == 40
+
+
+def test_who_is_called_in_the_moment_in_which_patience_ends_is_done_or_gives_up_and_the_next_go_on(aside):
+    joint = Joint[int, int](lambda some: some, 16)
+    for _ in range(300):
+        asked = [aside(joint.ask, n, 0.0) for n in range(4)]
+        for n, one in enumerate(asked):
+            assert one.exception(20) is not None or one.result() == n
+        assert joint.ask(9) == 9
+    assert not joint.waiting
+
+
+class NoStore:
+    """A runtime whose store stands still until it is let go, and is away then."""
+
+    def __init__(self) -> None:
+        self.precedence = Precedence()
+        self.features = self
+        self.let_go = threading.Event()
+        self.clock = lambda: 0
+        self.asked: list[Any] = []
+
+    def combine_each(self, asked: Any) -> Any:
+        self.asked.append(asked)
+        self.let_go.wait(20)
+        raise StoreUnavailable("away")
+
+
+def read(user: str, query: str = "") -> dict[str, Any]:
+    path = f"/api/ml/features/{user}"
+    return {"REQUEST_METHOD": "GET", "PATH_INFO": path, "QUERY_STRING": query}
+
+
+def test_reads_that_stand_still_with_the_store_do_not_hold_up_the_next_ones(aside, monkeypatch):
+    monkeypatch.setattr("pipeline.hot_route.PATIENCE_S", 0.01)
+    nexus: Any = NoStore()
+    reads = SharedReads(lambda environ, start: [b"on its own"], nexus)
+    first = aside(reads, read("u1"), lambda *_: None)
+    until(lambda: nexus.asked)
+    assert reads(read("u2"), lambda *_: None) == [b"on its own"]
+    nexus.let_go.set()
+    [body] = first.result(20)
+    assert b"store_unavailable" in body
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "query"),
+    [
+        ("GET", "/api/ml/features/u1", "as_of=2026-01-01T00:00:00Z"),
+        ("GET", "/api/ml/features/u1", "known_at=2026-01-01T00:00:00Z"),
+        ("GET", "/api/ml/features/u1", "entity=merchant"),
+        ("GET", "/api/ml/features/u1/more", ""),
+        ("POST", "/api/ml/features", ""),
+    ],
+)
+def test_only_reads_of_one_users_features_of_now_are_shared(method, path, query):
+    reads = SharedReads(lambda environ, start: [b"on its own"], NoStore())  # type: ignore[arg-type]
+    asked = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
+    assert reads(asked, lambda *_: None) == [b"on its own"]
