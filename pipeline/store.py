@@ -32,7 +32,7 @@ _NOT_BEGUN = (redis.exceptions.BusyLoadingError, redis.exceptions.Authentication
 
 
 class Call:
-    """A script under way, without what the client does around each command for its metrics: that costs more than the call."""
+    """A script or a command under way, without what the client does around each command for its metrics: that costs more than the call."""
 
     def __init__(self, client: Any, cluster: bool, words: Command, anew: Command) -> None:
         """`anew` is sent where the store has forgotten the script. A Cluster's client sends it all when the result is asked for."""
@@ -136,10 +136,7 @@ class Store:
 
     def lean(self, *words: Word) -> Any:
         """The same without what the client does around each command; the answer is as the protocol has it."""
-        try:
-            return Call(self.client, self.cluster, words, words).result()
-        except _ERRORS as error:
-            raise translate(error) from error
+        return self._send(words, words).result()
 
     def many(self, commands: Iterable[Command]) -> list[Any]:
         """Several commands in one round trip, not atomic; the first error is raised."""
@@ -160,13 +157,11 @@ class Store:
         """run() in two parts: the script is on its way, the answer is waited for later. A call whose result is not asked for
         has to be closed."""
         words = (len(keys), *keys, *args)
+        return self._send(("EVALSHA", self._shas[script], *words), ("EVAL", self._sources[script], *words))
+
+    def _send(self, words: Command, anew: Command) -> Call:
         try:
-            return Call(
-                self.client,
-                self.cluster,
-                ("EVALSHA", self._shas[script], *words),
-                ("EVAL", self._sources[script], *words),
-            )
+            return Call(self.client, self.cluster, words, anew)
         except _ERRORS as error:
             raise translate(error) from error
 

@@ -79,7 +79,7 @@ def test_upload_that_stalls_takes_no_turn(aside):
     body.goes_on.set()
 
 
-def test_no_more_requests_are_worked_on_than_there_are_Turns(aside):
+def test_no_more_requests_are_worked_on_than_there_are_turns(aside):
     slow = Slow()
     app = Turns(slow, 2)
     for path in ("/0", "/1", "/2", "/3", "/4"):

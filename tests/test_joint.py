@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import msgspec
 import pytest
 
+from app import create_app
+from pipeline.connections import Turns
 from pipeline.errors import StoreUnavailable
 from pipeline.hot_route import SharedReads
 from pipeline.joint import Joint
 from pipeline.precedence import Precedence
-from tests.helpers import until
+from pipeline.routes import features_response, features_responses
+from tests.helpers import event, until
 
 
 class Held:
@@ -127,6 +131,43 @@ def test_reads_that_stand_still_with_the_store_do_not_hold_up_the_next_ones(asid
     assert b"store_unavailable" in body
 
 
+@pytest.mark.parametrize("query", ["", "names=trips_7d"])
+def test_reads_take_no_turn_and_are_answered_while_every_turn_is_taken(aside, query):
+    held, nexus = threading.Event(), NoStore()
+    nexus.let_go.set()
+    app = Turns(lambda environ, start: [str(held.wait(20)).encode()], 1)
+    reads = SharedReads(app, nexus)  # type: ignore[arg-type]
+    busy = aside(reads, {"REQUEST_METHOD": "GET", "PATH_INFO": "/busy"}, lambda *_: None)
+    until(lambda: app.line._free == 0)
+    [body] = reads(read("u1", query), lambda *_: None)
+    assert b"store_unavailable" in body
+    assert nexus.asked == [[("u1", frozenset({"trips_7d"}) if query else None)]]
+    held.set()
+    busy.result(20)
+
+
+def test_reads_that_are_answered_together_are_answered_as_each_is_alone(start_nexus):
+    nexus = start_nexus()
+    client = create_app(nexus).test_client()
+    for user in ("u1", "u2"):
+        assert client.post("/api/ml/events/ingest?wait=features", json=[event(user=user)]).json["applied"]
+    asked = [
+        ("u1", read("u1")),
+        ("nobody", read("nobody")),
+        ("u2", read("u2", "names=event_count_24h")),
+        ("u1", read("u1", "names=x")),
+    ]
+    for (user, environ), (status, _, body) in zip(asked, features_responses(nexus, asked), strict=True):
+        alone_status, _, alone = features_response(nexus, environ, user)
+        one, other = msgspec.json.decode(body), msgspec.json.decode(alone)
+        assert (status, one.get("features"), one.get("error")) == (
+            alone_status,
+            other.get("features"),
+            other.get("error"),
+        )
+    assert [status for status, _, _ in features_responses(nexus, asked)] == [200, 404, 200, 200]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "query"),
     [
@@ -135,6 +176,7 @@ def test_reads_that_stand_still_with_the_store_do_not_hold_up_the_next_ones(asid
         ("GET", "/api/ml/features/u1", "entity=merchant"),
         ("GET", "/api/ml/features/u1/more", ""),
         ("POST", "/api/ml/features", ""),
+        ("POST", "/api/ml/events/ingest", ""),
     ],
 )
 def test_only_reads_of_one_users_features_of_now_are_shared(method, path, query):
