@@ -743,7 +743,7 @@ def demand(state: State, zone: str | None, horizon: int, now: int) -> dict[str, 
     if zone is None and steps >= 4:
         mean = sum(value for tile, value in state.requests.items() if tile < now // DEMAND_TILE) / steps
         margin = 1.96 * math.sqrt(mean)
-        ats = (rfc3339((now // DEMAND_TILE + step) * DEMAND_TILE) for step in range(1, horizon + 1))
+        ats = (rfc3339((now // DEMAND_TILE + step) * DEMAND_TILE) for step in range(horizon))  # from the present one on
         band = {"value": mean, "low": max(0.0, mean - margin), "high": mean + margin}
         return {**answer, "status": "ready", "forecasts": [{"at": at, **band} for at in ats]}
     return {**answer, "status": "warming_up", "forecasts": []}

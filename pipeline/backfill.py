@@ -144,8 +144,8 @@ class Backfill:
         for chunk in self._fold.chunks(now):
             checkpoints.commit(store, epoch, chunk)
         kept = {"mark": self.mark, "families": self._ids, "position": astuple(position), "first": self._first}
-        checkpoints.commit(store, epoch, [*self._fold.paid(), ("SET", keys.BACKFILL, msgspec.json.encode(kept))])
-        self._fold.written()
+        checkpoints.commit(store, epoch, [*self._fold.payees.cut(), ("SET", keys.BACKFILL, msgspec.json.encode(kept))])
+        self._fold.payees.written()
         self._position = position
         for table in self._fold.tables.values():
             table.evict(CACHED)

@@ -212,7 +212,7 @@ class FeatureStore:
         if taken != first and verdict != "expired":
             verdict = "fallback"
         meta = {**sides[taken].meta, "verdict": verdict}
-        if verdict == "expired" and feature is not None:
+        if verdict == "expired":
             meta["expired_value"], value = value, None  # its window has passed: never served as present
         other = "python" if taken == "nexus" else "nexus"
         if verdicts[other] != "missing" and (lost := sides[other].values[name]) != value:

@@ -14,7 +14,7 @@ import redis
 
 from pipeline import keys
 from pipeline.errors import BadRequest, StoreRefused
-from pipeline.events import MAX_AHEAD_MS, parse_rfc3339
+from pipeline.events import parse_rfc3339
 from pipeline.store import Store, translate
 
 _decode = msgspec.json.Decoder().decode
@@ -22,6 +22,7 @@ _EARLIEST_MS = 10**11  # a number below is seconds
 _PLUS = re.compile(r" (?=\d\d:\d\d\Z)")  # of an offset; unescaped in a query it arrives as a space
 _LONGEST_TIME = 64  # characters
 _SHORT_BYTES = 4096  # of a text that is worth keeping
+_SKEW_MS = 60_000  # by which two machines' clocks may differ
 _FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999: RFC 3339 has no others
 
 
@@ -167,7 +168,7 @@ def _moment(value: Any, now: int) -> int | None:
         ms = read
     else:
         return None
-    return int(ms) if _FIRST_MS <= ms <= now + MAX_AHEAD_MS else None
+    return int(ms) if _FIRST_MS <= ms <= now + _SKEW_MS else None
 
 
 @lru_cache(maxsize=5_000)

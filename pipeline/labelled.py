@@ -28,8 +28,9 @@ def examples(store: Store, now: int, days: int, sample: int = SAMPLE) -> list[Ex
     kept = days_kept(store, now, days)
     labels = _labels(store, kept)
     found = [
-        Example(transaction, score.scored_at, score.inputs, labels[transaction], score.score, score.version)
+        Example(transaction, score.scored_at, score.inputs, label, score.score, score.version, known_at=known_at)
         for transaction, score in _scores(store, list(labels), now, days)
+        for label, known_at in [labels[transaction]]
         if score.scored_at >= now - days * DAY_MS
     ]
     for day in kept:
@@ -44,13 +45,14 @@ def examples(store: Store, now: int, days: int, sample: int = SAMPLE) -> list[Ex
     return [example for example in found if len(example.x) == len(NAMES)]  # scored by another version's inputs: no use
 
 
-def _labels(store: Store, kept: Sequence[int]) -> dict[str, int]:
-    found: dict[str, int] = {}
+def _labels(store: Store, kept: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """Of each transaction its latest label, and since when that has been known (epoch ms, to the day)."""
+    found: dict[str, tuple[int, int]] = {}
     for day in kept:
         if len(found) >= MAX_LABELS:
             break
         for raw, label in _pairs(store.call("HGETALL", f"{keys.LABELS}{day}")):
-            found.setdefault(raw.decode(), int(label))
+            found.setdefault(raw.decode(), (int(label), day * DAY_MS))
     return found
 
 

@@ -92,7 +92,7 @@ class Models:
     def _train_fraud(self, version: str) -> dict[str, Any]:
         nexus, now = self._nexus, self._nexus.clock()
         history = examples(nexus.store, now, nexus.settings.retention_days)
-        in_force = self.fraud_in_force().version
+        in_force = self.fraud_in_force().scores_as
         parts = training.split(history, in_force)
         if parts is None:
             frauds = sum(e.y for e in history)
@@ -103,17 +103,17 @@ class Models:
                 details={"frauds": frauds, "needed": fraud.LABELS_NEEDED, "payments": len(history)},
             )
         earlier, later = parts
-        candidate = training.measure(training.scores(training.fit(earlier), later), later)
-        current = training.measure(training.served(later), later)
+        ours, theirs = training.scores(training.fit(earlier), later), training.served(later)
+        better, share = training.surely_better(ours, theirs, later)
         metrics = {
-            "candidate": candidate,
-            "current": {"version": in_force, **current},
+            "candidate": training.measure(ours, later),
+            "current": {"version": in_force, **training.measure(theirs, later)},
             "baseline": {"name": fraud.HABIT_VERSION, **training.measure(training.habit(later), later)},
             "judged_by": "average_precision",
+            "better_in": share,
             "trained_on": {"frauds": sum(e.y for e in earlier), "examples": len(earlier)},
             "held_out_since": rfc3339(min(e.at for e in later)),
         }
-        better = candidate["average_precision"] > current["average_precision"]
         model = training.fit(history)  # what is promoted has learned the held-out part as well
         model.version = version
         known = frozenset(e.transaction for e in history if not e.presumed)
@@ -182,15 +182,16 @@ class Models:
 
     def _fraud(self, now: int) -> dict[str, Any]:
         model, windows, baseline = self.fraud_in_force(), {}, {}
+        # Of what this version has scored: two versions' scores have no common scale.
         known = examples(self._nexus.store, now, max(WINDOWS_DAYS.values()), LOOKED_AT)
         for window, days in WINDOWS_DAYS.items():
-            inside = [e for e in known if e.at >= now - days * _DAY_S * 1000]
+            inside = [e for e in known if e.at >= now - days * _DAY_S * 1000 and e.version == model.scores_as]
             windows[window] = training.measure(training.served(inside), inside)
             baseline[window] = training.measure(training.habit(inside), inside)
         needed = fraud.LABELS_NEEDED - model.frauds
         return self._described(
             "fraud",
-            model.version if model.ready else fraud.HABIT_VERSION,
+            model.scores_as,
             None if model.ready else f"needs {needed} more reported frauds",
             windows,
             {"name": fraud.HABIT_VERSION, "metrics": baseline},

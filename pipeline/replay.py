@@ -152,7 +152,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--source", default="replay", help="the name the events are counted under")
     add("--speed", type=_speed, metavar="X", help="times the recorded pace (60: an hour a minute), or max (default)")
     add("--batch", type=_positive, default=500, help="events in a request")
-    add("--in-flight", type=_positive, default=4, help="requests under way at once")
+    add(
+        "--in-flight",
+        type=_positive,
+        default=4,
+        help="requests under way at once; 1 keeps the recorded order in the log",
+    )
     add("--give-up-after", type=float, metavar="S", help="seconds without an answer; by default it never gives up")
     add("--start-row", type=_positive, default=1, metavar="N", help="the first row to send")
     add("--limit", type=_positive, metavar="N", help="at most so many rows")

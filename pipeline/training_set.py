@@ -27,7 +27,7 @@ from pipeline.catalogue import FEATURES
 from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature, Malformed, check
 from pipeline.errors import BadRequest, NexusError, Unprocessable
-from pipeline.events import CANARY_TYPE, rfc3339
+from pipeline.events import CANARY_TYPE, Stored, rfc3339
 from pipeline.families import plan
 from pipeline.foreign import read_moment
 from pipeline.frames import REDRIVE, Position
@@ -35,7 +35,8 @@ from pipeline.log import Log
 from pipeline.offline import stored_since
 from pipeline.reading import Values
 from pipeline.store import Store
-from pipeline.streams.fold import PAYMENT, REPORT, merchant_of
+from pipeline.streams.fold import PAYMENT, REPORT
+from pipeline.streams.payees import Paid, join, merchant_of, transaction_of
 from pipeline.streams.stream import Batch
 from pipeline.tiles import Entity
 from pipeline.windows import Windows
@@ -66,7 +67,9 @@ class TrainingSet:
             kind: Windows(features, families, kind) for kind in COLUMN if any(f.entity == kind for f in features)
         }
         # An event that any definition cannot take is a dead letter, and counts in none.
-        self._judges = [Windows(FEATURES, kind=kind) for kind in COLUMN]
+        self._judges = {kind: Windows(FEATURES, kind=kind) for kind in COLUMN}
+        zones = [some["zone"].event_types for some in (self._judges, self._windows) if "zone" in some]
+        self._zone_types = frozenset().union(*zones) if "zone" in self._windows else frozenset()
         self.features = tuple(features)
 
     def join(self, labels: Sequence[Label], bar: Any = None) -> Iterator[Values]:
@@ -85,7 +88,7 @@ class TrainingSet:
             yield found
 
     def _read(self, index: dict[Kind, dict[str, list[Label]]], bar: Any) -> None:
-        paid: dict[str, str] = {}  # of the payments so far: a fraud report counts for the merchant of its payment
+        paid: dict[str, Paid] = {}  # the payments so far: a fraud report counts for the merchant of its payment
         position = Position(segment=self._log.head().first_segment)
         while frames := self._log.read(position):
             for frame in frames:
@@ -97,40 +100,54 @@ class TrainingSet:
                     bar.update(len(frame.records))
             position = frames[-1].after()
 
-    def _take(self, batch: Batch, index: dict[Kind, dict[str, list[Label]]], paid: dict[str, str]) -> None:
+    def _take(self, batch: Batch, index: dict[Kind, dict[str, list[Label]]], paid: dict[str, Paid]) -> None:
         for i, event in enumerate(batch.events):
             if event is None or event.event_type == CANARY_TYPE:
                 continue
+            joins = "merchant" in index and event.event_type in (PAYMENT, REPORT)
             owners: dict[Kind, str | None] = {"user": event.user_id}
-            if "merchant" in index and event.event_type in (PAYMENT, REPORT):
-                data = batch.data(i)
-                transaction = str(data.get("transaction_id"))
-                if event.event_type == PAYMENT and (merchant := merchant_of(data)) is not None:
-                    paid[transaction] = merchant
-                owners["merchant"] = merchant_of(data) if event.event_type == PAYMENT else paid.get(transaction)
-            if "zone" in index:
+            if event.event_type in self._zone_types:
                 owners["zone"] = batch.zones[i]
+            if not joins and not any((owner or "") in index.get(kind, ()) for kind, owner in owners.items()):
+                continue
+            data = batch.data(i)
+            if not self._sound(event, data, batch.ts[i]):
+                continue
+            if joins and event.event_type == PAYMENT:
+                owners["merchant"], transaction = merchant_of(data), transaction_of(data)
+                if transaction is not None and owners["merchant"] is not None:
+                    paid[transaction] = Paid(owners["merchant"], batch.first_ordinal + i)
+            elif joins:
+                owners["merchant"], _ = join(paid, data, batch.first_ordinal + i)
             for kind, labelled in index.items():
-                found = labelled.get(owners.get(kind) or "")
-                if found is not None and (kind == "user" or event.event_type in self._windows[kind].event_types):
+                if found := labelled.get(owners.get(kind) or ""):
                     self._count(kind, batch, i, found)
+
+    def _sound(self, event: Stored, data: Mapping[str, Any], ts: int) -> bool:
+        """Whether the stream counted it."""
+        try:
+            for judge in self._judges.values():
+                judge.extract(event, data, ts)
+        except Malformed:
+            return False
+        return True
 
     def _count(self, kind: Kind, batch: Batch, i: int, labels: list[Label]) -> None:
         """One event, in every label of its entity from its own time on."""
         windows, event, ts = self._windows[kind], batch.events[i], batch.ts[i]
         assert event is not None
         try:
-            for judge in self._judges:
-                judge.extract(event, batch.data(i), ts)
             deltas = windows.extract(event, batch.data(i), ts)
         except Malformed:
             return
         for label in labels[bisect_left(labels, ts, key=lambda label: label.at) :]:
-            if ts <= label.at - windows.horizon_ms:
-                break
+            past = ts <= label.at - windows.horizon_ms  # no window has it, but the entity is known by it
+            if past and kind in label.seen:
+                break  # nor has one of those that follow, which know the entity as well
             if not self._known_only or batch.arrivals[i] <= label.at:
                 label.seen.add(kind)
-                windows.add(label.entities[kind], ts, deltas, label.at)
+                if not past:
+                    windows.add(label.entities[kind], ts, deltas, label.at)
 
 
 def read_labels(path: Path, kinds: Sequence[Kind], names: Sequence[str] = ()) -> list[Label]:

@@ -276,6 +276,30 @@ SUM = Feature(name="waited", aggregation="sum", event_type="ride_request_respons
               description="s")  # fmt: skip
 
 
+def test_reports_are_filled_for_the_payees_that_they_counted_for_when_they_came(store, lease):
+    """What the stream has kept of payments since tells a backfill nothing that was not known where it reads."""
+    before = tuple(f for f in FEATURES if f.entity == "merchant")
+    more = (
+        *before,
+        replace(next(f for f in before if f.name == "payee_frauds_30d"), name="payee_frauds_7d", window_s=7 * DAY),
+    )
+    early = [report("early"), payment("early", data={"merchant_id": "m"})]
+    twice = [payment("twice", data={"merchant_id": "m"}), report("twice"), report("twice", 0), report("twice")]
+    late = [payment("late", data={"merchant_id": "m"}), report("late")]
+    first = Worker(store, lease, before)
+    for some in (*early, *twice, *late):
+        append(first.log, [some], NOON)
+        first.feed()
+        first.checkpoint()
+    second = Worker(store, lease, more)
+    second.fill()
+    found = second.stream.values(["m"], NOON, "merchant")["m"]
+    assert (found["payee_frauds_30d"], found["payee_frauds_7d"]) == (2, 2)
+    append(second.log, [report("late")], NOON)  # still known to be reported
+    second.feed()
+    assert second.stream.values(["m"], NOON, "merchant")["m"]["payee_frauds_7d"] == 2
+
+
 def counts(stream: Features, user: str = "u1") -> dict[str, Any]:
     return stream.values([user], NOON)[user]
 

@@ -365,6 +365,7 @@ def test_demand_is_the_mean_of_the_half_hours(service: Service) -> None:
     forecast = service.http.post("/predict", json=question).json()
     assert forecast["status"] == "ready"
     assert [step["value"] for step in forecast["forecasts"]] == [12.5, 12.5]
+    assert forecast["forecasts"][0]["at"] == api.rfc3339(half_hour * api.DEMAND_TILE)  # the step under way, as Nexus's
     assert service.http.post("/predict", json={**question, "zone": "z1"}).json()["status"] == "warming_up"
 
 

@@ -62,7 +62,18 @@ def test_value_that_only_the_partner_has_is_served_with_its_age(nexus, client):
 @pytest.mark.parametrize(("age_ms", "verdict"), [(2 * HOUR_MS, "stale"), (48 * HOUR_MS, "expired")])
 def test_old_value_of_the_partner_is_never_called_fresh(nexus, client, age_ms, verdict):
     write(nexus, "u1", {"theirs": 7}, now() - age_ms)
-    assert both(client, "u1")["meta"]["theirs"]["verdict"] == verdict
+    found = both(client, "u1")
+    assert found["meta"]["theirs"]["verdict"] == verdict
+    assert found["combined_features"]["combined"]["theirs"] == (7 if verdict == "stale" else None)
+
+
+def test_time_that_has_yet_to_come_tells_no_age_beyond_what_clocks_may_differ(nexus, client):
+    write(nexus, "u1", {"theirs": 7}, now() + 30_000)
+    assert both(client, "u1")["meta"]["theirs"]["verdict"] == "fresh"
+    write(nexus, "u1", {"theirs": 7}, now() + 300_000)
+    found = both(client, "u1")
+    assert found["meta"]["theirs"]["verdict"] == "stale"
+    assert "it takes a time up to now" in found["malformed"]
 
 
 def test_shared_feature_of_a_user_that_nexus_does_not_know_is_a_fallback(nexus, client):

@@ -65,7 +65,7 @@ EMPTY = NOTHING.values(NOTHING.new(), NOON)
 
 
 def assert_same(online: dict[str, Any], offline: dict[str, Any]) -> None:
-    if not offline:  # no event counts yet: online the user may be known already, with nothing in any window
+    if not offline:  # what is stamped ahead: online the user is known by it already, with nothing in any window
         offline = EMPTY if online else {}
     assert online.keys() == offline.keys()
     for name, value in online.items():
@@ -208,6 +208,62 @@ def test_reported_fraud_counts_for_the_payee_of_the_payment_also_after_a_restart
     append(log, [report("t1"), report("t9")], NOON)
     again.process(Batch([frames(log)[-1]]), NOON)
     assert again.values(["m"], NOON, "merchant")["m"]["payee_fraud_rate_30d"] == 0.5
+
+
+def test_payment_reported_again_and_again_counts_once_as_reported(store):
+    log, features = Log(store), Features(store)
+    paid = {"merchant_id": "m1"}
+    first = [payment("t1", data=paid), report("t1"), report("t1")]
+    for some in (first, [report("t1")], [payment("t2", data=paid)], [report("t2", 0)]):
+        append(log, some, NOON)
+        features.process(Batch([frames(log)[-1]]), NOON)
+        write(store, features.cut(NOON))
+        features = Features(store)
+        features.load(NOON)
+    found = features.values(["m1"], NOON, "merchant")["m1"]
+    assert (found["payee_payments_30d"], found["payee_frauds_30d"], found["payee_fraud_rate_30d"]) == (2, 1, 0.5)
+    [trained] = training(log, ["payee_frauds_30d"], merchant_id="m1")
+    assert trained["payee_frauds_30d"] == 1
+
+
+def test_report_of_a_payment_that_is_a_dead_letter_or_has_no_transaction_counts_for_nobody(store):
+    log, features = Log(store), Features(store)
+    paid = {"merchant_id": "m1"}
+    spoilt, nameless = payment("t1", data={**paid, "amount": "much"}), payment("t2", data=paid)
+    del nameless["data"]["transaction_id"]
+    append(
+        log,
+        [spoilt, nameless, payment("t3", data=paid), report("t1"), event("fraud_report", data={"is_fraud": 1})],
+        NOON,
+    )
+    features.process(Batch(frames(log)), NOON)
+    names = ["payee_frauds_30d", "payee_payments_30d"]
+    online = features.values(["m1"], NOON, "merchant")["m1"]
+    [trained] = training(log, names, merchant_id="m1")
+    assert [online[name] for name in names] == [trained[name] for name in names] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("payments_1h", {}),
+        ("recent_rejections", {}),
+        ("payee_frauds_30d", {"merchant_id": "m1"}),
+        ("event_count_24h", {}),
+    ],
+)
+def test_count_of_nothing_is_zero_in_a_training_set_whatever_else_is_asked_for(store, name, of):
+    append(Log(store), [payment("t1", user="u1", data={"merchant_id": "m1"}, timestamp=NOON - 40 * DAY_MS)], NOON)
+    [alone] = training(Log(store), [name], user_id="u1", **of)
+    [beside] = training(Log(store), [name, "payments_24h"], user_id="u1", **of)
+    assert alone[name] == beside[name] == 0
+    [unknown] = training(Log(store), [name], **dict.fromkeys(["user_id", *of], "nobody"))
+    assert unknown[name] is None
+
+
+def training(log: Log, names: list[str], **row: str) -> list[dict[str, Any]]:
+    """The one row of a training set at NOON."""
+    return list(TrainingSet(log, chosen(names)).join([Label(row, NOON)]))
 
 
 def test_payment_that_no_feature_counts_is_still_known_to_the_report_about_it(store):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import msgspec
 import pytest
 
 from pipeline import keys
@@ -402,6 +403,31 @@ def test_label_that_came_while_the_clock_was_ahead_gives_way_to_a_later_one(stor
     stream.process(batch_of(store, [report("t", 0)], NOON + MINUTE_MS), NOON + MINUTE_MS)
     write(store, stream.cut(NOON + MINUTE_MS))
     assert find_labels(store, ["t"], NOON + DAY_MS) == [0]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_report_that_is_repeated_counts_once_and_one_that_is_withdrawn_not_at_all(store, apart):
+    """`apart`: each in a batch and a checkpoint of its own, so that the payment and its label are in the store by then."""
+
+    def take(stream: Inference, *events: dict[str, Any]) -> Inference:
+        for some in [[e] for e in events] if apart else [list(events)]:
+            stream.process(batch_of(store, some, NOON), NOON)
+            write(store, stream.cut(NOON))
+            stream = Inference(store) if apart else stream
+            stream.load(NOON)
+        return stream
+
+    paid = payment("t", data={"merchant_id": "m"})
+    stream = take(Inference(store), paid, report("t"), report("t"), report("t"))
+    assert (stream.model.frauds, payee(store, "m").frauds) == (1, 1)
+    stream = take(stream, report("t", 0), report("t", 0))
+    assert (stream.model.frauds, stream.model.legitimate, payee(store, "m").frauds) == (0, 1, 0)
+    stream = take(stream, report("t", 1))
+    assert (stream.model.frauds, stream.model.legitimate, payee(store, "m").frauds) == (1, 0, 1)
+
+
+def payee(store, name: str) -> fraud.Payee:
+    return msgspec.msgpack.decode(store.call("GET", keys.PAYEE + name), type=fraud.Payee)
 
 
 def test_append_helper_and_batch_agree_on_order(store, log):

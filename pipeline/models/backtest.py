@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from itertools import product
 
-from pipeline.models.demand import DAY_STEPS, STEP_S, WEEK_STEPS, Demand, forecast
+from pipeline.models.demand import DAY_STEPS, STEP_S, WEEK_STEPS, Demand, expected
 
 AHEAD = 5  # half hours that are forecast and judged
 HELD_OUT = 0.3  # of the steps, the latest
 STEPS_NEEDED = 3 * DAY_STEPS
-_RECENT = (2, 4, 6, 12)
+_RECENT = (0, 2, 4, 6, 12)  # 0: the season alone
 _FADE = (0.7, 0.85, 0.95, 1.0)
 Counts = Mapping[int, float]
 
@@ -28,9 +28,9 @@ def error(model: Demand, counts: Counts, at: list[int]) -> float | None:
     came. None where nothing came."""
     missed = came = 0.0
     for origin in at:
-        for made in forecast(counts, origin, AHEAD, model):  # which looks back only
-            actual = counts.get(made.at, 0.0)
-            missed, came = missed + abs(actual - made.value), came + actual
+        for i, value in enumerate(expected(counts, origin, AHEAD, model)):  # which looks back only
+            actual = counts.get(origin + i * STEP_S, 0.0)
+            missed, came = missed + abs(actual - value), came + actual
     return round(missed / came, 6) if came else None
 
 

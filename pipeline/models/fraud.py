@@ -59,8 +59,13 @@ class Fraud(msgspec.Struct):
     def ready(self) -> bool:
         return self.frauds >= LABELS_NEEDED
 
+    @property
+    def scores_as(self) -> str:
+        """The version that its scores are given under: while it warms up, that of the rule in its place."""
+        return self.version if self.ready else HABIT_VERSION
+
     def score(self, x: list[float]) -> float:
-        """0 to 1; comparable among payments scored by the same version."""
+        """0 to 1, a rank and no probability: comparable among payments scored by the same version."""
         if not self.ready:
             return 1.0 - math.exp(-max(0.0, x[2]) / 2.0)
         return _sigmoid(self._linear(x))
@@ -89,6 +94,13 @@ class Fraud(msgspec.Struct):
                 self._step(self.recent[(self.frauds * PRESUMED_PER_FRAUD + i) % len(self.recent)], 0.0)
         else:
             self.legitimate += 1
+
+    def unlearn(self, was_fraud: bool) -> None:
+        """A label was replaced by another: it counts no longer."""
+        if was_fraud:
+            self.frauds = max(0, self.frauds - 1)
+        else:
+            self.legitimate = max(0, self.legitimate - 1)
 
     def _linear(self, x: list[float]) -> float:
         return self.weights[0] + sum(w * v for w, v in zip(self.weights[1:], x, strict=True))

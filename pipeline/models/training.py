@@ -6,7 +6,7 @@ payments as it was drawn from, so that the figures are those of the whole traffi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,18 @@ HELD_OUT = 0.3  # of the reported frauds, the latest: what a version is judged o
 TRAIN_FRAUDS, HELD_OUT_FRAUDS = 10, 5  # below these a verdict would be chance
 _RIDGE = 1.0
 _ROUNDS = 50
+_RESAMPLED, _SURE = (
+    50,
+    0.9,
+)  # times a verdict is taken on payments drawn anew, and the share of these that a better one is better in
 _DIGITS = 6
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A payment of the past: its model inputs, label (1 fraud), the score it was given on arrival, and the number of
-    payments it stands for; `at` in epoch ms."""
+    """A payment of the past: its model inputs, label (1 fraud), the score it was given on arrival, the number of payments it stands
+    for, and since when its label has been known; times in epoch ms."""
 
     transaction: str
     at: int
@@ -36,18 +40,18 @@ class Example:
     version: str = fraud.VERSION
     weight: float = 1.0
     presumed: bool = False
+    known_at: int = 0
 
 
-def split(examples: Sequence[Example], version: str = fraud.VERSION) -> tuple[list[Example], list[Example]] | None:
-    """Training and held-out examples, all of the latter later, and scored by the version in force: of payments before its
-    time there is no fair score of its own. None where there are too few frauds for a verdict."""
+def split(examples: Sequence[Example], version: str) -> tuple[list[Example], list[Example]] | None:
+    """Training examples, with the labels that were known when the held-out ones begin; and these, all of them later, and scored by
+    the version in force: two versions' scores have no common scale. None where there are too few frauds for a verdict."""
     frauds = sorted(e.at for e in examples if e.y)
-    own = (version, fraud.HABIT_VERSION) if version == fraud.VERSION else (version,)
-    began = min((e.at for e in examples if e.version in own), default=None)
-    if len(frauds) < fraud.LABELS_NEEDED or began is None:
+    own = [e for e in examples if e.version == version]
+    if len(frauds) < fraud.LABELS_NEEDED or not own:
         return None
-    edge = max(began, frauds[min(len(frauds) - 1, round(len(frauds) * (1 - HELD_OUT)))])
-    earlier, later = [e for e in examples if e.at < edge], [e for e in examples if e.at >= edge]
+    edge = max(min(e.at for e in own), frauds[min(len(frauds) - 1, round(len(frauds) * (1 - HELD_OUT)))])
+    earlier, later = [e for e in examples if e.at < edge and e.known_at <= edge], [e for e in own if e.at >= edge]
     enough = sum(e.y for e in earlier) >= TRAIN_FRAUDS and sum(e.y for e in later) >= HELD_OUT_FRAUDS
     return (earlier, later) if enough and not all(e.y for e in earlier) and not all(e.y for e in later) else None
 
@@ -103,15 +107,38 @@ def measure(given: Array, examples: Sequence[Example]) -> dict[str, Any]:
     }
     if not 0 < y.sum() < len(y):
         return found
+    precision, auc = _ranked(given)(weight * y, weight * (1 - y))
+    return {**found, "average_precision": round(precision, _DIGITS), "auc": round(auc, _DIGITS)}
+
+
+def surely_better(candidate: Array, current: Array, examples: Sequence[Example]) -> tuple[bool, float]:
+    """Whether a candidate's average precision is the greater one, and not by the chance of which payments were drawn: of as many
+    sets drawn anew from the examples it is so in nearly all. And in what share of them."""
+    y, weight = np.array([e.y for e in examples], float), np.array([e.weight for e in examples])
+    ranked, chance = (_ranked(candidate), _ranked(current)), np.random.default_rng(0)
+
+    def better(drawn: Array) -> bool:
+        ours, theirs = (rank(drawn * y, drawn * (1 - y))[0] for rank in ranked)
+        return ours > theirs
+
+    drawn = (weight * chance.poisson(1.0, len(y)).astype(float) for _ in range(_RESAMPLED))
+    share = sum(map(better, drawn)) / _RESAMPLED
+    return better(weight) and share >= _SURE, share
+
+
+def _ranked(given: Array) -> Callable[[Array, Array], tuple[float, float]]:
+    """Of weights of frauds and of others, in the order of their scores: average precision, and area under the ROC curve."""
     # Thresholds are the distinct scores, highest first: payments of the same score are let in together.
     levels, inverse = np.unique(-given, return_inverse=True)
-    true = np.bincount(inverse, weight * y, len(levels))
-    false = np.bincount(inverse, weight * (1 - y), len(levels))
-    trues, falses = true.cumsum(), false.cumsum()
-    precision = trues / (trues + falses)
-    found["average_precision"] = round(float((true * precision).sum() / trues[-1]), _DIGITS)
-    found["auc"] = round(float((false * (trues - true / 2)).sum() / (trues[-1] * falses[-1])), _DIGITS)
-    return found
+
+    def rank(frauds: Array, others: Array) -> tuple[float, float]:
+        true, false = (np.bincount(inverse, weights, len(levels)) for weights in (frauds, others))
+        trues, falses = true.cumsum(), false.cumsum()
+        precision = trues / np.maximum(trues + falses, 1e-300)
+        area = (false * (trues - true / 2)).sum() / max(trues[-1] * falses[-1], 1e-300)
+        return float((true * precision).sum() / max(trues[-1], 1e-300)), float(area)
+
+    return rank
 
 
 def _design(examples: Sequence[Example]) -> Array:

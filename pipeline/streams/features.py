@@ -164,12 +164,12 @@ class Features(Stream):
             definitions: list[Command] = [("SET", keys.DEFINITIONS, self._unsaved)] if self._unsaved is not None else []
             self._unsaved = None
             chunks = self._locked(chain([definitions] if definitions else [], fold.chunks(now)))
-            final = fold.paid()
+            final = list(fold.payees.cut())
 
         def written() -> None:
             with self.lock:
                 self.writing = False
-                self.fold.written()
+                self.fold.payees.written()
                 for table in self.fold.tables.values():
                     table.evict(self._cached_users)
 

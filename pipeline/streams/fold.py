@@ -22,6 +22,7 @@ from pipeline.families import Family
 from pipeline.frames import REDRIVE
 from pipeline.read_lately import ReadLately
 from pipeline.store import Call, Command, Store
+from pipeline.streams.payees import Made, Payees, merchant_of
 from pipeline.streams.stream import UNDECODABLE, Batch, Outcome
 from pipeline.tiles import Entity
 from pipeline.windows import Windows
@@ -29,7 +30,6 @@ from pipeline.windows import Windows
 PAYMENT, REPORT = "payment", "fraud_report"
 PREFIXES: Mapping[Kind, str] = {"user": keys.USER, "merchant": keys.MERCHANT, "zone": keys.ZONE}
 _CHUNK, _CALLS = 40, 8  # entities of a call, and calls under way at once
-_DAY_MS = 86_400_000
 Hash = Mapping[bytes, bytes]
 
 
@@ -98,7 +98,7 @@ class Fold:
         suffix: bytes = b"",
         judges: Sequence[Windows] = (),
     ) -> None:
-        self._store, self._retention_ms, self._judges = store, retention_ms, judges
+        self._store, self._judges = store, judges
         self.families = tuple(families)
         self.tables: dict[Kind, Table] = {
             kind: Table(store, Windows(features, families, kind, suffix)) for kind in PREFIXES
@@ -109,8 +109,7 @@ class Fold:
         self._counters = {event_type: self._counter(event_type) for event_type in types}
         self._untyped = self._counter(None) if any(f.event_type is None for f in users.families) else None
         self._until = max((family.until for family in families), default=0)
-        self._paid: dict[str, dict[str, str]] = {}  # day of arrival -> transaction -> merchant, not written yet
-        self._writing: dict[str, dict[str, str]] = {}
+        self.payees = Payees(store, retention_ms, over=not suffix)
         self._cutting: list[tuple[Table, str, Entity]] = []  # what the present checkpoint has yet to write
         self.ordinal = 0
         self.newest: dict[str, int] = {}  # event type -> the latest event time (ms) that was counted
@@ -118,7 +117,7 @@ class Fold:
     def take_over(self, before: Fold) -> None:
         """Go on where another fold, all of it written, stands."""
         self.ordinal, self.newest = before.ordinal, before.newest
-        self._paid, self._writing = before._paid, before._writing
+        self.payees.take_over(before.payees)
 
     def share(self, kept: Sequence[Family], filled: str | None) -> None:
         """Leave the fields of these families alone, delete all others that are not this fold's; `filled` see Windows."""
@@ -128,7 +127,8 @@ class Fold:
 
     def clear(self) -> None:
         """Forget everything that is in memory."""
-        self._paid, self._writing, self._cutting = {}, {}, []
+        self._cutting = []
+        self.payees.clear()
         for table in self.tables.values():
             table.entities, table.dirty = {}, {}
 
@@ -148,14 +148,16 @@ class Fold:
         if upto is not None:
             size = min(size, max(0, upto - first))
         dead: Dead = [(index, UNDECODABLE) for index in batch.undecodable if index < size]
-        merchants = self._merchants(batch) if self._joins else {}
+        earlier = self.payees.before(batch, batch.by_type.get(REPORT, ())) if self._joins else {}
         filled = self._first_places(batch) if batch.to & REDRIVE and self._until else None
         work = self._work(batch, size)
-        owners = self._owners(batch, work, merchants)
-        paid: list[tuple[int, str, str]] = []
+        owners = self._owners(batch, work, {paid.merchant for paid in earlier.values()})
+        payments: list[Made] = []
+        reported: list[Made] = []
         for event_type, counter, indexes in work:
             if event_type == REPORT and self._joins:
-                self._join(batch, indexes, merchants, paid, owners["merchant"])
+                whose, reported = self.payees.join(batch, indexes, earlier, payments)
+                owners["merchant"].ids.update(whose)  # type: ignore[union-attr]  # a dictionary
             if self._judges and counter is not self._untyped:
                 indexes = self._judged(batch, indexes, dead)
             if filled is None:
@@ -168,7 +170,9 @@ class Fold:
             if counter is not self._untyped and latest > self.newest.get(event_type, 0):
                 self.newest[event_type] = latest
             if event_type == PAYMENT and self._joins:
-                paid = self._remember(batch, indexes, dead)
+                payments = self.payees.payments(batch, indexes, {index for index, _ in dead})
+        lost = {index for index, _ in dead} if reported else ()
+        self.payees.keep(batch, [*payments, *(made for made in reported if made[0] not in lost)])
         self.ordinal = first + size
         for kind, table in self.tables.items():
             counted = owners[kind].counted
@@ -190,14 +194,14 @@ class Fold:
         return sorted(work, key=lambda of_type: of_type[0] != PAYMENT)
 
     def _owners(
-        self, batch: Batch, work: Sequence[tuple[str, Counter, list[int]]], merchants: Mapping[str, str]
+        self, batch: Batch, work: Sequence[tuple[str, Counter, list[int]]], merchants: set[str]
     ) -> dict[Kind, Owners]:
         """Whose the events are. Those not in memory are fetched, in one round trip for each kind, before anything is counted."""
         payees = {i: merchant_of(batch.data(i)) for kind, _, indexes in work if kind == PAYMENT for i in indexes}
         ids: dict[Kind, Any] = {"user": batch.users, "merchant": payees, "zone": batch.zones}
         named: dict[Kind, set[Any]] = {
             "user": {*batch.users},
-            "merchant": {*payees.values(), *merchants.values()},
+            "merchant": {*payees.values(), *merchants},
             "zone": {*batch.zones},
         }
         for kind, table in self.tables.items():
@@ -252,48 +256,6 @@ class Fold:
                 of.counted[owner] = entity
         return ts if ts <= now else 0
 
-    def _merchants(self, batch: Batch) -> dict[str, str]:
-        """The merchants of the payments that the batch's fraud reports are about, from before the batch."""
-        asked = {str(batch.data(i).get("transaction_id")) for i in batch.by_type.get(REPORT, ())}
-        found: dict[str, str] = {}
-        for paid in (*self._paid.values(), *self._writing.values()):
-            found = {transaction: paid[transaction] for transaction in asked if transaction in paid} | found
-        if wanted := sorted(asked.difference(found)):
-            today = batch.arrivals[-1] // _DAY_MS
-            days = range(today + 1, today - self._retention_ms // _DAY_MS - 2, -1)
-            stored = self._store.find([f"{keys.PAID}{day}" for day in days], wanted)
-            found |= {t: merchant.decode() for t, merchant in zip(wanted, stored, strict=True) if merchant is not None}
-        return found
-
-    def _remember(self, batch: Batch, indexes: Iterable[int], dead: Dead) -> list[tuple[int, str, str]]:
-        """Keep the merchants of payments that were counted: of each its index, transaction and merchant."""
-        lost, paid = {index for index, _ in dead}, []
-        for index in indexes:
-            data = batch.data(index)
-            transaction, merchant = data.get("transaction_id"), merchant_of(data)
-            if type(transaction) in (str, int) and merchant is not None and index not in lost:
-                day = batch.arrivals[index] // _DAY_MS
-                self._paid.setdefault(f"{keys.PAID}{day}", {})[str(transaction)] = merchant
-                paid.append((index, str(transaction), merchant))
-        return paid
-
-    def _join(
-        self,
-        batch: Batch,
-        indexes: Iterable[int],
-        merchants: Mapping[str, str],
-        paid: Sequence[tuple[int, str, str]],
-        payees: Owners,
-    ) -> None:
-        """Reports count for the merchants of the payments that they are about, where these came before them."""
-        assert isinstance(payees.ids, dict)
-        known, before = dict(merchants), deque(paid)
-        for index in indexes:
-            while before and before[0][0] < index:
-                _, transaction, merchant = before.popleft()
-                known[transaction] = merchant
-            payees.ids[index] = known.get(str(batch.data(index).get("transaction_id")))
-
     def _first_places(self, batch: Batch) -> list[int]:
         """Where dead letters that were sent again stood in the log at first."""
         places, asked = list(batch.places), list(range(len(batch)))
@@ -319,28 +281,6 @@ class Fold:
                 entity.position = max(entity.position, self.ordinal)
                 commands += table.windows.dump(entity, table.prefix + owner, now)
             yield commands
-
-    def paid(self) -> list[Command]:
-        """What keeps the payments' merchants, to be written with the checkpoint; written() once it was."""
-        self._writing, self._paid = self._paid, {}
-        commands: list[Command] = []
-        for key, pairs in self._writing.items():
-            items = iter(pairs.items())
-            while some := list(islice(items, 500)):
-                commands.append(("HSET", key, *[word for pair in some for word in pair]))
-            commands.append(("PEXPIRE", key, self._retention_ms + 2 * _DAY_MS))
-        return commands
-
-    def written(self) -> None:
-        self._writing = {}
-
-
-def merchant_of(data: Mapping[str, Any]) -> str | None:
-    """The payee of a payment, None where none is named."""
-    value = data.get("merchant_id")
-    if type(value) is int:
-        value = str(value)
-    return value if type(value) is str and 1 <= len(value) <= 128 else None
 
 
 def as_hash(flat: Any) -> Hash:

@@ -99,9 +99,8 @@ class Inference(Stream):
         self._payees = _Table(store, keys.PAYEE, fraud.Payee)
         self._scores: dict[str, Score] = {}
         self._labels: dict[str, int] = {}
-        self._late: list[
-            tuple[str, bool]
-        ] = []  # reports of payments that are not in memory: each checkpoint asks for all at once
+        # Reports of payments that are not in memory, with the label before them where that is: each checkpoint asks for all at once.
+        self._late: list[tuple[str, bool, int | None]] = []
         self._requests: Counter[tuple[str, int]] = Counter()
         self._writing: tuple[dict[str, Score], dict[str, int], Counter[tuple[str, int]]] = ({}, {}, Counter())
 
@@ -126,10 +125,7 @@ class Inference(Stream):
         habit = self._habits.get(user_id) or _stored(self.store, keys.HABIT + user_id, fraud.Habit)
         payee = self._payees.get(payee_id) or _stored(self.store, keys.PAYEE + payee_id, fraud.Payee)
         x = fraud.inputs(amount, ts, habit, payee)
-        return Score(self.model.score(x), self._version(), ts, self.model.reasons(x), x, payee_id)
-
-    def _version(self) -> str:
-        return self.model.version if self.model.ready else fraud.HABIT_VERSION
+        return Score(self.model.score(x), self.model.scores_as, ts, self.model.reasons(x), x, payee_id)
 
     def process(self, batch: Batch, now: int) -> Outcome:
         outcome = batch.outcome()
@@ -156,7 +152,9 @@ class Inference(Stream):
         habit = self._habits[user_id]
         payee = self._payees[payee_id]
         x = fraud.inputs(amount, ts, habit, payee)
-        score = Score(self.model.score(x), self._version(), batch.arrivals[index], self.model.reasons(x), x, payee_id)
+        score = Score(
+            self.model.score(x), self.model.scores_as, batch.arrivals[index], self.model.reasons(x), x, payee_id
+        )
         self._scores.setdefault(transaction, score)
         self.model.seen(x)
         fraud.update_habit(habit, amount, ts)
@@ -169,31 +167,40 @@ class Inference(Stream):
         transaction, is_fraud = _text(data, "transaction_id"), data.get("is_fraud")
         if is_fraud not in (0, 1):
             raise Malformed(f"data.is_fraud is {is_fraud!r:.80}; it takes 0 or 1")
+        before = self._labels.get(transaction, self._writing[1].get(transaction))
         self._labels[transaction] = int(is_fraud)
         score = self._scores.get(transaction) or self._writing[0].get(transaction)
         if score is None:
-            self._late.append((transaction, bool(is_fraud)))
+            self._late.append((transaction, bool(is_fraud), before))
         else:
             self._payees.load({score.payee})
-            self._learn(transaction, score, bool(is_fraud))
+            self._learn(transaction, score, bool(is_fraud), before)
 
     def _learn_late(self) -> None:
         """Learn from the reports whose payments are in the store, if at all: else they are unknown, or older than what is
         retained, and only the label is kept."""
         late, self._late = self._late, []
         # Arrival never runs backwards: no payment before these reports is of a later day.
-        names = [f"{keys.SCORES}{day}" for day in _days_before(self._arrived, self._days)]
-        scores = [_score(raw) for raw in self.store.find(names, [transaction for transaction, _ in late])]
+        days, transactions = _days_before(self._arrived, self._days), [transaction for transaction, _, _ in late]
+        scores = [_score(raw) for raw in self.store.find([f"{keys.SCORES}{day}" for day in days], transactions)]
+        labels = self.store.find([f"{keys.LABELS}{day}" for day in days], transactions)
         self._payees.load({score.payee for score in scores if score is not None})
-        for (transaction, is_fraud), score in zip(late, scores, strict=True):
+        for (transaction, is_fraud, before), score, stored in zip(late, scores, labels, strict=True):
             if score is not None:
-                self._learn(transaction, score, is_fraud)
+                known = int(stored) if before is None and stored is not None else before
+                self._learn(transaction, score, is_fraud, known)
 
-    def _learn(self, transaction: str, score: Score, is_fraud: bool) -> None:
+    def _learn(self, transaction: str, score: Score, is_fraud: bool, before: int | None) -> None:
+        """Learn a label; one that repeats the label `before` it tells nothing, one that differs takes its place."""
+        if before == is_fraud:
+            return
         self.model.learn(score.inputs, is_fraud)
+        if before is not None:
+            self.model.unlearn(bool(before))
         self._learned.append((transaction, score.inputs, is_fraud))
-        if is_fraud and score.payee:
-            self._payees[score.payee].frauds += 1
+        if score.payee and (is_fraud or before):
+            payee = self._payees[score.payee]
+            payee.frauds = max(0.0, payee.frauds + (1 if is_fraud else -1))
             self._payees.dirty.add(score.payee)
 
     def _request(self, batch: Batch, index: int, data: dict[str, Any]) -> None:
