@@ -47,7 +47,7 @@ class Circuit(msgspec.Struct):
     asked_until: int = 0  # the partner's own Retry-After: nothing shortens it
     probe_until: int = 0
     pauses: int = 0
-    resets: int = 0  # those obeyed so far (bridge.py counts the commands)
+    resets: int = 0  # those obeyed so far (gate.py counts the commands)
     window: list[Call] = []
 
     def admits(self, now: int, probe_ms: int) -> bool:

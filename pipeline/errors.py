@@ -12,9 +12,6 @@ NexusError                500  anything that Nexus raises on purpose
 │   ├── StoreFull              it takes no more (memory limit, disk): nothing was written
 │   └── StoreRefused           a script or a key is not what it should be: not to be mended by waiting
 ├── Fenced                503  the writer lost the lease: drop what it holds, read the checkpoint again
-├── StreamError           500  a stream could not process an event
-│   ├── TransientError         try again later
-│   └── PoisonEvent            never again: to the dead letters
 └── PartnerError          502  the Python service
     ├── PartnerTimeout    504  no whole answer in time
     ├── PartnerUnreachable     no connection
@@ -124,18 +121,6 @@ class StoreRefused(StoreError):
 
 class Fenced(_Busy):
     default_code = "fenced"
-
-
-class StreamError(_Named):
-    default_code = "stream_error"
-
-
-class TransientError(StreamError):
-    default_code = "transient"
-
-
-class PoisonEvent(StreamError):
-    default_code = "poison_event"
 
 
 class PartnerError(_Named):

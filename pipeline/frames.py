@@ -20,7 +20,6 @@ import msgspec
 
 from pipeline.events import Stored
 
-MAX_FRAME_EVENTS = 5_000
 ALL_STREAMS = 0b11111
 BRIDGE_ONLY = 0b10000
 CANARY = 0b100000

@@ -3,7 +3,8 @@
 head            string  the log's end and its counters, packed (accept.lua)
 log:<n>         string  a segment of the log: frames, appended
 answered:<id>   string  the last answer of accept.lua to one sender, with the number of its request; for a minute
-segments        hash    n -> packed (first arrival, last arrival, bytes, first ordinal) of each sealed segment
+segments        hash    n -> packed (first arrival, last arrival, bytes, ordinal behind the last event) of each
+                        sealed segment
 ids             hash    the id table: digest of the event id -> place of the event
 id:<b>          hash    a bucket of the id table of earlier versions; moved into `ids` at the first use of the log
 owner           hash    the lease: epoch, holder, expires
@@ -15,7 +16,8 @@ deadorder:<s>   zset    their ids by the time of death
 user:<id>       hash    feature tiles of a user: "p" position, "f" events ahead of the clock, 8 bytes each -> state
 merchant:<id>   hash    the same of a payee
 zone:<cell>     hash    the same of an H3 cell
-paid:<day>      hash    payments that arrived on a day: transaction -> merchant, so that a late report finds its payee
+paid:<day>      hash    payments that arrived on a day: transaction -> packed (merchant, ordinal, ordinal of the first
+                        report of fraud), so that a late report finds its payee, and counts once
 definitions     string  the feature definitions that are served and the families they are read from, JSON
 backfill        string  how far the families of new definitions have been filled from the stored events, JSON
 due             zset    users whose public features change by themselves, by when (epoch ms)

@@ -7,8 +7,8 @@ from types import TracebackType
 
 
 class Precedence:
-    """Entered by whoever has somebody waiting: short work, never a wait. Those without look whether it is `taken`, and put off
-    what they are about to begin, for as long as they can afford to."""
+    """Entered by whoever has somebody waiting, for what is short: judging, a batch, a trip to the store. Those without look whether it
+    is `taken`, and put off what they are about to begin, for as long as they can afford to."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""The runtime: builds all parts of Nexus, starts and stops them in order, and is the sole maker of threads."""
+"""The runtime: builds all parts of Nexus, starts and stops them in order, and makes the threads of the pipeline and the bridge."""
 
 from __future__ import annotations
 
@@ -264,11 +264,6 @@ class Runtime:
         if self.runner.state not in ("running", "standby"):
             return f"the pipeline is {self.runner.state}" + (f": {self.runner.detail}" if self.runner.detail else "")
         return None
-
-    def wait_delivered(self, end: int, timeout_s: float) -> bool:
-        """Wait until the bridge has all events before an ordinal behind it; gives up early where it is known not to
-        run."""
-        return self.bridge.wait_for(end, timeout_s)
 
     @property
     def stopping(self) -> bool:

@@ -263,7 +263,7 @@ _TABLE = (
     Spec("HYBRID_FEATURE_MODE", "hybrid_feature_mode", _flag, _TRUE, "true",
          "combined features merge both systems; false serves Nexus's own only"),
     Spec("FEATURE_SYNC_INTERVAL", "feature_sync_interval_s", _whole, _N, "300",
-         "how often the Python service's features are read again", 1, _DAY_S, "s"),
+         "how often users whose features have drifted apart in age are looked for and published again", 1, _DAY_S, "s"),
     Spec("HEALTH_CHECK_INTERVAL", "health_check_interval_s", _whole, _N, "30",
          "how often the Python service's health is asked for", 1, _DAY_S, "s"),
     Spec("REDIS_URL", "redis_url", _redis_url, _REDIS, None, "the store; unset: REDIS_HOST, else the embedded one"),

@@ -59,7 +59,7 @@ def test_who_waits_for_a_delivery_waits_for_no_pause_after_a_small_window(monkey
     nexus.bridge._linger.look()
     for _ in range(3):
         post(client, event())
-        assert nexus.wait_delivered(nexus.log.head().ordinal, 20.0)
+        assert nexus.bridge.wait_for(nexus.log.head().ordinal, 20.0)
 
 
 def test_events_arrive_in_the_order_of_the_log_over_many_batches(nexus, client, partner):

@@ -19,7 +19,7 @@ NAMES = (
     "payments before",
     "time since the last",
     "payee's fraud rate",
-    "night",
+    "0 to 6 h UTC",
 )
 LABELS_NEEDED = 20  # reported frauds before the model is trusted over the habit rule
 PRESUMED_PER_FRAUD = 8  # recent payments taken as legitimate for each reported fraud: nobody reports those

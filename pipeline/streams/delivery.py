@@ -108,7 +108,7 @@ class Window:
     def add(self, frame: Frame, start: int, stop: int) -> None:
         self._starts.append(len(self.bodies))
         self._frames.append((frame, start))
-        self.bodies += [record[8:] for record in frame.records[start:stop]]  # behind the event time (log.py)
+        self.bodies += [record[8:] for record in frame.records[start:stop]]  # behind the event time (frames.py)
         self._users += frame.user_hashes()[start:stop]
         if frame.to & CANARY:
             self.canaries += stop - start

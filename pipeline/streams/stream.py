@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 from h3.api.basic_int import latlng_to_cell
 
-from pipeline.events import CANARY_TYPE, Event, Stored
+from pipeline.events import Stored
 from pipeline.frames import CANARY, Frame, Position, event_time, split
 from pipeline.store import Command, Store
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 class Batch:
     """Consecutive events of the log, decoded once for all streams; columns run parallel, index by index.
 
-    `ts` and `arrivals` are epoch ms; `places` are the log's (log.py). An event that no version can decode is None, and its
+    `ts` and `arrivals` are epoch ms; `places` are the log's (frames.py). An event that no version can decode is None, and its
     index is among the `undecodable`; where a stream has no use for these, `counted` leaves them out of a column.
     """
 
@@ -182,10 +182,6 @@ def _cell_of(pickup: Any) -> str | None:
 def _name_of(cell: int) -> str:
     """What H3 writes for a cell."""
     return f"{cell:x}"
-
-
-def is_canary(event: Event | Stored) -> bool:
-    return event.event_type == CANARY_TYPE
 
 
 @dataclass(slots=True)
