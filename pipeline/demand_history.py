@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from pipeline.models import demand
-from pipeline.streams.inference import CITY, Inference, demand_key
+from pipeline.streams.inference import CITY, WEEK_S, Inference, demand_key
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def demand_counts(nexus: Runtime, zone: str, now_s: int) -> dict[int, float]:
     """A zone's ride requests per step (start in epoch s -> count) over the history that forecasts use."""
-    starts = sorted({now_s - demand.HISTORY_S, now_s - demand.HISTORY_S // 2, now_s})
-    names = sorted({demand_key(zone, start) for start in starts})
+    first = now_s - demand.HISTORY_S
+    names = sorted({demand_key(zone, start) for start in (*range(first, now_s, WEEK_S), now_s)})
     counts: Counter[int] = Counter()
     for flat in nexus.store.many([("HGETALL", name) for name in names]):
         pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
@@ -24,7 +24,7 @@ def demand_counts(nexus: Runtime, zone: str, now_s: int) -> dict[int, float]:
     stream = nexus.stream("inference")
     if isinstance(stream, Inference):
         counts.update(stream.unwritten_requests(zone))
-    return {step: count for step, count in counts.items() if now_s - demand.HISTORY_S <= step <= now_s}
+    return {step: count for step, count in counts.items() if first <= step <= now_s}
 
 
 def city_warming(nexus: Runtime, now_s: int) -> str | None:

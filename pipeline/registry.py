@@ -133,9 +133,9 @@ class Models:
         model, current = backtest.best(counts, earlier, version), self.demand_in_force()
         errors = {"candidate": backtest.error(model, counts, later), "current": backtest.error(current, counts, later)}
         metrics = {
-            "candidate": {"wape": errors["candidate"], "recent": model.recent, "fade": model.fade},
+            "candidate": {"wape": errors["candidate"], "weeks": model.weeks, "loose": model.loose},
             "current": {
-                "version": current.version, "wape": errors["current"], "recent": current.recent, "fade": current.fade
+                "version": current.version, "wape": errors["current"], "weeks": current.weeks, "loose": current.loose
             },
             "baseline": {"name": "seasonal-naive", "wape": backtest.naive_error(counts, later)},
             "judged_by": "wape",

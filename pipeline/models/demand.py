@@ -1,5 +1,9 @@
-"""Demand: how many rides a zone will be asked for, from its own history: the season (a week, else a day) scaled by
-the present, with an interval as wide as the same forecast's past misses."""
+"""Demand: how many rides a zone will be asked for: what is usual there at such a time, scaled by how the present differs from it.
+
+Usual is the mean of the same steps of the weeks before (of the days, before there is a week of history). How the latest differences
+from it foretell those to come is learned from the history itself, at each forecast, by a weighted ridge regression for each of some
+steps ahead; an interval is as wide as the same forecast's past misses.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +18,30 @@ VERSION = "seasonal-1"
 STEP_S = 1800
 DAY_STEPS = 48
 WEEK_STEPS = 7 * DAY_STEPS
-HISTORY_S = 9 * 86_400
-HISTORY_DAYS = HISTORY_S // 86_400
+HISTORY_DAYS = 23
+HISTORY_S = HISTORY_DAYS * 86_400
 _Z = 1.2816  # standard deviations to either side that hold 80 % of what is normally distributed
-_USUAL = 30.0  # requests, as if so many had come as expected: few requests say little about the present
-_LEAST, _MOST = 0.25, 4.0  # times the season
+_FEW = 30.0  # requests that are added to either side of a comparison: a few tell little about the present
+_MOST = 4.0  # times, and a share of, what is usual
 _AROUND = 2  # steps to either side that a step of few requests is smoothed over
-_JUDGED = (1, 2, 3, 5, 8, 16, 48)  # steps ahead, whose past misses are looked at; those between go by their neighbours
-_ORIGINS = 144  # past steps at the most from which these are looked at
-_PRIOR, _PRIOR_WEIGHT = 1.5, 10  # the spread over Poisson's that is taken for so many misses not seen yet
+_AHEAD = np.array(
+    [1, 2, 3, 4, 5, 6, 8, 12, 18, 24, 36, 48, 96, 192, WEEK_STEPS]
+)  # learned; those between go by their neighbours
+_LEAST_LEARNED, _MOST_LEARNED = DAY_STEPS // 2, 2 * WEEK_STEPS  # past steps that a regression is made from
+_RECENT, _FADE = 6, 0.85  # before there are: the mean of so many steps, of which so much is left a step further ahead
+_FEATURES = 6
+_SPREAD, _SPREAD_WEIGHT = 1.5, 10  # over chance alone, as if so many misses had been so
 Steps = NDArray[np.int64]
 Numbers = NDArray[np.float64]
 
 
 class Demand(msgspec.Struct):
-    """What training chooses: how many steps make the present, and how much its word still counts a step further."""
+    """What training chooses: how many weeks (or days) make the usual, and by how much a coefficient may differ from what is taken
+    for it beforehand (a variance)."""
 
     version: str = VERSION
-    recent: int = 6
-    fade: float = 0.85
+    weeks: int = 3
+    loose: float = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,76 +64,120 @@ def warming_up(counts: Mapping[int, float], now: int) -> str | None:
 
 def forecast(counts: Mapping[int, float], now: int, steps: int, model: Demand | None = None) -> list[Forecast]:
     """The next `steps` steps after the last complete one at `now` (epoch s), from the counts before it."""
-    model = model or Demand()
-    history, ahead = _History(counts, now), np.arange(1, steps + 1)
-    values = history.expected(np.array([len(history.counts)]), ahead, model)[0]
-    spreads = _Z * np.sqrt(history.dispersion(ahead, model) * (values + 1.0))
+    history, ahead = History(counts, now), np.arange(1, steps + 1)
+    learned = Learned(history, len(history.counts), model or Demand(), steps)
+    values = learned.values(np.array([len(history.counts)]), ahead)[0]
+    spreads = _Z * np.sqrt(learned.spread(ahead) * (values + 1.0))
     return [
         Forecast(history.end + i * STEP_S, value, max(0.0, value - spread), value + spread)
         for i, (value, spread) in enumerate(zip(values.tolist(), spreads.tolist(), strict=True))
     ]
 
 
-def expected(counts: Mapping[int, float], now: int, steps: int, model: Demand) -> list[float]:
-    """The values of forecast() alone, without their intervals."""
-    history = _History(counts, now)
-    found: list[float] = history.expected(np.array([len(history.counts)]), np.arange(1, steps + 1), model)[0].tolist()
-    return found
-
-
-class _History:
-    """Counts per step, oldest first, up to `end` (epoch s), the end of the last complete step; `origins` are indexes into them,
-    steps that a forecast is made from what was before. Steps `ahead` count from 1."""
+class History:
+    """Counts per step, oldest first, from `first` up to `end` (epoch s), the end of the last complete step."""
 
     def __init__(self, counts: Mapping[int, float], now: int) -> None:
         self.end = now - now % STEP_S
-        first = max(min(counts, default=self.end), self.end - HISTORY_S)
-        self.counts: Numbers = np.array([counts.get(at, 0.0) for at in range(first, self.end, STEP_S)] or [0.0])
-        self.season = WEEK_STEPS if len(self.counts) >= WEEK_STEPS else DAY_STEPS
-        self._usual = _smoothed(self.counts)
-        self._came_before = np.concatenate(([0.0], np.cumsum(self.counts)))
-        self._usual_before = np.concatenate(([0.0], np.cumsum(self._usual)))
+        self.first = min(max(min(counts, default=self.end), self.end - HISTORY_S), self.end - STEP_S)
+        self.counts: Numbers = np.array([counts.get(at, 0.0) for at in range(self.first, self.end, STEP_S)])
 
-    def expected(self, origins: Steps, ahead: Steps, model: Demand, season: int | None = None) -> Numbers:
+
+class Learned:
+    """What the steps before `upto`, an index into a history, teach; origins are such indexes, from there on or before, steps that are
+    forecast from what was before them. `most` is the furthest step ahead that will be asked for; these count from 1."""
+
+    def __init__(self, history: History, upto: int, model: Demand, most: int = WEEK_STEPS) -> None:
+        self._counts, self._upto, self._model = history.counts, upto, model
+        self._season = WEEK_STEPS if upto >= WEEK_STEPS else DAY_STEPS
+        self._usual = self._usually()
+        size = len(self._counts)
+        # 0 where nothing is known before, and before the history.
+        self._different = np.nan_to_num(np.log((self._counts + _FEW) / (self._usual[:size] + _FEW)))
+        self._latest = self._differences()
+        self._ahead = _AHEAD[: np.searchsorted(_AHEAD, most) + 1]
+        found = [self._regression(steps) for steps in map(int, self._ahead)]
+        self._coefficients = np.array([coefficients for coefficients, _ in found])
+        self._spreads = np.maximum.accumulate([spread for _, spread in found])
+
+    def values(self, origins: Steps, ahead: Steps) -> Numbers:
         """What is expected so many steps ahead of each origin: a row for each."""
-        season = season or self.season
-        ratio = self._ratio(origins, model.recent, season)[:, None]
-        at = origins[:, None] + ahead - 1 - season * -(-ahead // season)
-        usual = np.where(at >= 0, self._usual[np.maximum(at, 0)], 0.0)
-        fade = model.fade ** (ahead - 1)  # the present says less the further ahead it has to speak
-        found: Numbers = usual * (fade * ratio + 1 - fade)
-        return found
+        coefficients = np.array([np.interp(ahead, self._ahead, column) for column in self._coefficients.T])
+        tells = self._latest[origins] @ coefficients[:-1]
+        tells += coefficients[-1] * self._day_before(origins[:, None], ahead)
+        return self._scaled(self._usual_at(origins[:, None], ahead), tells)
 
-    def _ratio(self, origins: Steps, recent: int, season: int) -> Numbers:
-        """How the latest steps compare with those of a season before, as far as these are known."""
-        first = np.minimum(np.maximum(origins - recent, season), origins)
-        came = self._came_before[origins] - self._came_before[first]
-        before = np.maximum(origins - season, 0), np.maximum(first - season, 0)
-        usual = self._usual_before[before[0]] - self._usual_before[before[1]]
-        return np.clip((came + _USUAL) / (usual + _USUAL), _LEAST, _MOST)
-
-    def dispersion(self, ahead: Steps, model: Demand) -> Numbers:
-        """Times by which the squared misses so far ahead have been those of chance alone, a Poisson distribution's."""
-        # With little more than a week of history, a day's season shows more misses, and not much smaller ones.
-        season = self.season if len(self.counts) >= self.season + DAY_STEPS * 3 // 2 else DAY_STEPS
-        found = []
-        for steps in _JUDGED:
-            last = len(self.counts) - steps  # whose outcome is known
-            origins = np.arange(max(season, last + 1 - _ORIGINS), last + 1)
-            values = self.expected(origins, np.array([steps]), model, season)[:, 0]
-            misses = (self.counts[origins + steps - 1] - values) ** 2 / (values + 1.0)
-            found.append((misses.sum() + _PRIOR * _PRIOR_WEIGHT) / (len(misses) + _PRIOR_WEIGHT))
-        between: Numbers = np.interp(ahead, _JUDGED, found)
+    def spread(self, ahead: Steps) -> Numbers:
+        """Times by which squared misses so far ahead were those of chance alone, of a Poisson distribution."""
+        between: Numbers = np.interp(ahead, self._ahead, self._spreads)
         return between
 
+    def _usually(self) -> Numbers:
+        """What is usual at each step and for a season beyond, from the seasons before it; not a number where none is known."""
+        smooth, size = _smoothed(self._counts, self._upto), len(self._counts)
+        index = np.arange(size + self._season)
+        total, known = np.zeros(len(index)), np.zeros(len(index))
+        for before in range(1, self._model.weeks + 1):
+            at = index - self._season * before
+            there = (at >= 0) & (at < size)
+            total[there] += smooth[at[there]]
+            known += there
+        found: Numbers = np.where(known > 0, total / np.maximum(known, 1), np.nan)
+        return found
 
-def _smoothed(counts: Numbers) -> Numbers:
-    """The counts drawn towards the mean of their neighbours, by the share of what they differ that chance explains."""
+    def _usual_at(self, origins: Steps, steps: Steps | int) -> Numbers:
+        """What is usual so far ahead, as it is known at the origins: beyond a season it is that of the season's step."""
+        return np.nan_to_num(self._usual[origins + (steps - 1) % self._season])
+
+    def _differences(self) -> Numbers:
+        """At each origin by how much the latest three steps differ, the latest six on average, and the latest day."""
+        padded = np.concatenate((np.zeros(DAY_STEPS), self._different))
+        sums, origins = np.concatenate(([0.0], np.cumsum(padded))), DAY_STEPS + np.arange(len(self._counts) + 1)
+        means = [(sums[origins] - sums[origins - length]) / length for length in (_RECENT, DAY_STEPS)]
+        return np.stack([padded[origins - 1], padded[origins - 2], padded[origins - 3], *means], 1)
+
+    def _day_before(self, origins: Steps, steps: Steps | int) -> Numbers:
+        """By how much the step differed that is days before the one so far ahead, the latest that is known at the origin."""
+        index = origins + (steps - 1) % DAY_STEPS - DAY_STEPS
+        return np.where(index >= 0, self._different[np.maximum(index, 0)], 0.0)
+
+    def _scaled(self, usual: Numbers, tells: Numbers) -> Numbers:
+        found: Numbers = np.maximum((usual + _FEW) * np.clip(np.exp(tells), 1 / _MOST, _MOST) - _FEW, 0.0)
+        return found
+
+    def _regression(self, steps: int) -> tuple[Numbers, float]:
+        """The coefficients of the features so far ahead, and the spread of what they missed."""
+        taken = np.zeros(_FEATURES)
+        taken[3] = _FADE ** (steps - 1)
+        last = self._upto - steps  # whose outcome is known
+        origins = np.arange(max(self._season + DAY_STEPS, last + 1 - _MOST_LEARNED), last + 1)
+        if len(origins) < _LEAST_LEARNED:
+            return taken, _SPREAD
+        usual = self._usual_at(origins, steps)
+        features = np.column_stack((self._latest[origins], self._day_before(origins, steps)))
+        weights = (usual + _FEW) / (usual + _FEW).mean()
+        missed = self._different[origins + steps - 1] - features @ taken
+        noise = max(float((weights * missed**2).mean()), 1e-9)
+        weighted = features * weights[:, None]
+        # Outcomes so far ahead overlap: as many of them as that say no more than one.
+        ridge = noise * steps / self._model.loose * np.eye(_FEATURES)
+        coefficients: Numbers = taken + np.linalg.solve(weighted.T @ features + ridge, weighted.T @ missed)
+        values = self._scaled(usual, features @ coefficients)
+        squares = (self._counts[origins + steps - 1] - values) ** 2 / (values + 1.0)
+        free = max(len(origins) - 2 * steps, len(origins) / 4)  # so many of them the regression did not fit
+        return coefficients, float(squares.sum() + _SPREAD * _SPREAD_WEIGHT) / (free + _SPREAD_WEIGHT)
+
+
+def _smoothed(counts: Numbers, upto: int) -> Numbers:
+    """The counts drawn towards the mean of their neighbours, by the share of what they differ that chance explained before `upto`."""
     width = np.ones(2 * _AROUND + 1)
-    size = np.convolve(np.ones(len(counts)), width, "same") if len(counts) >= len(width) else np.ones(len(counts))
-    around = np.convolve(counts, width, "same") / size if len(counts) >= len(width) else counts
+    if len(counts) < len(width):
+        return counts
+    size = np.convolve(np.ones(len(counts)), width, "same")
+    around = np.convolve(counts, width, "same") / size
     apart = counts - around
-    squares, chance = float((apart**2).sum()), float((around * (1 - 1 / size)).sum())
+    known = slice(0, max(0, upto - _AROUND))  # whose neighbours were known
+    squares, chance = float((apart[known] ** 2).sum()), float((around * (1 - 1 / size))[known].sum())
     real = max(0.0, 1 - chance / squares) if squares else 0.0
     found: Numbers = around + real * apart
     return found

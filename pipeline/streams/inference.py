@@ -18,7 +18,7 @@ from pipeline.store import Command, Store
 from pipeline.streams.stream import Batch, Cut, Outcome, Stream
 
 DAY_MS = 86_400_000
-WEEK_S = 7 * 86_400
+WEEK_S = 7 * 86_400  # of steps in one key
 CITY = "city"
 _FULL = 250  # payments: some three rows each, for which the store takes a few ms
 _CACHED = 200_000
@@ -230,11 +230,10 @@ class Inference(Stream):
             key = f"{keys.LABELS}{self._arrived // DAY_MS}"
             days.add(key)
             final.append(("HSET", key, *[word for label in labels.items() for word in label]))
-        for (zone, step), count in requests.items():
-            key = demand_key(zone, step)
-            days.add(key)
-            final.append(("HINCRBYFLOAT", key, step, count))
         final += [("PEXPIRE", key, self._retention_ms + 2 * DAY_MS) for key in days]
+        final += [("HINCRBYFLOAT", demand_key(zone, step), step, count) for (zone, step), count in requests.items()]
+        weeks = {demand_key(zone, step) for zone, step in requests}
+        final += [("PEXPIRE", key, demand.HISTORY_S * 1000 + 2 * DAY_MS) for key in weeks]
         final += self._habits.dump(self._retention_ms * 13) + self._payees.dump(self._retention_ms * 13)
         while self._promoted:
             final += self._take_over(self._promoted.popleft())
