@@ -3,13 +3,24 @@ ones."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
+from typing import IO
 
 from pipeline import keys
 from pipeline.store import Store
 
 TTL_MS = 10_000
+
+
+def name_of(lock: IO[str]) -> str:
+    """The holder's name where it has locked this open file: two with one name cannot both live. A host name and a path would
+    not do: copied machines and containers have them in common. After a boot it is another one, and the lease is waited for."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    file = os.fstat(lock.fileno())
+    return f"{boot}:{file.st_dev}:{file.st_ino}"
 
 
 class Lease:

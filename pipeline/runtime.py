@@ -30,7 +30,7 @@ from pipeline.feature_store import FeatureStore
 from pipeline.health import Health
 from pipeline.ingest import Ingest
 from pipeline.jobs import PIPELINE, Job, Scheduler
-from pipeline.lease import Lease
+from pipeline.lease import Lease, name_of
 from pipeline.live_settings import LiveSettings
 from pipeline.log import Log
 from pipeline.lookups import Lookups
@@ -81,8 +81,7 @@ class Runtime:
         self.live = LiveSettings(self.store, settings, clock)
         self.log = Log(self.store)
         self._folder_lock: IO[str] | None = None
-        holder = f"{socket.gethostname()}:{settings.data_dir.resolve()}"
-        self.lease = Lease(self.store, holder, None, self._last_here)
+        self.lease = Lease(self.store, self.boot, None, self._last_here)
         self.backlog = Backlog(lambda: self.bridge.ordinal)
         make: dict[str, Callable[[], Stream]] = {
             "features": lambda: Features(self.store, FEATURES, retention_ms, lambda: self.lease.epoch, self.backlog),
@@ -364,6 +363,7 @@ class Runtime:
             self.settings.data_dir.mkdir(parents=True, exist_ok=True)
             handle = (self.settings.data_dir / "nexus.lock").open("w")
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lease.holder = name_of(handle)
             self._folder_lock = handle
         except OSError as error:
             log.warning("the data folder's lock is not to be had, so the lease is waited for: %s", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -199,6 +200,32 @@ def test_two_instances_started_by_mistake_on_one_store_never_both_write(
     with Load(send) as more:
         more.more(100)
     assert recount(send, load.acknowledged + more.acknowledged) == (0, 0)
+
+
+def test_an_instance_on_a_copy_of_the_folder_under_the_same_path_stands_by(start: Start, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    first = start()
+    folder.rename(elsewhere)  # as another machine, or another container, has its own under that path
+    shutil.copytree(elsewhere, folder)
+    epoch = first.lease.epoch
+    second = start("standby")
+
+    settled(routes(client_of(first)))
+    assert (first.runner.state, first.lease.epoch, second.lease.epoch) == ("running", epoch, 0)
+
+
+def test_an_instance_on_the_folder_of_one_that_died_takes_over_at_once(
+    start: Start, own_server: Valkey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "TTL_MS", 600_000)
+    (folder := tmp_path / "data").mkdir()
+    store = Store(own_server.url)
+    with (folder / "nexus.lock").open("w") as lock:
+        died = Lease(store, lease.name_of(lock), None, lambda: False)
+        assert died.take()
+    nexus = start()  # and waits until it runs
+    assert nexus.lease.epoch > died.epoch
+    store.close()
 
 
 def test_taking_the_lease_fences_off_every_commit_of_the_holder_before(store: Store, clock: Clock) -> None:
