@@ -155,12 +155,14 @@ def retry_after_s(headers: httpx.Headers, now: float | None = None) -> float | N
 
 def target_of(url: httpx.URL, method: str, path: str, status: int, headers: httpx.Headers) -> httpx.URL | None:
     """Where a redirect leads, None for none. A POST is repeated as it was, also after 301 and 302, whose change to GET
-    is a habit of browsers; after 303, or to another host, somebody has to set the address. Raises PartnerStatus."""
+    is a habit of browsers; after 303, or to another host, somebody has to set the address. Name and password go along, but
+    not from https to http. Raises PartnerStatus."""
     location = headers.get("Location")
     if location is None or status not in (301, 302, 303, 307, 308):
         return None
     target = url.join(location)
     if target.scheme in ("http", "https") and target.host == url.host and (status != 303 or method == "GET"):
-        return target
+        exposed = url.scheme == "https" and target.scheme == "http"
+        return target if target.userinfo or exposed else target.copy_with(userinfo=url.userinfo)
     base = masked(str(target)).rstrip("/").removesuffix(path)
     raise PartnerStatus(f"{method} {path} is redirected ({status}): set PYTHON_EVENT_API_URL to {base}", status)

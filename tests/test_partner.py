@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.errors import PartnerStatus
 from pipeline.partner import LACKS_MS, Partner
-from pipeline.replies import perhaps_its_events, retry_after_s, retryable
+from pipeline.replies import perhaps_its_events, retry_after_s, retryable, target_of
 from tests import misbehaving as partners
 from tests.helpers import Clock
 from tests.misbehaving import Behaviour, Misbehaving
@@ -74,6 +74,45 @@ def test_name_and_password_of_the_address_go_with_each_call(server, clock):
     using(lambda: url, clock, lambda partner: partner.send(BODIES))
     assert {asked.headers["authorization"] for asked in server.requests} == {"Basic bWU6czp0"}
     assert server.applied == [f"e{i}" for i in range(6)]
+
+
+def test_name_and_password_go_along_where_the_partner_redirects_to_a_whole_address_of_its_own(server, clock):
+    def behave(s: Misbehaving, asked: Any, answer: Any) -> None:
+        whole = f"Location: {s.url}/events/"
+        answer.send(200, s.apply(asked)) if asked.path == "/events/" else answer.send(308, None, [whole])
+
+    server.supports, server.on_post = None, behave
+    url = server.url.replace("http://", "http://me:s%3At@")
+    [delivery] = using(lambda: url, clock, lambda partner: partner.send(BODIES))
+    assert delivery.error is None
+    assert {asked.headers["authorization"] for asked in server.requests} == {"Basic bWU6czp0"}
+
+
+@pytest.mark.parametrize(
+    ("at", "to", "leads"),
+    [
+        ("http://me:s%3At@h/events", "https://h/x", "https://me:s%3At@h/x"),
+        ("http://me:s%3At@h:81/events", "//h/x", "http://me:s%3At@h/x"),
+        ("http://me:s%3At@h/events", "x", "http://me:s%3At@h/x"),
+        ("http://me:s%3At@h/events", "http://you:t@h/x", "http://you:t@h/x"),
+        ("https://me:s%3At@h/events", "http://h/x", "http://h/x"),  # never where anyone can read it
+        ("https://me:s%3At@h/events", "https://h/x", "https://me:s%3At@h/x"),
+        ("http://h/events", "https://h/x", "https://h/x"),
+    ],
+)
+def test_a_password_is_redirected_to_the_same_host_alone_and_never_out_of_tls(at, to, leads):
+    assert target_of(httpx.URL(at), "POST", "/events", 308, httpx.Headers({"Location": to})) == httpx.URL(leads)
+
+
+def test_a_password_is_not_told_to_another_host():
+    with pytest.raises(PartnerStatus, match=r"set PYTHON_EVENT_API_URL to https://other/ml$"):
+        target_of(
+            httpx.URL("http://me:s@h/events"),
+            "POST",
+            "/events",
+            308,
+            httpx.Headers({"Location": "https://other/ml/events"}),
+        )
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 405, 410, 411, 429, 500, 503])
