@@ -381,7 +381,10 @@ def uuid7(now: int) -> str:
 def _bad(field: str, value: Any, takes: str) -> Rejected:
     if value is None:
         return Rejected(field, "missing", f"{field} is required: {takes}")
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except RecursionError:
+        shown = "too deep to be shown"
     return Rejected(
         field, "invalid", f"{field} is {shown if len(shown) <= 80 else shown[:77] + '...'}; it takes {takes}"
     )

@@ -19,7 +19,8 @@ _MAX_DIGITS = 400  # more than the largest double has
 _PARSED_DEPTH = 64
 _NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_brackets = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]').finditer
+# Nothing is looked at twice: a string without an end is one up to there, not a place to try again from each quote in it.
+_brackets = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]').finditer
 
 
 class _Batch(msgspec.Struct, forbid_unknown_fields=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import threading
+import time
 from typing import Any
 
 import msgspec
@@ -155,6 +156,34 @@ def test_what_is_no_events_is_a_bad_request(ingest, log, posted):
     with pytest.raises(BadRequest):
         post(ingest, posted)
     assert frames(log) == []
+
+
+@pytest.mark.parametrize("ends", [b"", b'"', b"\\"])
+def test_string_full_of_escapes_in_what_is_nested_without_end_is_read_once(ingest, ends):
+    """Read again from each of its escapes it took 20 s, all of them with the interpreter's lock held."""
+    began = time.thread_time()
+    with pytest.raises(BadRequest):
+        post(ingest, b"[" * 3000 + b'"' + b'\\"' * 30_000 + ends)
+    assert time.thread_time() - began < 5
+
+
+@pytest.mark.parametrize("text", [b'"]', b'"\\\\"', b'"\\"]"', b'"\\\n]"', b"", b'"' + b"x" * (1 << 20) + b'"'])
+def test_brackets_within_texts_are_no_nesting(ingest, text):
+    bad = b'{"event_type":"t","user_id":"u","x":' + b"[" * 3000 + text + b"]" * 3000 + b"}"
+    posted = b'[{"event_id":"a","event_type":"t","user_id":"u"},' + bad + b"]"
+    if text in (b'"]', b'"\\\n]"'):  # a string without an end, an escape that is none
+        with pytest.raises(BadRequest):
+            post(ingest, posted)
+    else:
+        assert post(ingest, posted)[1]["event_ids"] == ["a", None]
+
+
+@pytest.mark.parametrize("field", ["user_id", "location", "timestamp"])
+def test_value_too_deep_to_be_shown_in_its_verdict_never_spoils_the_others(ingest, field):
+    for levels in range(900, 1000):  # up to what the decoder just bears
+        bad = f'{{"event_type":"t","user_id":"u","{field}":{"[" * levels}{"]" * levels}}}'
+        answer = post(ingest, f'[{{"event_id":"a","event_type":"t","user_id":"u"}},{bad}]'.encode())[1]
+        assert answer["event_ids"] == ["a", None]
 
 
 @pytest.mark.parametrize("source", ["", 5, [], "s" * 65, "\U0001f600" * 33, "\ud800"])
