@@ -167,6 +167,16 @@ class RawBatch(msgspec.Struct, gc=False):
     events: list[msgspec.Raw]
 
 
+# The first events of a batch and one more: all others are skipped, and take no memory.
+Few = msgspec.defstruct(
+    "Few", [(f"at_{n}", msgspec.Raw, msgspec.Raw()) for n in range(MAX_EVENTS + 1)], array_like=True, gc=False
+)
+
+
+class FewOfBatch(msgspec.Struct, gc=False):
+    events: Few  # type: ignore[valid-type]
+
+
 class OnlyId(msgspec.Struct, gc=False):
     event_id: str | None = None
 
@@ -198,6 +208,7 @@ class ApiError(Exception):
 
 decode_batch = msgspec.json.Decoder(Batch).decode
 decode_raw_batch = msgspec.json.Decoder(RawBatch).decode
+decode_few = msgspec.json.Decoder(FewOfBatch).decode
 decode_event = msgspec.json.Decoder(Event).decode
 decode_question = msgspec.json.Decoder(Question).decode
 to_json = msgspec.json.Encoder().encode
@@ -207,10 +218,14 @@ is_type = lru_cache(1000)(re.compile(TYPE).fullmatch)
 
 
 def parse_events(body: bytes) -> tuple[list[tuple[int, Event]], list[Rejection]]:
-    """The events of a batch body by position, and the rejected ones. Raises msgspec.DecodeError where it is none."""
+    """The events of a batch body by position, and the rejected ones. Raises msgspec.DecodeError where it is none, and
+    ApiError where there are too many, which is found out before they are decoded."""
+    if body.count(b"{") > MAX_EVENTS:  # no event that can be decoded is without one
+        require_few(body)
     try:
         return list(enumerate(decode_batch(body).events)), []
     except msgspec.ValidationError:  # one of them is bad, or the body is: look at each by itself
+        require_few(body)
         events, rejected = [], []
         for index, raw in enumerate(decode_raw_batch(body).events):
             try:
@@ -218,6 +233,11 @@ def parse_events(body: bytes) -> tuple[list[tuple[int, Event]], list[Rejection]]
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 rejected.append(Rejection(index, _event_id(raw), *verdict(error)))
         return events, rejected
+
+
+def require_few(body: bytes) -> None:
+    if getattr(decode_few(body).events, f"at_{MAX_EVENTS}"):
+        raise ApiError(413, "too_many", f"a batch has at most {MAX_EVENTS} events")
 
 
 def _event_id(raw: msgspec.Raw) -> str | None:
@@ -838,8 +858,6 @@ def create_app(settings: Settings) -> FastAPI:
     @app.post("/events/batch", openapi_extra=takes(Batch))
     async def post_batch(request: Request) -> Response:
         events, rejected = parse_events(await read_body(request))
-        if len(events) + len(rejected) > MAX_EVENTS:
-            raise ApiError(413, "too_many", f"a batch has at most {MAX_EVENTS} events")
         fresh, duplicates, refused = take(events, now_ms())
         accepted, duplicates = await service.accept(fresh, duplicates)
         rejected = sorted(rejected + refused, key=lambda rejection: rejection.index)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from pipeline import checkpoints
 from pipeline import events as event_forms
 from pipeline.canary import Canary
-from pipeline.errors import BadRequest, PartnerError, TooLarge
+from pipeline.errors import BadRequest, PartnerError
 from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY
 from pipeline.ingest import Verdicts, judge
 from pipeline.log import Taken
 from pipeline.lookups import bridge_refusals
-from pipeline.posted import MAX_EVENTS, read_source
+from pipeline.posted import read_source, require_few
 from pipeline.streams.inference import Inference
 
 if TYPE_CHECKING:
@@ -184,8 +184,7 @@ def _events(body: dict[str, Any]) -> list[Any]:
     events = body.get("events")
     if not isinstance(events, list):
         raise BadRequest("not_events", "'events' is an array of events")
-    if len(events) > MAX_EVENTS:
-        raise TooLarge("too_many_events", f"a batch has at most {MAX_EVENTS} events, this one {len(events)}; split it")
+    require_few(len(events))
     return events
 
 

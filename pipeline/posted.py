@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from io import BytesIO
 from typing import Any
 
 import msgspec
@@ -93,6 +94,7 @@ def read_body(body: bytes, content_type: str) -> tuple[list[Any], str]:
     """The posted events and their source, from any of the accepted forms. Raises BadRequest, TooLarge."""
     source: Any = None
     if _is_ndjson(content_type):
+        require_few(sum(not line.isspace() for line in BytesIO(body)))
         events = [_line(line) for line in body.split(b"\n") if line.strip()]
     else:
         try:
@@ -113,11 +115,16 @@ def read_body(body: bytes, content_type: str) -> tuple[list[Any], str]:
             events = [posted]
             if "event_type" not in posted and "source" in posted and len(posted) == 1:
                 raise BadRequest("not_events", "'events' is missing: an array of events")
+        require_few(len(events))
         if not sound:
             events = [_sound(event) for event in events]
-    if len(events) > MAX_EVENTS:
-        raise TooLarge("too_many_events", f"a batch has at most {MAX_EVENTS} events, this one {len(events)}; split it")
     return events, "unknown" if source is None else read_source(source)
+
+
+def require_few(events: int) -> None:
+    """Raises TooLarge where that many are too many for a batch. Before they are judged: a verdict takes far more than they do."""
+    if events > MAX_EVENTS:
+        raise TooLarge("too_many_events", f"a batch has at most {MAX_EVENTS} events, this one {events}; split it")
 
 
 def read_source(source: Any) -> str:

@@ -317,6 +317,21 @@ def test_every_error_is_json(service: Service, method: str, path: str, body: byt
     assert set(reply.json()["error"]) == {"code", "message", "details"}
 
 
+@pytest.mark.parametrize("one", [b"{}", b"7", b'{"event_type":"x","user_id":"u"}', b'"\xff"'])
+def test_events_of_a_batch_are_counted_before_any_is_decoded(monkeypatch: pytest.MonkeyPatch, one: bytes) -> None:
+    """Bodies are up to 40 MiB: a rejection for each {} in one took minutes, while all else waited."""
+    for each in ("decode_event", "decode_raw_batch"):
+        monkeypatch.setattr(api, each, lambda raw: pytest.fail("an event was decoded that is one too many"))
+    with pytest.raises(api.ApiError) as caught:
+        api.parse_events(b'{"events":[' + one + (b"," + one) * api.MAX_EVENTS + b"]}")
+    assert (caught.value.status, caught.value.code) == (413, "too_many")
+
+
+def test_5000_events_are_few_enough_whatever_is_in_them() -> None:
+    bodies = b",".join([b'{"event_type":"x","user_id":"u","data":{"x":[{},{}]}}'] * (api.MAX_EVENTS - 1))
+    assert [len(found) for found in api.parse_events(b'{"events":[' + bodies + b",{}]}")] == [api.MAX_EVENTS - 1, 1]
+
+
 def test_the_docs_page_needs_no_network_and_openapi_describes_the_bodies(service: Service) -> None:
     page, described = service.http.get("/docs"), service.http.get("/openapi.json").json()
     assert page.status_code == 200

@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import events
+from pipeline import posted as module
 from pipeline.errors import BadRequest, NexusError, StoreFull, StoreUnavailable, TooLarge
 from pipeline.ingest import Ingest, Verdicts, judge, judge_plain
 from pipeline.log import Log
@@ -196,6 +197,26 @@ def test_5000_events_are_taken_and_one_more_is_too_large(ingest):
     assert post(ingest, [event() for _ in range(MAX_EVENTS)])[1]["accepted"] == MAX_EVENTS
     with pytest.raises(TooLarge):
         post(ingest, [event() for _ in range(MAX_EVENTS + 1)])
+
+
+@pytest.mark.parametrize(
+    ("posted", "kind"),
+    [
+        (b"x\n" * MAX_EVENTS + b"\n \r\n\nx", "application/x-ndjson"),
+        (b"[" + b'"\\ud800",' * MAX_EVENTS + b"7]", "application/json"),
+    ],
+)
+def test_events_are_counted_before_any_gets_a_verdict(ingest, monkeypatch, posted, kind):
+    """A gzip of 5 KB holds 2.6 million lines that are no JSON."""
+    for each in ("_line", "_sound"):
+        monkeypatch.setattr(module, each, lambda given: pytest.fail("a verdict on an event that is one too many"))
+    with pytest.raises(TooLarge, match=f"this one {MAX_EVENTS + 1};"):
+        post(ingest, posted, kind)
+
+
+def test_lines_without_an_event_do_not_count(ingest):
+    lines = b"\n \r\n" * MAX_EVENTS + b'{"event_id":"a","event_type":"t","user_id":"u","x":1}\n\nx'
+    assert post(ingest, lines, "application/x-ndjson")[1]["event_ids"] == ["a", None]
 
 
 def test_body_beyond_5_mib_is_too_large_packed_or_not(ingest):
