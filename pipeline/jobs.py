@@ -14,7 +14,7 @@ from apscheduler.executors.pool import ThreadPoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.interval import IntervalTrigger
 
-from pipeline.errors import NexusError
+from pipeline.errors import NexusError, StoreRefused
 
 PIPELINE = "pipeline"
 _SECOND_US = 1_000_000
@@ -33,6 +33,7 @@ class Job:
     late: int = 0
     ok: bool | None = None
     error: str | None = None
+    broken: bool = False  # it failed for a reason that waiting does not mend
     result: Any = None
     runs: int = field(default=0)
 
@@ -40,11 +41,11 @@ class Job:
         began = time.perf_counter()
         try:
             self.result = self.run()
-            self.ok, self.error = True, None
+            self.ok, self.error, self.broken = True, None, False
         except NexusError as error:  # the store or the partner is away: reported, tried again at the next run
-            self.ok, self.error = False, error.message
+            self.ok, self.error, self.broken = False, error.message, isinstance(error, StoreRefused)
         except Exception as error:
-            self.ok, self.error = False, f"{type(error).__name__}: {error}"
+            self.ok, self.error, self.broken = False, f"{type(error).__name__}: {error}", True
             log.exception("job failed", extra={"job": self.name})
         self.last_ms = (time.perf_counter() - began) * 1000
         self.runs += 1
@@ -122,6 +123,12 @@ class Scheduler:
                 }
             )
         return rows
+
+    def broken(self) -> list[str]:
+        """The jobs whose last run failed for a reason that waiting does not mend, in words. Of the pipeline its streams' states
+        tell: its run ends with the process."""
+        jobs = [job for job in self.jobs.values() if job.broken and job.name != PIPELINE]
+        return [f"the job {job.name} fails: {job.error}" for job in jobs]
 
     def _late(self, event: JobSubmissionEvent) -> None:
         """Count runs that began over a second after their time, or fell together with one still running."""

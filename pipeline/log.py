@@ -313,8 +313,10 @@ class Log:
             frames, _ = parse_frames(raw[at:] if at else raw, segment, at)
             self._forget_redriven([frame for frame in frames if frame.to & REDRIVE])
             for frame in frames:
-                ids = () if frame.to & REDRIVE else digests(map(_event_id, frame.records))
-                for index, digest in enumerate(ids):
+                ids = () if frame.to & REDRIVE else map(_event_id, frame.records)
+                # A damaged event's id may not be readable: then it stays in the table, which costs its few bytes alone.
+                known = {index: event_id for index, event_id in enumerate(ids) if event_id is not None}
+                for index, digest in zip(known, digests(known.values()), strict=True):
                     words += [digest, _PLACE.pack(frame.address.to_bytes(6, "little"), index)]
                 at = frame.next - (segment << SHIFT)
             if at < len(raw):  # what stands there is damaged
@@ -388,9 +390,11 @@ def _place(packed: bytes) -> int:
     return int.from_bytes(address, "little") * PER_FRAME + index
 
 
-def _event_id(record: bytes) -> str:
-    """The id of a stored event, which its JSON begins with (events.py)."""
+def _event_id(record: bytes) -> str | None:
+    """The id of a stored event, which its JSON begins with (events.py); None where it is damaged."""
     start = 8 + len(b'{"event_id":')
-    end = record.index(b'","event_type":', start) + 1
-    event_id: str = msgspec.json.decode(record[start:end])
-    return event_id
+    end = record.find(b'","event_type":', start) + 1
+    try:
+        return msgspec.json.decode(record[start:end], type=str)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None

@@ -144,7 +144,7 @@ class Serving:
             found.append(f"events unexplained: {audit.unexplained}")
         if held_by := nexus.retention.latest["held_back"]:
             found.append(f"events past their retention are kept for {', '.join(held_by)}, yet to read them")
-        return found
+        return found + nexus.scheduler.broken()
 
     def _without_store(self, error: StoreError) -> dict[str, Any]:
         """What is known of the health while the store does not answer."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import StoreUnavailable
+from pipeline.errors import StoreRefused, StoreUnavailable
 from pipeline.jobs import Every, Job, Scheduler
 from tests.helpers import DEADLINE_S, until
 
@@ -62,6 +62,21 @@ def test_job_that_throws_is_told_and_run_again():
     scheduler.stop()
     assert job.runs >= 3
     assert (job.ok, job.error) == (True, None)
+
+
+def test_job_is_broken_as_long_as_it_fails_for_a_reason_that_waiting_does_not_mend():
+    errors = [StoreUnavailable("away"), ValueError("a bug"), StoreRefused("a wrong key"), None]
+
+    def work() -> None:
+        if (error := errors.pop(0)) is not None:
+            raise error
+
+    job = Job("job", lambda: 1.0, work)
+    scheduler, told = Scheduler([job]), []
+    while errors:
+        job()
+        told.append(scheduler.broken())
+    assert told == [[], ["the job job fails: ValueError: a bug"], ["the job job fails: a wrong key"], []]
 
 
 def test_interval_changed_at_run_time_is_taken_over_at_once():

@@ -385,6 +385,23 @@ def test_damage_at_the_beginning_of_the_oldest_segment_makes_no_event_of_those_l
     assert Log(store).trim(8, lease.epoch)
 
 
+@pytest.mark.parametrize("at", [b"{", b":", b'"b"', b"b", b'","event_type":', b"event_type"])
+@pytest.mark.parametrize("bit", [0x80, 0x01])
+def test_damaged_event_keeps_neither_its_segment_nor_the_ids_of_others(store, log, small_segments, at, bit):
+    append(log, [event(event_id=name) for name in "abc"], NOON)
+    for n in range(12):
+        append(log, [event()], NOON + n)
+    lease = lease_of(store)
+    pass_all(store, log, lease)
+    raw = store.call("GET", f"{keys.LOG}1")
+    offset = raw.index(at, raw.index(b'{"event_id":"b"'))
+    store.call("SETRANGE", f"{keys.LOG}1", offset, bytes([raw[offset] ^ bit]))
+    assert log.trim(1, lease.epoch)
+    assert log.trim(2, lease.epoch)
+    assert store.call("EXISTS", f"{keys.LOG}1") == 0
+    assert log.locate(["a", "c"]) == [None, None]
+
+
 def test_damaged_frame_is_gone_on_with_from_the_middle(store, log):
     append(log, [event() for _ in range(5)], NOON)
     [sound] = frames(log)

@@ -16,7 +16,7 @@ from pipeline.retention import Retention
 from pipeline.store import Store
 from tests.conftest import Start, client_of
 from tests.faults import HEALTH, INGEST, routes, settled
-from tests.helpers import HOUR_MS, MINUTE_MS, NOON, STREAMS, Clock, append, event, frames
+from tests.helpers import HOUR_MS, MINUTE_MS, NOON, STREAMS, Clock, append, event, frames, until
 
 EVENTS, APART_MS = 24, HOUR_MS // 4
 END = NOON + EVENTS * APART_MS  # six hours of events lie before it
@@ -162,3 +162,23 @@ def test_health_tells_for_whom_events_past_their_retention_are_kept(
     assert "events past their retention are kept for bridge, yet to read them" in health["reasons"]
     nexus.serving.refresh()
     assert client.get("/nexus/feed.json").json["retention"] == health["retention"]
+
+
+def test_health_names_retention_while_it_fails(start_nexus: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the store fills, and the first to be told are those whose events are refused."""
+    nexus = start_nexus(ENABLE_PYTHON_BRIDGE="false")
+    client = client_of(nexus)
+    until(lambda: client.get(HEALTH).json["status"] == "healthy", "healthy")
+
+    def fails(epoch: int) -> None:
+        raise ValueError("subsection not found")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nexus.log, "finish_trim", fails)
+        nexus.scheduler.jobs["retention"]()
+        health = client.get(HEALTH).json
+        assert health["status"] == "degraded"
+        assert "the job retention fails: ValueError: subsection not found" in health["reasons"]
+
+    nexus.scheduler.jobs["retention"]()
+    until(lambda: client.get(HEALTH).json["status"] == "healthy", "healthy")
