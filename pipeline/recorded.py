@@ -13,6 +13,7 @@ import string
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, tzinfo
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -155,9 +156,14 @@ class CsvMapping:
             if column is not None:
                 *parents, leaf = target.split(".")
                 self._fields.append((parents, leaf, self._column(column), convert))
-        for _, name, _, _ in string.Formatter().parse(self._user or ""):
-            if name not in (None, "row"):
-                self._column(str(name))
+        mapped = sorted(target for target, column, _ in fields if column is not None)
+        for one, other in product(mapped, repeat=2):
+            if other.startswith(f"{one}."):
+                raise UsageError(
+                    f"--map fills both {one} and {other}, which is within it: give one of them another name"
+                )
+        if self._user is not None:
+            self._check_template(self._user)
         self._label = None if args.label_column is None else self._column(args.label_column)
 
     def __call__(self, row: int, cells: list[str]) -> Item:
@@ -200,6 +206,16 @@ class CsvMapping:
             "data": {"transaction_id": event["data"]["transaction_id"], "is_fraud": int(truth(cell))},
         }
         return Event(row, at, self._encode(report), is_label=True)
+
+    def _check_template(self, template: str) -> None:
+        try:
+            for _, name, _, _ in string.Formatter().parse(template):
+                if name not in (None, "row"):
+                    self._column(str(name))
+            template.format_map({**dict.fromkeys(self._header, ""), "row": 1})
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            takes = "it takes names of columns and row in braces, such as rider_{row}; a brace itself is written twice"
+            raise UsageError(f"--user-template {template!r}: {error}; {takes}") from None
 
     def _column(self, name: str) -> int:
         if name not in self._header:

@@ -476,6 +476,31 @@ def test_an_ndjson_line_that_is_no_event_is_unmappable(
     assert capsys.readouterr().out == "read 6 rows = accepted 1 + duplicates 0 + rejected 1 + unmappable 4\n"
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--user-column x --map data.a=x --map data.a.b=y", "data.a and data.a.b"),
+        ("--user-column x --map data.a.b=y --map data.a=x", "data.a and data.a.b"),
+        ("--user-template {", "--user-template"),
+        ("--user-template }{x}", "--user-template"),
+        ("--user-template {x.real.odd}", "no column 'x.real.odd'"),
+        ("--user-template {a.b}", "--user-template"),
+        ("--user-template {x:{z}}", "--user-template"),
+        ("--user-template {z}", "no column 'z'"),
+    ],
+)
+def test_options_that_cannot_be_are_one_line_that_says_what_to_do(
+    nexus: FakeNexus, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, said: str
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("x,y,a.b\n1,2,3\n")
+    assert run(nexus, path, "--event-type", "e", *flags.split()) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("replay: ")]
+    assert len(told) == 1
+    assert said in told[0]
+    assert not nexus.stored
+
+
 CELLS = st.text(max_size=6) | st.sampled_from(
     ["", "1", "2014-04-01T00:00:00", "40.5", "nan", '"', "a,b", "x\ny", "\ud7ff"]
 )
