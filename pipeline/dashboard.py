@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 from dash import Dash
-from flask import Flask
+from dash.exceptions import PreventUpdate
+from flask import Flask, request
+from werkzeug.exceptions import BadRequest, HTTPException, NotFound
 
 from pages import _shell
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "/nexus/"
+# Where Dash takes for granted what its own page asks for. Of Nexus only the pages' layouts are called there.
+_TRUSTING = (f"{PREFIX}_dash-update-component", f"{PREFIX}_dash-component-suites")
+log = logging.getLogger(__name__)
 
 # The inline script sets the colour scheme before the first paint, so that a dark room sees no white flash.
 INDEX = """<!DOCTYPE html>
@@ -61,4 +70,23 @@ def create_dashboard(flask_app: Flask) -> Dash:
     )
     dashboard.layout = _shell.layout
     _shell.register(dashboard)
+    for endpoint, view in flask_app.view_functions.items():
+        if endpoint.startswith(_TRUSTING):
+            flask_app.view_functions[endpoint] = _refusing(view)
     return dashboard
+
+
+def _refusing(view: Callable[..., Any]) -> Callable[..., Any]:
+    """The view, for which what its own page would not send is an error of the one who asks."""
+
+    @wraps(view)
+    def refusing(*args: Any, **named: Any) -> Any:
+        try:
+            return view(*args, **named)
+        except (HTTPException, PreventUpdate):
+            raise
+        except Exception as error:
+            log.info("request not understood", extra={"path": request.path, "error": repr(error)[:200]})
+            raise (BadRequest() if request.method == "POST" else NotFound()) from error
+
+    return refusing

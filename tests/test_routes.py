@@ -779,6 +779,34 @@ def test_dashboard_and_its_feed_are_served(client):
     assert "history" in client.get("/nexus/feed.json?history").json
 
 
+@pytest.mark.parametrize("posted", [{"output": "x"}, {}, [], 7, {"output": "_pages_content.children", "inputs": [7]}])
+def test_callback_that_the_dashboard_does_not_have_is_a_bad_request_without_a_traceback(client, caplog, posted):
+    assert client.post("/nexus/_dash-update-component", json=posted).status_code == 400
+    assert not [entry for entry in caplog.records if entry.exc_info]
+
+
+@pytest.mark.parametrize("path", ["x/../../y", "dash/x.js", "dash/%00", "dash/%ff.js"])
+def test_script_that_the_dashboard_does_not_have_is_not_found_without_a_traceback(client, caplog, path):
+    assert client.get(f"/nexus/_dash-component-suites/{path}").status_code == 404
+    assert not [entry for entry in caplog.records if entry.exc_info]
+
+
+def test_dashboard_brings_its_page_and_its_scripts(client):
+    page = client.get("/nexus/").get_data(as_text=True)
+    script = page.partition('src="/nexus/_dash-component-suites/')[2].partition('"')[0]
+    assert client.get(f"/nexus/_dash-component-suites/{script}").status_code == 200
+    described = client.get("/nexus/_dash-dependencies").json
+    callback = next(each for each in described if "_pages_content" in each["output"])
+    inputs = [{**each, "value": {"pathname": "/nexus/", "search": ""}[each["property"]]} for each in callback["inputs"]]
+    state = [{**each, "value": None} for each in callback["state"]]
+    names = [name.rpartition(".") for name in callback["output"].strip(".").split("...")]
+    outputs = [{"id": name, "property": value} for name, _, value in names]
+    posted = {"output": callback["output"], "outputs": outputs, "inputs": inputs, "state": state, "changedPropIds": []}
+    answer = client.post("/nexus/_dash-update-component", json=posted)
+    assert answer.status_code == 200
+    assert "children" in answer.json["response"]["_pages_content"]
+
+
 def test_public_feature_keys_are_published_after_the_fact(nexus, client, partner: FakePartner):
     post(client, response("driver_1"))
     raw = until(lambda: nexus.store.call("GET", "ml:serving:features:driver_1"), "the public key")
