@@ -34,9 +34,12 @@ def main() -> int:
     length.add_argument("--quick", action="store_true", help="short and rough: about 3 minutes")
     length.add_argument("--full", action="store_true", help="with 10 million retained events: over an hour")
     parser.add_argument("--data", type=Path, default=Path("/tmp"), help="folder for the data of the measured systems")
+    parser.add_argument(
+        "--recorded", type=Path, default=Options.recorded, help="folder of the recorded demand and payments"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the table")
     given = parser.parse_args()
-    options = Options(quick=given.quick, full=given.full, data=given.data)
+    options = Options(quick=given.quick, full=given.full, data=given.data, recorded=given.recorded)
     began = time.monotonic()
     about = machine.describe() | {"length": "quick" if given.quick else "full" if given.full else "default"}
     print(machine.markdown(about), flush=True)

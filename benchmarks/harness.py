@@ -39,6 +39,7 @@ class Options:
     quick: bool = False
     full: bool = False
     data: Path = Path("/tmp")
+    recorded: Path = ROOT.parent / "shared" / "data"
     found: dict[str, float] = field(default_factory=dict)
 
     def pick(self, quick: Any, default: Any, full: Any = None) -> Any:

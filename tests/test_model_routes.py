@@ -164,7 +164,7 @@ def plant_frauds(store, now: int, frauds: int = 60, served_well: bool = False) -
     for i in range(frauds * 10):
         is_fraud = i % 10 == 0
         x = [chance.random() for _ in fraud.NAMES]
-        x[5] = chance.uniform(0.5, 1.0) if is_fraud else chance.uniform(0.0, 0.55)
+        x[fraud.NAMES.index("payee's fraud rate")] = chance.uniform(0.5, 1.0) if is_fraud else chance.uniform(0.0, 0.55)
         at = now - 3 * DAY_MS + i * 3 * DAY_MS // (frauds * 10)
         served = float(is_fraud) if served_well else chance.random()
         score = Score(served, fraud.HABIT_VERSION, at, [], x, "m")
@@ -314,7 +314,7 @@ def client_post(nexus: Any) -> bool:
 
 
 def examples_of(rows: list[tuple[int, float, float]]) -> list[Example]:
-    return [Example(f"t-{i}", i, [0.0] * 7, y, s, weight=w) for i, (y, s, w) in enumerate(rows)]
+    return [Example(f"t-{i}", i, [0.0] * len(fraud.NAMES), y, s, weight=w) for i, (y, s, w) in enumerate(rows)]
 
 
 def test_average_precision_and_auc_are_those_counted_by_hand():
@@ -354,7 +354,7 @@ def test_one_label_alone_has_no_figures():
 
 
 def test_held_out_payments_are_later_than_all_trained_on():
-    found = [Example(f"t-{i}", i, [0.0] * 7, int(i % 5 == 0), 0.0) for i in range(200)]
+    found = [Example(f"t-{i}", i, [0.0] * len(fraud.NAMES), int(i % 5 == 0), 0.0) for i in range(200)]
     earlier, later = training.split(found, fraud.VERSION) or ([], [])
     assert max(e.at for e in earlier) < min(e.at for e in later)
     assert sum(e.y for e in later) == 12
@@ -362,7 +362,7 @@ def test_held_out_payments_are_later_than_all_trained_on():
 
 def test_only_payments_that_the_version_in_force_has_scored_are_held_out():
     found = [
-        Example(f"t-{i}", i, [0.0] * 7, int(i % 5 == 0), 0.0, "logistic-1" if i < 170 else "logistic-2")
+        Example(f"t-{i}", i, [0.0] * len(fraud.NAMES), int(i % 5 == 0), 0.0, "logistic-1" if i < 170 else "logistic-2")
         for i in range(200)
     ]
     _, later = training.split(found, "logistic-2") or ([], [])
@@ -371,7 +371,7 @@ def test_only_payments_that_the_version_in_force_has_scored_are_held_out():
 
 
 def test_label_that_came_when_the_held_out_time_had_begun_is_not_trained_on():
-    found = [Example(f"t-{i}", i, [0.0] * 7, int(i % 5 == 0), 0.0, known_at=i + 20) for i in range(200)]
+    found = [Example(f"t-{i}", i, [0.0] * len(fraud.NAMES), int(i % 5 == 0), 0.0, known_at=i + 20) for i in range(200)]
     earlier, later = training.split(found, fraud.VERSION) or ([], [])
     edge = min(e.at for e in later)
     assert max(e.known_at for e in earlier) <= edge
@@ -392,14 +392,14 @@ def test_figures_of_the_version_in_force_are_of_what_it_has_scored_itself(client
 def test_fit_finds_the_weights_that_made_the_labels():
     chance = np.random.default_rng(3)
     rows = chance.uniform(-1, 1, (4000, len(fraud.NAMES)))
-    truth = np.array([1.0, -2.0, 0.0, 0.5, 0.0, 3.0, 0.0])
+    truth = np.resize([1.0, -2.0, 0.0, 0.5, 0.0, 3.0, 0.0], len(fraud.NAMES))
     labels = chance.uniform(size=4000) < 1 / (1 + np.exp(-(rows @ truth - 1.0)))
     found = [Example(str(i), i, row.tolist(), int(y), 0.0) for i, (row, y) in enumerate(zip(rows, labels, strict=True))]
     assert training.fit(found).weights == pytest.approx([-1.0, *truth], abs=0.35)
 
 
 def test_fit_of_separable_data_stays_finite():
-    found = [Example(str(i), i, [float(i > 50)] * 7, int(i > 50), 0.0) for i in range(100)]
+    found = [Example(str(i), i, [float(i > 50)] * len(fraud.NAMES), int(i > 50), 0.0) for i in range(100)]
     assert all(abs(w) < 50 for w in training.fit(found).weights)
 
 

@@ -40,6 +40,7 @@ class Score(msgspec.Struct, gc=False, array_like=True):
     reasons: list[str]
     inputs: list[float]
     payee: str
+    payer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +125,14 @@ class Inference(Stream):
         amount, payee_id = _number(data, "amount"), _payee(data)
         habit = self._habits.get(user_id) or _stored(self.store, keys.HABIT + user_id, fraud.Habit)
         payee = self._payees.get(payee_id) or _stored(self.store, keys.PAYEE + payee_id, fraud.Payee)
-        x = fraud.inputs(amount, ts, habit, payee)
-        return Score(self.model.score(x), self.model.scores_as, ts, self.model.reasons(x), x, payee_id)
+        x = fraud.inputs(amount, ts, habit, payee, self.model.amounts)
+        return Score(self.model.score(x), self.model.scores_as, ts, self.model.reasons(x), x, payee_id, user_id)
 
     def process(self, batch: Batch, now: int) -> Outcome:
         outcome = batch.outcome()
         payments, reports, requests = (batch.by_type.get(t, []) for t in ("payment", "fraud_report", "ride_request"))
         self._habits.load({batch.users[i] for i in payments})
-        self._payees.load({_payee(batch.data(i)) for i in payments})
+        self._payees.load({_payee(batch.data(i)) for i in payments} - {""})
         self._arrived = batch.arrivals[-1]
         typed = [(i, self._payment) for i in payments] + [(i, self._report) for i in reports]
         typed.sort(key=itemgetter(0))  # a report finds the payments before it
@@ -150,17 +151,15 @@ class Inference(Stream):
         payee_id = _payee(data)
         ts = batch.ts[index]
         habit = self._habits[user_id]
-        payee = self._payees[payee_id]
-        x = fraud.inputs(amount, ts, habit, payee)
-        score = Score(
-            self.model.score(x), self.model.scores_as, batch.arrivals[index], self.model.reasons(x), x, payee_id
-        )
+        payee = self._payees[payee_id] if payee_id else fraud.Payee()
+        x = fraud.inputs(amount, ts, habit, payee, self.model.amounts)
+        told = self.model.score(x), self.model.scores_as, batch.arrivals[index], self.model.reasons(x)
+        score = Score(*told, x, payee_id, user_id)
         self._scores.setdefault(transaction, score)
         self.model.seen(x)
-        fraud.update_habit(habit, amount, ts)
+        fraud.paid(amount, ts, habit, payee, self.model.amounts)
         self._habits.dirty.add(user_id)
         if payee_id:
-            payee.count += 1
             self._payees.dirty.add(payee_id)
 
     def _report(self, batch: Batch, index: int, data: dict[str, Any]) -> None:
@@ -173,7 +172,7 @@ class Inference(Stream):
         if score is None:
             self._late.append((transaction, bool(is_fraud), before))
         else:
-            self._payees.load({score.payee})
+            self._load_of([score])
             self._learn(transaction, score, bool(is_fraud), before)
 
     def _learn_late(self) -> None:
@@ -184,7 +183,7 @@ class Inference(Stream):
         days, transactions = _days_before(self._arrived, self._days), [transaction for transaction, _, _ in late]
         scores = [_score(raw) for raw in self.store.find([f"{keys.SCORES}{day}" for day in days], transactions)]
         labels = self.store.find([f"{keys.LABELS}{day}" for day in days], transactions)
-        self._payees.load({score.payee for score in scores if score is not None})
+        self._load_of([score for score in scores if score is not None])
         for (transaction, is_fraud, before), score, stored in zip(late, scores, labels, strict=True):
             if score is not None:
                 known = int(stored) if before is None and stored is not None else before
@@ -198,10 +197,17 @@ class Inference(Stream):
         if before is not None:
             self.model.unlearn(bool(before))
         self._learned.append((transaction, score.inputs, is_fraud))
-        if score.payee and (is_fraud or before):
-            payee = self._payees[score.payee]
-            payee.frauds = max(0.0, payee.frauds + (1 if is_fraud else -1))
-            self._payees.dirty.add(score.payee)
+        if is_fraud or before:
+            payee = self._payees[score.payee] if score.payee else fraud.Payee()
+            habit = self._habits[score.payer] if score.payer else fraud.Habit()
+            fraud.reported(self._arrived, habit, payee, 1 if is_fraud else -1)
+            self._payees.dirty.update({score.payee} - {""})
+            self._habits.dirty.update({score.payer} - {""})
+
+    def _load_of(self, scores: list[Score]) -> None:
+        """Have in memory whom these payments were of."""
+        self._payees.load({score.payee for score in scores} - {""})
+        self._habits.load({score.payer for score in scores} - {""})
 
     def _request(self, batch: Batch, index: int, data: dict[str, Any]) -> None:
         quantity = 1.0
@@ -246,7 +252,7 @@ class Inference(Stream):
             self.demand = version.model
         else:
             before, self.model = self.model, version.model
-            self.model.recent, self.model.scored = before.recent, before.scored
+            self.model.recent, self.model.scored, self.model.amounts = before.recent, before.scored, before.amounts
             for transaction, x, is_fraud in self._learned:
                 if transaction not in version.known:  # its label came while the version was in training
                     self.model.learn(x, is_fraud)
@@ -281,8 +287,9 @@ def demand_key(zone: str, step: int) -> str:
 
 
 def stored_fraud(store: Store) -> fraud.Fraud:
-    """The fraud model as of the last checkpoint."""
-    return _stored(store, keys.MODEL + "fraud", fraud.Fraud)
+    """The fraud model as of the last checkpoint; a new one where an earlier version of Nexus had other inputs."""
+    model = _stored(store, keys.MODEL + "fraud", fraud.Fraud)
+    return model if len(model.weights) == len(fraud.NAMES) + 1 else fraud.Fraud()
 
 
 def stored_demand(store: Store) -> demand.Demand:
