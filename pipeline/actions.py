@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline import checkpoints
 from pipeline import events as event_forms
 from pipeline.canary import Canary
-from pipeline.errors import BadRequest, PartnerError
+from pipeline.errors import BadRequest, PartnerError, StoreError
+from pipeline.feature_store import Combined
 from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY
 from pipeline.ingest import Verdicts, judge
 from pipeline.log import Taken
@@ -29,6 +31,17 @@ _ASKED = 32  # users at a time
 _LOOK_S = 0.02
 
 
+@dataclass(slots=True)
+class AtPartner:
+    """What became of a batch at the Python service: how many were sent and how many are queued, and the refused ones as
+    rejections. `error`: why nobody knows; then all count as queued."""
+
+    sent: int
+    queued: int
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+
+
 class Actions:
     """What POST /api/ml/bridge/python does beyond switching the circuit."""
 
@@ -41,21 +54,20 @@ class Actions:
         nexus, began = self._nexus, time.perf_counter()
         verdicts = judge(_events(body), nexus.clock())
         taken = nexus.ingest.take(verdicts, _source(body), BRIDGE_ONLY)
-        nexus.bridge.wait_for(taken.end, self._timeout_s())
-        settled = self._settled(taken)
-        refused = self._refused(verdicts, taken, settled)
-        queued = taken.taken - settled + self._still_waiting(verdicts, taken)
+        with suppress(StoreError):
+            nexus.bridge.wait_for(taken.end, self._timeout_s())
+        theirs = self._at_partner(verdicts, taken)
         answer = {
-            "sent": settled - len(refused),
-            "queued": queued,
+            "sent": theirs.sent,
+            "queued": theirs.queued,
             "duplicates": len(taken.duplicates),
-            "rejected": verdicts.rejected + refused,
+            "rejected": verdicts.rejected + theirs.refused,
             "event_ids": verdicts.event_ids,
             "response_time_ms": _ms(began),
         }
         if not verdicts.kept:
             return 422, _with_error(answer)
-        return (202 if queued else 200), answer
+        return (202 if theirs.queued else 200), answer
 
     def hybrid_process(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Events to both systems; answers when the result is readable, or when the time is up."""
@@ -63,30 +75,28 @@ class Actions:
         verdicts = judge(_events(body), arrived := nexus.clock())
         taken = nexus.ingest.take(verdicts, _source(body), ALL_STREAMS)
         deadline = time.monotonic() + self._timeout_s()
-        applied = all(
-            nexus.runner.wait_for(name, taken.end, deadline - time.monotonic()) for name in ("features", "inference")
-        )
-        delivered = nexus.bridge.wait_for(taken.end, deadline - time.monotonic())
-        settled = self._settled(taken)
-        refused = self._refused(verdicts, taken, settled)
+        applied = delivered = readable = False
+        combined: dict[str, Combined] = {}
+        predictions: dict[str, Any] = {}
         kept = [event_forms.decode(event.body) for event in verdicts.kept]
-        users = list(dict.fromkeys(event["user_id"] for event in kept))
-        if delivered and taken.taken:
-            self._wait_published(users, arrived, deadline)
-        combined = nexus.features.combine(users)
-        inference = nexus.stream("inference")
-        transactions = [
-            str(t) for e in kept if e["event_type"] == "payment" and (t := e["data"].get("transaction_id")) is not None
-        ]
-        predictions = nexus.lookups.predictions(
-            transactions, nexus.clock(), inference if isinstance(inference, Inference) else None
-        )
+        with suppress(StoreError):  # what was taken is told all the same
+            applied = all(
+                nexus.runner.wait_for(name, taken.end, deadline - time.monotonic())
+                for name in ("features", "inference")
+            )
+            delivered = nexus.bridge.wait_for(taken.end, deadline - time.monotonic())
+            users = list(dict.fromkeys(event["user_id"] for event in kept))
+            if delivered and taken.taken:
+                self._wait_published(users, arrived, deadline)
+            combined, predictions = nexus.features.combine(users), self._predictions(kept)
+            readable = True
+        theirs = self._at_partner(verdicts, taken)
         answer = {
-            "success": applied and bool(verdicts.kept),
-            "degraded": not (applied and delivered),
+            "success": applied and readable and bool(verdicts.kept),
+            "degraded": not (applied and delivered and readable) or theirs.error is not None,
             "accepted": taken.taken,
             "duplicates": len(taken.duplicates),
-            "rejected": verdicts.rejected + refused,
+            "rejected": verdicts.rejected + theirs.refused,
             "event_ids": verdicts.event_ids,
             "typescript": {
                 "processed": taken.taken if applied else 0,
@@ -94,9 +104,9 @@ class Actions:
                 "predictions": predictions,
             },
             "python": {
-                "processed": settled - len(refused),
-                "queued": taken.taken - settled + self._still_waiting(verdicts, taken),
-                "error": None if delivered else self._why_queued(),
+                "processed": theirs.sent,
+                "queued": theirs.queued,
+                "error": theirs.error or (None if delivered else self._why_queued()),
             },
             "combined_features": {user: found.combined for user, found in combined.items()},
             "processing_time_ms": _ms(began),
@@ -107,9 +117,15 @@ class Actions:
         """One canary along the whole real path, hop by hop, the Python service always included."""
         return 200, self.canary.run()
 
-    def _settled(self, taken: Taken) -> int:
-        """How many of the events taken the bridge has behind it."""
-        return min(taken.taken, max(0, self._nexus.bridge.reached() - (taken.end - taken.taken)))
+    def _at_partner(self, verdicts: Verdicts, taken: Taken) -> AtPartner:
+        try:
+            behind = self._nexus.bridge.reached() - (taken.end - taken.taken)
+            settled = min(taken.taken, max(0, behind))
+            refused = self._refused(verdicts, taken, settled)
+            queued = taken.taken - settled + self._still_waiting(verdicts, taken)
+            return AtPartner(settled - len(refused), queued, refused)
+        except StoreError as error:
+            return AtPartner(0, len({event.event_id for event in verdicts.kept}), error=error.message)
 
     def _still_waiting(self, verdicts: Verdicts, taken: Taken) -> int:
         """How many of the duplicates are so because they were posted before, and still wait for the bridge."""
@@ -121,6 +137,15 @@ class Actions:
         at = checkpoints.read(self._nexus.store, ["bridge"])["bridge"]
         reached = (at.segment << 24 | at.offset) * 8192 + at.index
         return sum(place is not None and place >= reached for place in self._nexus.log.locate(list(again)))
+
+    def _predictions(self, kept: list[dict[str, Any]]) -> dict[str, Any]:
+        """The scores of the payments among some events."""
+        nexus = self._nexus
+        stream = nexus.stream("inference")
+        payments = [event["data"] for event in kept if event["event_type"] == "payment"]
+        transactions = [str(t) for data in payments if (t := data.get("transaction_id")) is not None]
+        inference = stream if isinstance(stream, Inference) else None
+        return nexus.lookups.predictions(transactions, nexus.clock(), inference)
 
     def _why_queued(self) -> str:
         bridge = self._nexus.bridge

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import BadRequest, StoreFull
+from pipeline.errors import BadRequest, StoreError, StoreFull
 from pipeline.events import Parsed, Plain, Rejected, parse, parse_plain
 from pipeline.frames import ALL_STREAMS
 from pipeline.joint import Joint
@@ -79,8 +79,15 @@ class Ingest:
             }
             return 422, answer
         if wait_s is not None:
-            answer["applied"] = self._applied(taken.end, wait_s)
+            answer["applied"] = self._is_applied(taken.end, wait_s)
         return 202, answer
+
+    def _is_applied(self, end: int, timeout_s: float) -> bool:
+        """Not as far as anybody knows where the store goes away meanwhile: the events are taken, which a 503 would deny."""
+        try:
+            return self._applied(end, timeout_s)
+        except StoreError:
+            return False
 
     def _judge(self, body: bytes, content_type: str) -> tuple[Verdicts, str]:
         """The verdicts on what a body holds, and its source. Most bodies are plain and sound, which is found out at a fraction
