@@ -9,6 +9,7 @@ HTTP -> ingest -> log -> five streams -> feature store, models -> serving -> HTT
                   throttle, attempts, outages)
     checkpoints   effects and position in one step, fenced by the lease
     precedence    what somebody waits for goes first
+    turns         so many requests at a time; who waits for something else passes its turn on
     windows       tiles of the features that definitions declares
     read_lately   values that were read a moment ago, as long as they hold
     feature_store both systems' features, merged, with where each value comes from

@@ -9,44 +9,17 @@ import os
 import socket
 import stat
 import struct
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pipeline.posted import MAX_BODY_BYTES
+from pipeline.turns import Line
 
 _NO_TURN = {"/healthz", "/readyz"}  # a probe answers however long the line is
 # In Linux's struct tcp_info: ms since data was last sent, since an acknowledgement was, since data was last received.
 _LAST_MOVED, _INFO_BYTES = struct.Struct("=44xIII"), 104
 _INTERNET = {socket.AF_INET, socket.AF_INET6}
 Wsgi = Callable[..., Iterable[bytes]]
-
-
-class Line:
-    """So many threads have a turn at a time, first come first served."""
-
-    def __init__(self, turns: int) -> None:
-        self._free = turns
-        self._lock = threading.Lock()
-        self.waiting: deque[threading.Lock] = deque()
-
-    def take_turn(self) -> None:
-        with self._lock:
-            if self._free > 0:
-                self._free -= 1
-                return
-            called = threading.Lock()
-            called.acquire()
-            self.waiting.append(called)
-        called.acquire()
-
-    def pass_on(self) -> None:
-        with self._lock:
-            if self.waiting:
-                self.waiting.popleft().release()
-            else:
-                self._free += 1
 
 
 class Turns:
@@ -64,11 +37,8 @@ class Turns:
             return self._app(environ, start_response)
         if size := _to_read(environ):
             environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(size))
-        self.line.take_turn()
-        try:
+        with self.line:
             return self._app(environ, start_response)
-        finally:
-            self.line.pass_on()
 
 
 def _to_read(environ: dict[str, Any]) -> int:

@@ -36,6 +36,7 @@ from pipeline.transport import KeptConnections
 
 MAX_BODY_BYTES = 4 << 20
 MAX_REDIRECTS = 3
+MOST_QUESTIONS = 16  # at a time, for requests: half of the connections is left to events and health checks
 LACKS_MS = 300_000  # after so long, good health is reason to try again what was found lacking
 _SINGLE_ANSWER = 1 << 16  # bytes; of an answer to one event the status is what counts
 _KEPT_BODY = 1 << 13  # bytes of a health answer that are passed on as they are
@@ -56,6 +57,7 @@ class Partner:
         self._lacked_at = 0
         self._known_url = ""
         self._took_batch = False  # the partner at this address has taken events of a batch
+        self._asking = asyncio.Semaphore(MOST_QUESTIONS)
 
     @property
     def url(self) -> str:
@@ -202,14 +204,16 @@ class Partner:
 
     async def features(self, user_id: str) -> dict[str, Any] | None:
         """The partner's features of a user from its own route, None where it knows none."""
-        status, headers, raw = await self._call("GET", f"/features/{quote(user_id, safe='')}")
+        async with self._asking:
+            status, headers, raw = await self._call("GET", f"/features/{quote(user_id, safe='')}")
         if status == 404:
             return None
         return read_object("GET /features", status, headers, raw)
 
     async def predict(self, body: bytes) -> dict[str, Any]:
         """The partner's own prediction."""
-        status, headers, raw = await self._call("POST", "/predict", body)
+        async with self._asking:
+            status, headers, raw = await self._call("POST", "/predict", body)
         return read_object("POST /predict", status, headers, raw)
 
     async def _call(

@@ -51,6 +51,7 @@ from pipeline.streams.runner import Runner
 from pipeline.streams.storage import EventStore, Storage
 from pipeline.streams.stream import Stream
 from pipeline.sync import synchronise
+from pipeline.turns import turn_passed_on
 
 VERSION = "0.1.0"
 YOUNG = 5_000  # new objects between two collections: one takes a few ms
@@ -270,7 +271,8 @@ class Runtime:
 
     def pause(self, seconds: float) -> None:
         """Sleep, but not beyond the stop."""
-        self._stop.wait(seconds)
+        with turn_passed_on():
+            self._stop.wait(seconds)
 
     def in_bridge(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the bridge's loop and wait for it. Raises PartnerTimeout when the loop does not get to
@@ -280,8 +282,9 @@ class Runtime:
             raise PartnerTimeout("the bridge does not run")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         deadline = time.monotonic() + float(self.live["PYTHON_SERVICE_TIMEOUT"]) / 1000 + 5.0
-        while not future.done() and not self.stopping and (left := deadline - time.monotonic()) > 0:
-            wait((future,), min(left, _STOP_LOOK_S))
+        with turn_passed_on():
+            while not future.done() and not self.stopping and (left := deadline - time.monotonic()) > 0:
+                wait((future,), min(left, _STOP_LOOK_S))
         if future.done() and not future.cancelled():
             return future.result()
         future.cancel()

@@ -225,6 +225,7 @@ class FakePartner:
         self.refuse: Callable[[dict[str, Any]], str | None] = lambda _: None
         self.received: list[dict[str, Any]] = []
         self.requests: list[tuple[str, Mapping[str, str], bytes]] = []
+        self.came: list[str] = []  # the paths of POSTs, also of those that are held back
         self.gate = threading.Event()  # closed, it holds every POST back
         self.gate.set()
         self.health_gate = threading.Event()  # closed, it holds every GET back
@@ -246,6 +247,7 @@ class FakePartner:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
+                fake.came.append(self.path)
                 fake.gate.wait(DEADLINE_S)
                 self.reply(*fake.answer(self.path, dict(self.headers), body))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,18 +28,21 @@ from pipeline.outages import Ledger
 from pipeline.partner import Partner
 from pipeline.precedence import Precedence
 from pipeline.store import Command, Store
+from pipeline.streams.awaited import Awaited, looks_s
 from pipeline.streams.delivery import Ahead, Window, truncated
 from pipeline.streams.gate import Gate
 from pipeline.streams.linger import Linger
 from pipeline.streams.sender import Sender
 from pipeline.streams.watch import Watch
 from pipeline.throttle import Throttle
+from pipeline.turns import turn_passed_on
 
 DEPTH = 3  # windows in memory: one under way, one to follow at once, one being read
 DAMAGED = "damaged: the log's frame cannot be decoded"
 _COMMIT_S = 0.02  # at most this often while there is more to send
 _IDLE_S, _POLL_S = 0.25, 0.5
 _GRACE_S = 2.0
+_LOOK_S = 0.25  # who waits looks so often whether anything is sent at all
 log = logging.getLogger(__name__)
 
 
@@ -72,7 +74,7 @@ class Bridge:
         self.delay_s: float | None = None  # from the latest delivered event's arrival until the partner had taken it
         self.state = "stopped"
         self.detail: str | None = None
-        self._moved = threading.Condition()
+        self._awaited = Awaited(lambda: self.ordinal)
         self._wake: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._precedence = precedence
@@ -128,19 +130,17 @@ class Bridge:
     def wait_for(self, ordinal: int, timeout_s: float) -> bool:
         """Wait until all events before `ordinal` are delivered or dead letters; gives up where nothing is sent just
         now."""
-        deadline = time.monotonic() + timeout_s
+        deadline, pauses = time.monotonic() + timeout_s, looks_s()
         self.wake()
         while self.ordinal < ordinal:
-            left = deadline - time.monotonic()
+            left, pause_s = deadline - time.monotonic(), _LOOK_S
             if left <= 0 or self.halted is not None or self._stop():
                 return False
             if self.state == "standby":  # another instance does the work: its checkpoint tells
                 if checkpoints.read(self._store, [self.name])[self.name].ordinal >= ordinal:
                     return True
-                left = min(left, 0.05)
-            with self._moved:
-                if self.ordinal < ordinal:
-                    self._moved.wait(min(left, 0.1))
+                pause_s = next(pauses)
+            self._awaited.wait(ordinal, min(left, pause_s))
         return True
 
     def reached(self) -> int:
@@ -176,7 +176,9 @@ class Bridge:
         """pause, resume, reset_circuit or open_circuit; kept in the store, for all instances."""
         self.gate.decide(action)
         if self._loop is not None and self._loop.is_running():
-            asyncio.run_coroutine_threadsafe(self._look(), self._loop).result(10.0)
+            looked = asyncio.run_coroutine_threadsafe(self._look(), self._loop)
+            with turn_passed_on():
+                looked.result(10.0)
         self.wake()
 
     # ---------------------------------------------------------------------------------------- one epoch
@@ -378,9 +380,8 @@ class Bridge:
         if moved:
             self._committed = progress.position
             self.processed += progress.processed
-            with self._moved:
-                self.ordinal = progress.position.ordinal
-                self._moved.notify_all()
+            self.ordinal = progress.position.ordinal
+            self._awaited.moved()
             self._notes += self.ledger.settle(self.ordinal, self._clock())
 
     async def _finish(self) -> None:

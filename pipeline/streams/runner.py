@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from operator import attrgetter
 
 from pipeline import checkpoints
@@ -22,6 +23,7 @@ from pipeline.lease import TTL_MS, Lease
 from pipeline.log import Log
 from pipeline.precedence import Precedence
 from pipeline.store import Store
+from pipeline.streams.awaited import Awaited, looks_s
 from pipeline.streams.group import Failed, Group
 from pipeline.streams.straggler import Straggler
 from pipeline.streams.stream import Stream
@@ -60,7 +62,7 @@ class Runner:
         self._news = threading.Event()
         self._totals = {name: Counters() for name in make}
         self._ordinals: dict[str, int] = {}
-        self._moved = threading.Condition()
+        self._awaited = {name: Awaited(partial(self.ordinal, name)) for name in make}
         self.state = "stopped"  # running, standby, restarting, stopped
         self.detail: str | None = None
 
@@ -139,19 +141,16 @@ class Runner:
 
     def wait_for(self, name: str, ordinal: int, timeout_s: float) -> bool:
         """Wait until the stream has processed all events before `ordinal`."""
-        deadline = time.monotonic() + timeout_s
-        while self._ordinals.get(name, 0) < ordinal:
-            left = deadline - time.monotonic()
+        deadline, pauses = time.monotonic() + timeout_s, looks_s()
+        while self.ordinal(name) < ordinal:
+            left, pause_s = deadline - time.monotonic(), 0.25
             if left <= 0:
                 return False
-            if self.state == "running":
-                with self._moved:
-                    if self._ordinals.get(name, 0) < ordinal:
-                        self._moved.wait(min(left, 0.25))
-            else:  # another instance does the work: its checkpoint tells
+            if self.state != "running":  # another instance does the work: its checkpoint tells
                 if checkpoints.read(self._store, [name])[name].ordinal >= ordinal:
                     return True
-                self._news.wait(min(left, 0.05))
+                pause_s = next(pauses)
+            self._awaited[name].wait(ordinal, min(left, pause_s))
         return True
 
     def catch_up(self, name: str, timeout_s: float) -> None:
@@ -166,8 +165,7 @@ class Runner:
 
     def _applied(self, name: str, ordinal: int) -> None:
         self._ordinals[name] = ordinal
-        with self._moved:
-            self._moved.notify_all()
+        self._awaited[name].moved()
 
     def _start(self) -> None:
         positions = checkpoints.read(self._store, LOCAL_STREAMS)
