@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from flask import Response, request
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from pipeline.errors import BadRequest, Fenced, NexusError, StoreError, TooLarge
+from pipeline.own_host import require_own, require_own_origin
 from pipeline.posted import MAX_BODY_BYTES
+
+if TYPE_CHECKING:
+    from pipeline.runtime import Runtime
 
 JSON = "application/json"
 INTERNAL = {"error": {"code": "internal", "message": "this should not happen; the log has the details", "details": {}}}
@@ -24,6 +28,17 @@ def answer(body: Any, status: int = 200, headers: dict[str, str] | None = None) 
 def error_answer(error: NexusError) -> Response:
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, StoreError | Fenced) else None
     return answer(error.body(), error.status, headers)
+
+
+def require_own_page() -> None:
+    """Raises NexusError where a page of another origin asks."""
+    require_own_origin(request.headers.get("Host", ""), request.headers.get("Origin"))
+
+
+def require_own_server(nexus: Runtime) -> None:
+    """The same, and where the server is called by a name that is not its own: a page elsewhere may have it lead here."""
+    host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
+    require_own(host, origin, nexus.own_names, nexus.settings.nexus_port)
 
 
 def json_object(strict_type: bool = False) -> dict[str, Any]:

@@ -31,13 +31,15 @@ Types = tuple[type[Any], ...]
 
 @dataclass(frozen=True)
 class Operation:
-    """What a route does, takes and answers: types by status, several where an answer has several forms."""
+    """What a route does, takes and answers: types by status, several where an answer has several forms. `own`: pages
+    elsewhere are refused."""
 
     summary: str
     answers: dict[int, Types]
     query: Sequence[Query] = ()
     body: Types = ()
     required: frozenset[str] = field(default_factory=frozenset)
+    own: bool = False
 
 
 def _one(summary: str, answer: type[Any], *query: Query, body: Types = (), **more: Any) -> Operation:
@@ -73,6 +75,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             422: (data.Sent, data.Hybrid),
         },
         body=(bodies.ActionBody,),
+        own=True,
     ),
     ("GET", "/api/ml/bridge/attempts"): _one(
         "The latest calls of the Python service",
@@ -107,7 +110,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         ),
     ),
     ("POST", "/api/ml/features"): _one("The same of up to 500 users", data.Vectors, body=(bodies.UsersBody,)),
-    ("POST", "/api/ml/features/sync"): _one("Run the feature sync now", data.Synchronised),
+    ("POST", "/api/ml/features/sync"): _one("Run the feature sync now", data.Synchronised, own=True),
     ("GET", "/api/ml/feature-definitions"): _one("Every feature, declared", data.Definitions),
     ("GET", "/api/ml/feature-health"): _one("Null rate, out-of-range rate and age of features", data.FeatureHealth),
     ("GET", "/api/ml/aggregates"): _one(
@@ -140,9 +143,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "Train on the labelled history, judge, promote where better",
         {200: (operating.Judged,), 202: (operating.InTraining,)},
         (("wait", {"enum": ["true", "false"], "default": "true"}, "false: answer at once"),),
+        own=True,
     ),
     ("GET", "/api/ml/settings"): _one("The settings that change at run time", operating.Settings),
-    ("PATCH", "/api/ml/settings"): _one("Change them; null goes back", operating.Settings, body=(bodies.SettingsBody,)),
+    ("PATCH", "/api/ml/settings"): _one(
+        "Change them; null goes back", operating.Settings, body=(bodies.SettingsBody,), own=True
+    ),
     ("GET", "/api/ml/settings/audit"): _one("Who changed what, and why", operating.Changes, _LIMIT),
     ("GET", "/api/ml/dead-letters"): _one(
         "Events that a stream could not process",
@@ -153,7 +159,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         _CURSOR,
     ),
     ("POST", "/api/ml/dead-letters/redrive"): _one(
-        "Send dead letters again", operating.Redriven, body=(bodies.RedriveBody,)
+        "Send dead letters again", operating.Redriven, body=(bodies.RedriveBody,), own=True
     ),
     ("GET", "/healthz"): _one("Alive", operating.Alive),
     ("GET", "/readyz"): Operation("Able to serve, or why not", {200: (operating.Ready,), 503: (operating.Ready,)}),
@@ -218,10 +224,10 @@ def _operation(method: str, path: str, operation: Operation, by_type: dict[str, 
             for status, types in operation.answers.items()
         },
     }
-    made["responses"]["default"] = {
-        "description": "what went wrong",
-        "content": {JSON: {"schema": by_type[repr(data.Error)]}},
-    }
+    wrong = {"content": {JSON: {"schema": by_type[repr(data.Error)]}}}
+    if operation.own:
+        made["responses"]["403"] = {"description": "asked by a page elsewhere, or by a name not the server's", **wrong}
+    made["responses"]["default"] = {"description": "what went wrong", **wrong}
     if operation.body:
         content = {JSON: {"schema": _any_of(operation.body, by_type)}}
         if list[bodies.PostedEvent] in operation.body:

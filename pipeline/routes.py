@@ -14,7 +14,18 @@ from flask import Blueprint, Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 from pipeline import keys
-from pipeline.answers import INTERNAL, JSON, answer, error_answer, json_object, limit, required, strings
+from pipeline.answers import (
+    INTERNAL,
+    JSON,
+    answer,
+    error_answer,
+    json_object,
+    limit,
+    require_own_page,
+    require_own_server,
+    required,
+    strings,
+)
 from pipeline.attempts import latest as latest_attempts
 from pipeline.errors import BadRequest, Fenced, NexusError, NotFound, StoreError, TooLarge
 from pipeline.events import rfc3339
@@ -25,7 +36,6 @@ from pipeline.metrics import metrics_routes
 from pipeline.model_routes import demand_answer, model_routes
 from pipeline.openapi import openapi_routes
 from pipeline.outages import rows as outage_rows
-from pipeline.own_host import require_own
 from pipeline.posted import MAX_BODY_BYTES
 from pipeline.streams.aggregates import DIMENSIONS, STEPS_S, Aggregates
 from pipeline.streams.inference import Inference
@@ -117,8 +127,10 @@ def _routes(nexus: Runtime) -> Blueprint:
         elif action == "hybrid_process":
             status, found = nexus.actions.hybrid_process(body)
         elif action == "test_integration":
+            require_own_page()
             status, found = nexus.actions.test_integration()
         elif action in ACTIONS:
+            require_own_server(nexus)
             nexus.bridge.control(action)
             status, found = 200, {"action": action, **nexus.bridge_health()}
         else:
@@ -182,9 +194,7 @@ def _routes(nexus: Runtime) -> Blueprint:
 
     @api.patch("/api/ml/settings")
     def change_settings() -> Response:
-        require_own(
-            request.headers.get("Host", ""), request.headers.get("Origin"), nexus.own_names, nexus.settings.nexus_port
-        )
+        require_own_server(nexus)
         body = json_object(strict_type=True)
         wanted = body.get("settings")
         if not isinstance(wanted, dict):
@@ -207,6 +217,7 @@ def _routes(nexus: Runtime) -> Blueprint:
 
     @api.post("/api/ml/dead-letters/redrive")
     def redrive() -> Response:
+        require_own_server(nexus)
         body = json_object()
         ids = strings(body, "ids", 5000) if body.get("ids") is not None else None
         stream, reason = body.get("stream"), body.get("reason")
