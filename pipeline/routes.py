@@ -257,7 +257,7 @@ def ingest_response(nexus: Runtime, environ: dict[str, Any]) -> Bare:
     """POST /api/ml/events/ingest, from a bare WSGI environ."""
 
     def post() -> tuple[int, dict[str, Any]]:
-        body, query = _read_body(environ), _query(environ)
+        body, query = _read_body(environ), query_of(environ)
         encoding = environ.get("HTTP_CONTENT_ENCODING") or ""
         return nexus.ingest.post(body, environ.get("CONTENT_TYPE") or "", encoding, query)
 
@@ -266,14 +266,14 @@ def ingest_response(nexus: Runtime, environ: dict[str, Any]) -> Bare:
 
 def features_response(nexus: Runtime, environ: dict[str, Any], user_id: str) -> Bare:
     """GET /api/ml/features/{user_id}, from a bare WSGI environ."""
-    return _bare(environ, lambda: (200, vector(nexus, user_id, _query(environ))))
+    return _bare(environ, lambda: (200, vector(nexus, user_id, query_of(environ))))
 
 
 def features_responses(nexus: Runtime, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[Bare]:
     """The same for several users as of now, each with its environ: they share a trip to the store."""
     now, failed = nexus.clock(), None
     try:
-        found = nexus.features.combine_each([(user_id, names_in(_query(environ))) for user_id, environ in asked])
+        found = nexus.features.combine_each([(user_id, names_in(query_of(environ))) for user_id, environ in asked])
     except Exception as error:  # noqa: BLE001  each of them is told
         failed = error
 
@@ -309,7 +309,7 @@ def _read_body(environ: dict[str, Any]) -> bytes:
     return body
 
 
-def _query(environ: dict[str, Any]) -> Mapping[str, str]:
+def query_of(environ: dict[str, Any]) -> Mapping[str, str]:
     """The query's parameters, of each the first."""
     text = environ.get("QUERY_STRING")
     return _parsed(text) if text else {}
