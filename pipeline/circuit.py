@@ -34,7 +34,8 @@ class Call(msgspec.Struct, array_like=True):
 
 
 class Circuit(msgspec.Struct):
-    """Kept in the store, so that a restart or another instance goes on with it. `failures` are those in a row."""
+    """Kept in the store, so that a restart or another instance goes on with it. `failures` are those in a row, at the
+    address `url`."""
 
     state: str = "closed"
     failures: int = 0
@@ -49,6 +50,7 @@ class Circuit(msgspec.Struct):
     pauses: int = 0
     resets: int = 0  # those obeyed so far (gate.py counts the commands)
     window: list[Call] = []
+    url: str = ""
 
     def admits(self, now: int, probe_ms: int) -> bool:
         """May a call be made now? When half open one probe may, which has `probe_ms` to report."""
@@ -124,6 +126,19 @@ class Circuit(msgspec.Struct):
         self.state, self.failures, self.opened_at, self.retry_at, self.reason = "closed", 0, None, 0, None
         self.failing_since, self.asked_until, self.probe_until, self.pauses = None, 0, 0, 0
         self.window = []
+
+    def another(self, url: str) -> None:
+        """The partner is at another address now: that one is tried at once, and what failed at the old one is no news of it.
+        An outage goes on until it takes events."""
+        self.url = url
+        if self.forced:
+            return
+        if self.state == "closed":
+            self.failing_since = None
+        elif self.state == "open":
+            self.state = "half_open"
+        self.failures, self.reason, self.window = 0, None, []
+        self.retry_at = self.asked_until = self.probe_until = self.pauses = 0
 
     def force_open(self, now: int) -> None:
         """Opened by hand: stays so until it is reset."""

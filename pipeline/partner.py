@@ -172,7 +172,7 @@ class Partner:
     async def _send_singly(self, events: Sequence[bytes]) -> list[Delivery]:
         """Calls for one event each, up to the first error or until it is time to look about."""
         made: list[Delivery] = []
-        spent_ms = 0.0
+        url, spent_ms = self._url(), 0.0
         for event in events:
             one, raw = await self._post("/events", event, event_id(event), 1, _SINGLE_ANSWER)
             if one.error is None and (reason := refusal(raw)) is not None:
@@ -182,7 +182,7 @@ class Partner:
             else:
                 made.append(one)
             spent_ms += one.latency_ms
-            if one.error is not None or spent_ms > _SINGLES_MS:
+            if one.error is not None or spent_ms > _SINGLES_MS or self._url() != url:
                 break
         return made
 
@@ -190,7 +190,7 @@ class Partner:
         self, path: str, body: bytes, key: str, events: int, most: int = MAX_BODY_BYTES
     ) -> tuple[Delivery, bytes]:
         """One call with events, and the answer's body; anything but a 2xx answer is the delivery's error."""
-        delivery, raw = Delivery(self._clock(), events, sent_bytes=len(body)), b""
+        delivery, raw = Delivery(self._clock(), events, sent_bytes=len(body), url=self._url()), b""
         began = time.perf_counter()
         try:
             delivery.status, headers, raw = await self._call("POST", path, body, {"Idempotency-Key": key}, most)

@@ -26,8 +26,8 @@ class Delivery:
     """What became of `events` that were sent in one call, or one by one with the same outcome: all are settled, taken
     or (index, reason) in `rejected`; or none is, and `error` says why.
 
-    `at` is when it began, epoch ms. `status` and `answer` are the last call's, `slowest_ms` the longest call's;
-    `sent_bytes` and `got_bytes` count bodies.
+    `at` is when it began, epoch ms, and `url` the address that was called. `status` and `answer` are the last call's,
+    `slowest_ms` the longest call's; `sent_bytes` and `got_bytes` count bodies.
     """
 
     at: int
@@ -40,6 +40,7 @@ class Delivery:
     error: PartnerError | None = None
     sent_bytes: int = 0
     got_bytes: int = 0
+    url: str = ""
 
     def add(self, other: Delivery) -> None:
         """Another event was sent in a call of its own, and went as well."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from pipeline import health
+from pipeline.runtime import Runtime
 from tests import misbehaving as partners
-from tests.bridging import post, run, settled
+from tests.bridging import TIMEOUT_MS, post, run, settled
 from tests.conftest import Start
-from tests.helpers import until
+from tests.helpers import free_port, until
 from tests.misbehaving import Misbehaving
 
 
@@ -90,6 +92,97 @@ def test_what_real_calls_tell_of_it_is_in_the_history_that_is_kept(start_nexus, 
     until(lambda: second.bridge.watch.changes, "the history read")
     assert [c["status"] for c in changes] == ["online", "degraded", "online"]
     assert second.bridge.watch.changes == changes
+
+
+def broken(nexus: Runtime, server: Misbehaving) -> None:
+    """Its events fail, and the circuit is open."""
+    server.on_post = partners.says(500)
+    post(nexus, 3)
+    until(lambda: nexus.bridge.circuit.state == "open", "the circuit open")
+    assert nexus.partner_status()["status"] == "degraded"
+
+
+def test_a_circuit_that_is_reset_holds_nothing_against_the_partner_any_more(start_nexus, server):
+    nexus = run(start_nexus, server)
+    broken(nexus, server)
+    server.on_post = partners.answer_well
+    nexus.bridge.control("reset_circuit")
+    settled(nexus)
+    assert nexus.in_bridge(nexus.bridge.check_health()).status == "online"
+    assert nexus.bridge_health()["reason"] is None
+
+
+def test_a_reset_with_nothing_to_send_shows_what_the_last_check_found(start_nexus, server):
+    nexus = run(start_nexus, server, HEALTH_CHECK_INTERVAL=600)
+    broken(nexus, server)
+    nexus.bridge.control("pause")  # so that no event can tell
+    nexus.bridge.control("reset_circuit")
+    assert (nexus.bridge_health()["status"], nexus.bridge_health()["reason"]) == ("online", None)
+
+
+def test_a_circuit_that_a_health_check_closes_holds_nothing_against_the_partner_any_more(start_nexus, server):
+    server.on_post = partners.slow(0.6 * TIMEOUT_MS / 1000)
+    nexus = run(start_nexus, server, HEALTH_CHECK_INTERVAL=600)
+    while nexus.bridge.circuit.state == "closed":
+        post(nexus, 1)
+        settled(nexus)
+    assert "slow" in nexus.partner_status()["reason"]
+    assert nexus.in_bridge(nexus.bridge.check_health()).status == "online"
+    assert nexus.bridge.circuit.state == "closed"
+    assert [c["status"] for c in nexus.bridge.watch.changes] == ["online", "degraded", "online"]
+
+
+def test_of_a_new_address_nothing_is_said_that_the_old_one_did(start_nexus, server):
+    nexus, gone = run(start_nexus, server, HEALTH_CHECK_INTERVAL=600), f"http://127.0.0.1:{free_port()}"
+    other = Misbehaving(supports=None)
+    other.on_health, held = partners.hangs, other.on_health
+    nexus.live.change({"PYTHON_EVENT_API_URL": gone}, "a test", "test")
+    post(nexus, 3)
+    until(lambda: nexus.bridge.circuit.state == "open", "the circuit open")
+    assert gone in nexus.bridge_health()["reason"]
+    nexus.live.change({"PYTHON_EVENT_API_URL": other.url, "PYTHON_SERVICE_TIMEOUT": 20_000}, "a test", "test")
+    found = nexus.bridge_health()
+    assert gone not in json.dumps({name: part for name, part in found.items() if name != "history"})
+    assert (found["reason"], found["circuit"]["failures"], nexus.bridge.halted) == ("not asked yet", 0, None)
+    until(lambda: other.requests, "the new one asked")
+    found = nexus.bridge_health()
+    assert gone not in json.dumps({name: part for name, part in found.items() if name != "history"})
+    other.on_health = held
+    other.leave()
+    other.listen()
+    settled(nexus)
+    until(lambda: nexus.partner_status()["status"] == "online", "the new one online")
+    assert (nexus.bridge_health()["circuit"]["state"], nexus.bridge.state) == ("closed", "running")
+    other.close()
+
+
+def test_a_call_that_fails_at_the_old_address_is_held_against_nobody_at_the_new_one(start_nexus, server):
+    nexus, other = run(start_nexus, server, HEALTH_CHECK_INTERVAL=600, PYTHON_SERVICE_TIMEOUT=20_000), Misbehaving()
+    server.on_post = partners.hangs
+    post(nexus, 3)
+    until(server.posts, "a call under way")
+    nexus.live.change({"PYTHON_EVENT_API_URL": other.url}, "a test", "test")
+    until(lambda: nexus.partner_status()["status"] == "online", "the new one asked")
+    server.leave()
+    settled(nexus)
+    other.close()
+    assert len(other.applied) == 3
+    assert [c["status"] for c in nexus.bridge.watch.changes] == ["online"]
+    assert (nexus.bridge.circuit.failures, nexus.bridge_health()["reason"]) == (0, None)
+
+
+def test_a_circuit_left_open_at_another_address_is_tried_at_once_after_a_restart(start_nexus, server):
+    first = run(start_nexus, server, HEALTH_CHECK_INTERVAL=600)
+    server.leave()
+    post(first, 3)
+    until(lambda: first.bridge.circuit.state == "open", "the circuit open")
+    first.stop()
+    other = Misbehaving()
+    second = run(start_nexus, other, HEALTH_CHECK_INTERVAL=600)
+    assert server.url not in json.dumps([second.bridge_health()["circuit"], second.bridge_health()["reason"]])
+    settled(second)
+    assert second.bridge_health()["circuit"]["state"] == "closed"
+    other.close()
 
 
 def test_a_bridge_that_is_switched_off_calls_nobody(start_nexus: Start, server):

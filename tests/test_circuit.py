@@ -253,3 +253,30 @@ def test_after_a_recovery_it_begins_with_one_lane():
     serve(throttle, 300, 100, width=64)
     throttle.restart()
     assert throttle.lanes == 1
+
+
+def test_another_partner_is_tried_at_once_and_answers_for_nothing_that_the_one_before_did():
+    circuit = Circuit(url="http://one")
+    fail(circuit, NOW, breaker.FAILURES_IN_A_ROW, retry_after_s=50.0)
+    opened_at = circuit.opened_at
+    circuit.another("http://two")
+    assert (circuit.url, circuit.state, circuit.failures, circuit.reason) == ("http://two", "half_open", 0, None)
+    assert circuit.opened_at == opened_at  # the outage goes on until somebody takes events
+    assert circuit.admits(NOW, PROBE_MS)
+    circuit.succeeded(NOW, False, NOW)
+    assert (circuit.state, circuit.url) == ("closed", "http://two")
+
+
+def test_a_circuit_opened_by_hand_stays_so_for_another_partner():
+    circuit = Circuit(url="http://one")
+    circuit.force_open(NOW)
+    circuit.another("http://two")
+    assert (circuit.state, circuit.reason, circuit.admits(NOW, PROBE_MS)) == ("open", "opened by hand", False)
+
+
+def test_failures_at_another_address_do_not_add_up():
+    circuit = Circuit(url="http://one")
+    now = fail(circuit, NOW, breaker.FAILURES_IN_A_ROW - 1)
+    circuit.another("http://two")
+    fail(circuit, now)
+    assert (circuit.state, circuit.failures, circuit.failing_since) == ("closed", 1, now)

@@ -87,7 +87,7 @@ class Bridge:
 
     @property
     def circuit(self) -> Circuit:
-        return self.gate.circuit
+        return self.gate.told
 
     @property
     def throttle(self) -> Throttle:
@@ -109,7 +109,9 @@ class Bridge:
 
     @property
     def health(self) -> Health | None:
-        return self.watch.health
+        """The verdict on the partner at the address in force, None until that has been asked."""
+        health = self.watch.health
+        return health if health is not None and health.url == self.partner.url else None
 
     @property
     def status_since(self) -> int | None:
@@ -222,8 +224,9 @@ class Bridge:
         """One round: look at what was decided elsewhere, commit what is done, send what there is, rest."""
         if time.monotonic() - self._polled > _POLL_S:
             await self._look()
-        if self._live["ENABLE_PYTHON_BRIDGE"] and await self.watch.new_address(self._stop):
-            self.circuit.asked_until = self.circuit.retry_at = 0
+        if self._live["ENABLE_PYTHON_BRIDGE"]:
+            await self.watch.new_address(self._stop)
+            self.gate.follow()
         self._keep_ledger()
         self._flush()
         self.state, self.detail = self.gate.stands()
@@ -250,6 +253,8 @@ class Bridge:
         """Take over what was decided by hand, at whichever instance; as a standby, or to begin with, the whole circuit."""
         self.gate.look(load or not self._epoch or not self._lease.epoch)
         self.ledger.refresh(always=not self._lease.epoch)
+        if self.circuit.state == "closed" and self.circuit.failures == 0:
+            self.watch.forget()  # it was reset
         self._polled = time.monotonic()
         self._linger.look()
 
@@ -294,14 +299,12 @@ class Bridge:
 
     def _health_known(self, health: Health) -> None:
         """A health check is through: it may open the circuit together with a failed call, or let it try again."""
-        now = self._clock()
-        changed = False
-        if health.status == "offline":
-            changed = self.circuit.confirm(now, health.reason or "offline")
-        elif health.status == "online":
-            idle = self.circuit.state != "closed" and not self._windows and self._log.head().ordinal == self.ordinal
-            changed = self.circuit.good_news(now, idle) or self.circuit.state != "closed"
-        if changed:
+        now, circuit = self._clock(), self.gate.circuit
+        if health.status == "offline" and circuit.confirm(now, health.reason or "offline"):
+            self.gate.changed()
+        elif health.status == "online" and circuit.state != "closed":
+            if circuit.good_news(now, not self._windows and self._log.head().ordinal == self.ordinal):
+                self.watch.forget()
             self.gate.changed()
 
     # ---------------------------------------------------------------------------------------- keeping

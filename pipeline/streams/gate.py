@@ -24,7 +24,7 @@ _COMMANDS: dict[str, list[Command]] = {
 
 
 class Gate:
-    """Of the bridge's event loop. `circuit` may be read from any thread; `changed` is called whenever it has become
+    """Of the bridge's event loop. `told` may be read from any thread; `changed` is called whenever the circuit has become
     another."""
 
     def __init__(self, store: Store, live: LiveSettings, clock: Callable[[], int], changed: Callable[[], None]) -> None:
@@ -33,6 +33,21 @@ class Gate:
         self.dirty = False  # the store has yet to learn of a change
         self.closing = False
         self._news = asyncio.Event()  # replaced each time it is set: lanes that wait look again
+
+    @property
+    def told(self) -> Circuit:
+        """The circuit as it is to be told of: what failed at an old address is never said of the one in force."""
+        circuit, url = self.circuit, self._live["PYTHON_EVENT_API_URL"]
+        if circuit.url != url:
+            circuit = msgspec.structs.replace(circuit)
+            circuit.another(url)
+        return circuit
+
+    def follow(self) -> None:
+        """Go over to the address in force, where it is a new one."""
+        if self.circuit.url != (url := self._live["PYTHON_EVENT_API_URL"]):
+            self.circuit.another(url)
+            self.changed()
 
     def decide(self, action: str) -> None:
         """Keep in the store what a person decided: pause, resume, reset_circuit or open_circuit. From any thread."""
@@ -109,7 +124,8 @@ class Gate:
             return "the bridge is switched off"
         if self.circuit.paused:
             return "paused by hand"
-        return (self.circuit.reason or "the circuit is open") if self.circuit.state == "open" else None
+        circuit = self.told
+        return (circuit.reason or "the circuit is open") if circuit.state == "open" else None
 
     def stands(self) -> tuple[str, str | None]:
         """The bridge's state as far as the gate decides it, and why."""

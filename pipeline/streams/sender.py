@@ -140,6 +140,10 @@ class Sender:
         first, last = window.ordinal(part.indexes[start]), window.ordinal(part.indexes[stop - 1])
         self.attempts.append(attempts.made(delivery, first, last, part.lane, part.lanes))
         error, alone = delivery.error, stop - start == 1
+        if delivery.url != self._partner.url:  # it was at another address until just now: no news of who is at this one
+            if error is None:
+                part.settled(delivery.rejected)
+            return
         instead = accused.suspect is not None and (part is not accused or start != accused.suspect.index)
         if error is None:
             self._settled(window, part, delivery)
@@ -181,9 +185,9 @@ class Sender:
         if self._partner.unknown:
             self._watch.check_soon()
         circuit, timeout_ms = self._gate.circuit, float(self._live["PYTHON_SERVICE_TIMEOUT"])
-        failing = circuit.failures > 0
+        failing = circuit.failures > 0 or self._watch.failing
         changed = circuit.succeeded(self._clock(), delivery.slowest_ms > timeout_ms * SLOW_SHARE, delivery.at)
-        if failing and circuit.failures == 0:
+        if failing and circuit.failures == 0 and circuit.state == "closed":
             self._watch.delivered()
             self._partner.rediscover()
         if changed:

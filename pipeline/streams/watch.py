@@ -61,6 +61,11 @@ class Watch:
                         self.since = verdict["at"]
                         break
 
+    @property
+    def failing(self) -> bool:
+        """The latest real call failed."""
+        return self._failing is not None
+
     async def check(self) -> Health:
         """Ask the partner; callers at the same time share one check."""
         return await asyncio.shield(self._ask())
@@ -78,25 +83,29 @@ class Watch:
     async def _check(self) -> Health:
         health, before = await self._partner.health(), self._asked
         self._asked = health
+        if before is not None and before.url != health.url:
+            self._failing, self._takes = None, False
         if health.status != "offline" or before is None or before.status_code != health.status_code:
             self._takes = False
-        if health.status == "online" and self._failing is not None:
-            health = replace(health, status="degraded", reason=f"its health check is fine, but {self._failing}")
-        self._show(self._softened(replace(health)), health.checked_at)
-        assert self.health is not None
-        self._note(self.health)
-        self._known(self._asked)
+        try:
+            self._known(health)  # where that closes the circuit, what failed before is forgotten
+        finally:
+            found = health
+            if health.status == "online" and self._failing is not None:
+                found = replace(health, status="degraded", reason=f"its health check is fine, but {self._failing}")
+            self._show(self._softened(replace(found)), health.checked_at)
+            assert self.health is not None
+            self._note(self.health)
         return self.health
 
-    async def new_address(self, stop: Callable[[], bool]) -> bool:
-        """Ask at once where the partner's address is new, before anything is sent there. True when it was."""
-        url, before = self._partner.url, self._asked
-        if before is not None and before.url == url:
-            return False
-        checking = self._ask()
-        while not checking.done() and not stop():
-            await asyncio.wait((checking,), timeout=_LOOK_S)
-        return before is not None and checking.done() and checking.result().url == url
+    async def new_address(self, stop: Callable[[], bool]) -> None:
+        """Ask at once where the partner's address is new, before anything is sent there."""
+        while (self._asked is None or self._asked.url != self._partner.url) and not stop():
+            checking = self._ask()
+            while not checking.done() and not stop():
+                await asyncio.wait((checking,), timeout=_LOOK_S)
+            if checking.done():
+                checking.result()
 
     def took(self) -> None:
         """Events were taken, whatever the health checks say."""
@@ -105,15 +114,22 @@ class Watch:
             if self.health is not None and self.health.status == "offline" and self._failing is None:
                 self._show(self._softened(self.health))
 
+    def forget(self) -> None:
+        """What failed is held against the partner no more: the last check's verdict stands."""
+        if self._failing is not None:
+            self._stand_by(self._asked)
+
     def delivered(self) -> None:
         """A real call went well again after some that had not: the last check's verdict stands, unless it found nobody
         there."""
+        asked = self._asked
+        gone = asked is not None and asked.status == "offline" and asked.status_code is None
+        self._stand_by(replace(asked, status="online", reason=None) if asked is not None and gone else asked)
+
+    def _stand_by(self, verdict: Health | None) -> None:
         self._failing = None
-        if self.health is None or self._asked is None:
-            return
-        gone = self._asked.status == "offline" and self._asked.status_code is None
-        back = replace(self._asked, status="online", reason=None) if gone else replace(self._asked)
-        self._show(self._softened(back))
+        if self.health is not None and verdict is not None:
+            self._show(self._softened(replace(verdict)))
 
     def failed(self, status: str, reason: str) -> None:
         """A real call failed. It is no better than the last check found it."""
