@@ -33,15 +33,17 @@ class DeadLetters:
         at, offset = _read_cursor(cursor)
         found: list[dict[str, Any]] = []
         while at < len(streams):
-            rows = self._page(streams[at], offset, newest_first=True)
+            full, rows = len(found) == limit, self._page(streams[at], offset, newest_first=True)
             past = self._lookups.past([_decode(raw)["id"] for raw in rows if raw is not None])
             for raw in rows:
-                if len(found) == limit:
-                    return {"dead_letters": found, "cursor": _cursor(at, offset)}
-                offset += 1
                 letter = _decode(raw) if raw is not None else None
                 if letter is not None and (reason is None or reason in letter["reason"]):
+                    if len(found) == limit:
+                        return {"dead_letters": found, "cursor": _cursor(at, offset)}
                     found.append(_shown(letter, past.get(letter["id"], letter)))
+                offset += 1
+            if full and rows:  # whether one follows is not worth reading on
+                return {"dead_letters": found, "cursor": _cursor(at, offset)}
             if not rows:
                 at, offset = at + 1, 0
         return {"dead_letters": found, "cursor": None}

@@ -25,7 +25,7 @@ ROW = np.dtype(
 _PACK = struct.Struct("<QqIIII").pack
 _SPAN = struct.Struct("<qqQ")
 _SEGMENT_OF_PLACE = 24 + 13
-_FETCHED_AT_ONCE = 500
+_FETCHED_AT_ONCE = 501  # half a page of the largest, and the event that tells whether another follows
 Rows = NDArray[np.void]
 
 _decode_event = msgspec.json.Decoder(Event).decode
@@ -141,6 +141,7 @@ class EventStore:
         )
         rows = _select(fresh, query, after)
         found: list[Found] = []
+        edge: int | None = None
         for i, (segment, (low, high, _)) in enumerate(spans):
             if (query.since is not None and high < query.since) or (query.until is not None and low > query.until):
                 continue
@@ -150,15 +151,17 @@ class EventStore:
             rows = np.concatenate((rows, _select(np.frombuffer(raw, ROW), query, after)))
             # Nothing in the segments to come lies before the next one's edge: what is before it is final.
             edge = spans[i + 1][1][query.newest_first] if i + 1 < len(spans) else None
-            rows, more = self._drain(rows, query, limit - len(found), edge)
+            rows, more = self._drain(rows, query, limit + 1 - len(found), edge)
             found += more
             if len(found) >= limit:
                 break
         else:
-            rows, more = self._drain(rows, query, limit - len(found), None)
+            rows, more = self._drain(rows, query, limit + 1 - len(found), None)
             found += more
-        full = len(found) >= limit
-        return found, _cursor(found[-1]) if full and found else None
+            edge = None
+        # Of a page that a segment's end has just filled it is not worth reading the next segment to see whether one follows.
+        follows = len(found) > limit or (len(found) == limit and edge is not None)
+        return found[:limit], _cursor(found[limit - 1]) if follows else None
 
     def _drain(self, rows: Rows, query: Query, limit: int, edge: int | None) -> tuple[Rows, list[Found]]:
         """Events from the sorted start of `rows` up to the edge, verified; the rows that are left."""
