@@ -14,7 +14,7 @@ from pipeline import events as event_forms
 from pipeline.canary import Canary
 from pipeline.errors import BadRequest, PartnerError, StoreError
 from pipeline.feature_store import Combined
-from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY
+from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, PER_FRAME, SHIFT
 from pipeline.ingest import Verdicts, judge
 from pipeline.log import Taken
 from pipeline.lookups import bridge_refusals
@@ -91,9 +91,10 @@ class Actions:
             combined, predictions = nexus.features.combine(users), self._predictions(kept)
             readable = True
         theirs = self._at_partner(verdicts, taken)
+        spurned = theirs.refused[0]["message"] if theirs.refused and not theirs.sent and not theirs.queued else None
         answer = {
             "success": applied and readable and bool(verdicts.kept),
-            "degraded": not (applied and delivered and readable) or theirs.error is not None,
+            "degraded": not (applied and delivered and readable) or theirs.error is not None or spurned is not None,
             "accepted": taken.taken,
             "duplicates": len(taken.duplicates),
             "rejected": verdicts.rejected + theirs.refused,
@@ -106,7 +107,7 @@ class Actions:
             "python": {
                 "processed": theirs.sent,
                 "queued": theirs.queued,
-                "error": theirs.error or (None if delivered else self._why_queued()),
+                "error": theirs.error or (spurned if delivered else self._why_queued()),
             },
             "combined_features": {user: found.combined for user, found in combined.items()},
             "processing_time_ms": _ms(began),
@@ -135,7 +136,7 @@ class Actions:
         if not again:
             return 0
         at = checkpoints.read(self._nexus.store, ["bridge"])["bridge"]
-        reached = (at.segment << 24 | at.offset) * 8192 + at.index
+        reached = ((at.segment << SHIFT) + at.offset) * PER_FRAME + at.index
         return sum(place is not None and place >= reached for place in self._nexus.log.locate(list(again)))
 
     def _predictions(self, kept: list[dict[str, Any]]) -> dict[str, Any]:
@@ -182,7 +183,7 @@ class Actions:
         """Events of a frame that the partner refused, as rejections by input position."""
         duplicates = set(taken.duplicates)
         kept = [i for i in range(len(verdicts.kept)) if i not in duplicates][:settled]
-        places = [taken.address * 8192 + at for at in range(len(kept))]
+        places = [taken.address * PER_FRAME + at for at in range(len(kept))]
         words = bridge_refusals(self._nexus.store, places)
         return [
             {

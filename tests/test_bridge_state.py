@@ -360,6 +360,16 @@ def test_hybrid_process_asks_for_the_features_that_a_busy_partner_has_not_publis
     assert [found["theirs"] for found in answer["combined_features"].values()] == [7] * 50
 
 
+def test_hybrid_process_is_degraded_where_the_partner_refused_every_event(start_nexus, server):
+    nexus = start(start_nexus, server)
+    server.refuse = lambda e: e["data"].get("bad") == 1
+    answer = nexus.actions.hybrid_process({"events": [event(data={"bad": 1}), event(data={"bad": 1})]})[1]
+    assert (answer["success"], answer["degraded"], answer["python"]["processed"]) == (True, True, 0)
+    assert "I will not have this one" in answer["python"]["error"]
+    answer = nexus.actions.hybrid_process({"events": [event(data={"bad": 1}), event()]})[1]
+    assert (answer["degraded"], answer["python"]["processed"], answer["python"]["error"]) == (False, 1, None)
+
+
 def test_outages_are_listed_newest_first_by_their_route(start_nexus, server):
     nexus = start(start_nexus, server)
     client = client_of(nexus)
