@@ -10,7 +10,7 @@ from flask import Blueprint, Response, request
 from pipeline.aggregations import error
 from pipeline.answers import answer, json_object, require_own_server, strings
 from pipeline.definitions import Entity
-from pipeline.errors import BadRequest, NotFound
+from pipeline.errors import BadRequest, NotFound, PartnerError
 from pipeline.events import rfc3339
 from pipeline.feature_store import Combined
 
@@ -76,7 +76,7 @@ def vector(nexus: Runtime, user_id: str, query: Mapping[str, str]) -> dict[str, 
     if (entity := query.get("entity", "user")) != "user":
         return _of_entity(nexus, entity, user_id, names, past=bool(query.keys() & {"as_of", "known_at"}))
     if text is None and known is None:
-        return vector_of_now(user_id, nexus.features.combine([user_id], names)[user_id], now)
+        return vector_of_now(nexus, user_id, nexus.features.combine([user_id], names)[user_id], now)
     at = now if text is None else nexus.features.as_of(text)
     known_at = None if known is None else nexus.features.as_of(known, "known_at")
     if known_at is not None and known_at < at and text is None:
@@ -97,15 +97,40 @@ def vector(nexus: Runtime, user_id: str, query: Mapping[str, str]) -> dict[str, 
 def names_in(query: Mapping[str, str]) -> frozenset[str] | None:
     """The features that are asked for, None for all."""
     wanted = query.get("names")
-    return frozenset(wanted.split(",")) if wanted else None
+    return frozenset(map(str.strip, wanted.split(","))) if wanted else None
 
 
-def vector_of_now(user_id: str, found: Combined, now: int) -> dict[str, Any]:
+def vector_of_now(nexus: Runtime, user_id: str, found: Combined, now: int) -> dict[str, Any]:
     """A user's merged vector as it is answered. Raises NotFound."""
     if not found.known:
-        raise NotFound("unknown_user", f"neither system knows a user {user_id}")
+        raise _unknown(nexus, user_id)
     stamp = rfc3339(now)
     return {"user_id": user_id, "as_of": stamp, "features": found.combined, "meta": found.meta, **found.notes()}
+
+
+def of_partner_alone(nexus: Runtime, user_id: str) -> Combined:
+    """The vector of a user whom Nexus does not know and of whom there is no key: the Python service writes those a moment after it
+    has taken events, so it is asked itself. Raises NotFound."""
+    partner = nexus.bridge.partner
+    if not nexus.live["HYBRID_FEATURE_MODE"] or "features" not in partner.supports:
+        raise _unknown(nexus, user_id)
+    status = nexus.partner_status()
+    try:
+        if status["status"] != "online":
+            raise PartnerError(f"the Python service is {status['status']}: {status['reason']}")
+        said = nexus.in_bridge(partner.features(user_id))
+    except PartnerError as error:
+        raise NotFound("unknown_user", f"Nexus knows no user {user_id}, and {error.message}") from error
+    found = nexus.features.told(user_id, said) if said is not None else None
+    if found is None or not found.known:
+        raise _unknown(nexus, user_id)
+    return found
+
+
+def _unknown(nexus: Runtime, user_id: str) -> NotFound:
+    alone = f"Nexus knows no user {user_id}, and with HYBRID_FEATURE_MODE off the Python service is not asked"
+    hybrid = nexus.live["HYBRID_FEATURE_MODE"]
+    return NotFound("unknown_user", f"neither system knows a user {user_id}" if hybrid else alone)
 
 
 def _of_entity(nexus: Runtime, entity: str, owner: str, names: frozenset[str] | None, past: bool) -> dict[str, Any]:

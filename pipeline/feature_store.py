@@ -138,6 +138,12 @@ class FeatureStore:
             made.append(self._merge(stream, ours, partner, behind, at, names))
         return made
 
+    def told(self, user_id: str, answer: dict[str, Any]) -> Combined:
+        """The vector of a user of whom only the Python service knows, by its answer itself."""
+        at, stream, name = self._clock(), self.stream, f"GET /features/{user_id}"
+        partner = foreign.judged(foreign.told(answer, name, at), name, stream.definitions)
+        return self._merge(stream, _Side({}, None), partner, self._behind(user_id), at, None)
+
     def of_entity(self, kind: Entity, owner: str, names: frozenset[str] | None = None) -> Combined:
         """A payee's or a zone's vector as of now: Nexus's own, since the Python service has none."""
         at, stream = self._clock(), self.stream

@@ -108,7 +108,15 @@ def judged(partner: Partner, key: str, numbers: Container[str]) -> Partner:
 
 
 def _from_json(raw: bytes, name: str, now: int) -> Partner:
-    features, stamp, fault = _parsed_before(raw) if len(raw) <= _SHORT_BYTES else _parsed(raw)
+    return _made(*(_parsed_before(raw) if len(raw) <= _SHORT_BYTES else _parsed(raw)), name, now)
+
+
+def told(answer: Any, name: str, now: int) -> Partner:
+    """What an answer says that has the form of a key."""
+    return _made(*_members(answer), name, now)
+
+
+def _made(features: dict[str, Any] | None, stamp: Any, fault: str, name: str, now: int) -> Partner:
     return Partner(malformed=f"{name} {fault}") if features is None else _stamped(features, stamp, name, now)
 
 
@@ -118,6 +126,10 @@ def _parsed(raw: bytes) -> tuple[dict[str, Any] | None, Any, str]:
         value = _decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return None, None, f"is not JSON: {error}"
+    return _members(value)
+
+
+def _members(value: Any) -> tuple[dict[str, Any] | None, Any, str]:
     if not isinstance(value, dict):
         return None, None, "is no JSON object"
     features = value.get("features")
@@ -181,7 +193,8 @@ def _ms_of(text: str) -> int | None:
 
 def read_moment(name: str, text: str) -> int:
     """Epoch ms of a query parameter: RFC 3339 or epoch milliseconds. Raises BadRequest that names it."""
-    if text.removeprefix("-").isdecimal() and len(text) < 18 and _FIRST_MS <= int(text) <= _LAST_MS:
+    digits = text.isascii() and text.removeprefix("-").isdecimal()
+    if digits and len(text) < 18 and _FIRST_MS <= int(text) <= _LAST_MS:
         return int(text)
     try:
         return parse_rfc3339(_PLUS.sub("+", text))[0]

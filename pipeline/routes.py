@@ -29,7 +29,7 @@ from pipeline.answers import (
 from pipeline.attempts import latest as latest_attempts
 from pipeline.errors import BadRequest, Fenced, NexusError, NotFound, StoreError, TooLarge
 from pipeline.events import rfc3339
-from pipeline.feature_routes import feature_routes, names_in, vector, vector_of_now
+from pipeline.feature_routes import feature_routes, names_in, of_partner_alone, vector, vector_of_now
 from pipeline.foreign import read_moment
 from pipeline.lookups import event_object
 from pipeline.metrics import metrics_routes
@@ -280,7 +280,7 @@ def features_responses(nexus: Runtime, asked: Sequence[tuple[str, dict[str, Any]
     def route(index: int) -> tuple[int, dict[str, Any]]:
         if failed is not None:
             raise failed
-        return 200, vector_of_now(asked[index][0], found[index], now)
+        return 200, vector_of_now(nexus, asked[index][0], found[index], now)
 
     return [_bare(environ, partial(route, index)) for index, (_, environ) in enumerate(asked)]
 
@@ -323,7 +323,7 @@ def _parsed(text: str) -> Mapping[str, str]:
 def _both_features(nexus: Runtime, user_id: str) -> Response:
     found = nexus.features.combine([user_id])[user_id]
     if not found.known:
-        raise NotFound("unknown_user", f"neither system knows a user {user_id}")
+        found = of_partner_alone(nexus, user_id)
     return answer(
         {
             "python_features": {"user_id": user_id, "features": found.python},
