@@ -10,7 +10,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 
 from pipeline.errors import BadRequest, Fenced, NexusError, StoreError, TooLarge
 from pipeline.own_host import require_own, require_own_origin
-from pipeline.posted import MAX_BODY_BYTES
+from pipeline.posted import MAX_BODY_BYTES, unpack
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime
@@ -50,6 +50,7 @@ def json_object(strict_type: bool = False) -> dict[str, Any]:
         raw = None
     if raw is None or len(raw) > MAX_BODY_BYTES:  # one byte more is read of a body without a length (routes.register)
         raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes")
+    raw = unpack(raw, request.headers.get("Content-Encoding", ""))
     try:
         body = _decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -67,8 +68,8 @@ def required(name: str) -> str:
 
 
 def number(text: str) -> int:
-    """A whole number of a few digits, else -1: int() itself refuses what has thousands of them."""
-    return int(text) if text.isdecimal() and len(text) < 10 else -1
+    """A whole number of a few digits, else -1: int() itself refuses what has thousands of them, and takes those of any script."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
 
 
 def limit(default: int) -> int:

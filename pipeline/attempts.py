@@ -85,7 +85,7 @@ def latest(store: Store, limit: int, error: str | None = None, status: str | Non
     BadRequest."""
     if error is not None and error not in KINDS:
         raise BadRequest("invalid_error", f"error is {error!r}; it takes {', '.join(KINDS)}")
-    if status is not None and not (status.isdecimal() and len(status) == 3):
+    if status is not None and not (status.isascii() and status.isdecimal() and len(status) == 3):
         raise BadRequest("invalid_status", f"status is {status!r}; it takes the HTTP status of an answer")
     code = None if status is None else int(status)
     found: list[dict[str, Any]] = []

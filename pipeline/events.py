@@ -17,6 +17,7 @@ import msgspec
 
 MAX_EVENT_BYTES = 64 * 1024
 MAX_NESTING = 8
+NOT_UNICODE = "texts are valid Unicode; one in this event is not"
 MAX_AHEAD_MS = 3_600_000
 MIN_EPOCH_MS = 10**11
 MAX_NUMBER = int(sys.float_info.max)  # whoever reads an event reads its numbers as doubles
@@ -28,8 +29,8 @@ ENVELOPE = frozenset(
 )
 _TYPE = re.compile(r"[a-z0-9_.\-]{1,64}\Z").match
 _NAME_CHARACTERS = re.compile(r"[^\s/\x00-\x1f\x7f-\x9f]*\Z").match
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)?\Z").match
-_CANONICAL = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z\Z").match
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)?\Z", re.ASCII).match
+_CANONICAL = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z\Z", re.ASCII).match
 _NUMBERS = frozenset((int, float))
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MS = timedelta(milliseconds=1)
@@ -176,7 +177,7 @@ def parse(raw: Any, now: int) -> Parsed:
     try:
         body = encode(stored)
     except (UnicodeEncodeError, ValueError) as error:
-        raise Rejected("event", "not_unicode", f"texts are valid Unicode: {error}") from error
+        raise Rejected("event", "not_unicode", NOT_UNICODE) from error
     _check_size(body)
     return Parsed(event_id, ts, _pack_time(ts) + body, stored)
 

@@ -159,6 +159,6 @@ def _wait_s(query: Mapping[str, str]) -> float | None:
     if wait != "features":
         raise BadRequest("invalid_wait", f"wait takes 'features', not {wait!r}")
     text = query.get("timeout_ms", "2000")
-    if not (text.isdecimal() and len(text) < 10 and int(text) <= _MAX_WAIT_MS):
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) <= _MAX_WAIT_MS):
         raise BadRequest("invalid_timeout", f"timeout_ms takes a whole number from 0 to {_MAX_WAIT_MS}, not {text!r}")
     return int(text) / 1000

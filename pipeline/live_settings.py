@@ -87,6 +87,8 @@ class LiveSettings:
             commands.append(
                 ("HDEL", keys.SETTINGS, name) if value is None else ("HSET", keys.SETTINGS, name, _encode(value))
             )
+            if after == before:
+                continue
             entry = {
                 "at": rfc3339(self._clock()),
                 "name": name,

@@ -33,7 +33,8 @@ def model_routes(nexus: Runtime) -> Blueprint:
         if model == "fraud":
             return answer(_fraud(nexus, body.get("event")))
         if model == "demand":
-            return answer(_demand(nexus, body.get("zone"), body.get("horizon", 1)))
+            horizon = body.get("horizon")
+            return answer(_demand(nexus, body.get("zone"), 1 if horizon is None else horizon))
         raise BadRequest("unknown_model", f"model is {model!r}; it takes {' or '.join(NAMES)}")
 
     @api.get("/api/ml/models")
@@ -143,6 +144,9 @@ def _ask(nexus: Runtime, question: dict[str, Any]) -> tuple[dict[str, Any], bool
     why = None
     if bridge.halted is not None:
         why = bridge.halted
+    elif bridge.partner.unknown:
+        reason = nexus.partner_status()["reason"]
+        why = "the Python service has not said yet whether it predicts" + (f": {reason}" if reason else "")
     elif "predict" not in bridge.partner.supports:
         why = "the Python service does not say that it predicts"
     if why is None:

@@ -282,7 +282,7 @@ class Pace:
 def _retry_after(response: httpx.Response) -> float:
     """The Retry-After header, seconds or a date, in s from now; 0 without one."""
     value = response.headers.get("Retry-After", "").strip()
-    if value.isdecimal():
+    if value.isascii() and value.isdecimal():
         return float(value)
     try:
         at = parsedate_to_datetime(value)

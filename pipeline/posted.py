@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from pipeline.errors import BadRequest, NexusError, TooLarge
-from pipeline.events import Plain, Rejected
+from pipeline.events import MAX_NESTING, NOT_UNICODE, Plain, Rejected
 
 MAX_BODY_BYTES = 5 << 20
 MAX_EVENTS = 5_000
@@ -193,6 +193,8 @@ def _sound(event: Any) -> Any:
     """The event, or its verdict where its texts cannot be written as UTF-8: not even a rejection could quote them."""
     try:
         _encode(event)
-    except (UnicodeEncodeError, RecursionError) as error:
-        return Rejected("event", "not_unicode", f"texts are valid Unicode: {error}")
+    except UnicodeEncodeError:
+        return Rejected("event", "not_unicode", NOT_UNICODE)
+    except RecursionError:
+        return Rejected("event", "too_deep", f"objects and lists nest at most {MAX_NESTING} deep; flatten this one")
     return event

@@ -60,7 +60,7 @@ def test_attempts_of_one_kind_of_error_or_status_are_asked_for(start_nexus, serv
     assert found("") == {(503, "status"), (200, None)}
     assert found("error=status") == found("status=503") == found("status=503&error=status") == {(503, "status")}
     assert found("error=timeout") == found("status=200&error=status") == set()
-    for query in ("error=none", "status=x", "status=20", "status=\u00b2\u00b2\u00b2"):
+    for query in ("error=none", "status=x", "status=20", "status=\u00b2\u00b2\u00b2", "status=\uff12\uff10\uff10"):
         assert client.get(f"/api/ml/bridge/attempts?{query}").status_code == 400
 
 

@@ -12,7 +12,7 @@ from pipeline import health
 from pipeline.runtime import Runtime
 from tests import misbehaving as partners
 from tests.bridging import TIMEOUT_MS, post, run, settled
-from tests.conftest import Start
+from tests.conftest import Start, client_of
 from tests.helpers import free_port, until
 from tests.misbehaving import Misbehaving
 
@@ -144,6 +144,8 @@ def test_of_a_new_address_nothing_is_said_that_the_old_one_did(start_nexus, serv
     found = nexus.bridge_health()
     assert gone not in json.dumps({name: part for name, part in found.items() if name != "history"})
     assert (found["reason"], found["circuit"]["failures"], nexus.bridge.halted) == ("not asked yet", 0, None)
+    predicted = client_of(nexus).post("/api/ml/predict", json={"model": "demand"}).get_json()
+    assert "has not said yet whether it predicts: not asked yet" in predicted["python"]["error"]
     until(lambda: other.requests, "the new one asked")
     found = nexus.bridge_health()
     assert gone not in json.dumps({name: part for name, part in found.items() if name != "history"})

@@ -103,6 +103,7 @@ def test_event_that_cannot_be_decoded_never_spoils_the_others(ingest, log, value
 def test_text_that_is_no_unicode_is_named_in_an_answer_that_can_be_written(ingest, key):
     answer = post(ingest, b'[{"event_type":"t","user_id":"u","' + key + b'":"\\ud800"}]')[1]
     assert answer["rejected"][0]["code"] == "not_unicode"
+    assert answer["rejected"][0]["message"] == "texts are valid Unicode; one in this event is not"
     msgspec.json.encode(answer)
 
 
@@ -259,6 +260,7 @@ def test_encoding_of_another_kind_is_refused(ingest):
         {"wait": "features", "timeout_ms": "-1"},
         {"wait": "features", "timeout_ms": "soon"},
         {"wait": "features", "timeout_ms": "²"},
+        {"wait": "features", "timeout_ms": "１０"},
         {"wait": "features", "timeout_ms": "9" * 30},
         {"wait": "features", "timeout_ms": "9" * 5000},
     ],

@@ -15,7 +15,7 @@ from pipeline.models import backtest, demand, fraud, training
 from pipeline.models.training import Example
 from pipeline.streams.inference import Inference, Promoted, Score, stored_fraud
 from tests.conftest import client_of
-from tests.helpers import DAY_MS, FakePartner, batch_of, event, payment, report, until, write
+from tests.helpers import DAY_MS, FakePartner, batch_of, event, free_port, payment, report, until, write
 
 STEP_MS = demand.STEP_S * 1000
 
@@ -97,9 +97,17 @@ def test_partner_that_fails_leaves_nexus_alone_and_says_so(predicting, predictor
 
 
 def test_partner_without_predictions_is_not_asked(client, nexus):
+    until(lambda: nexus.bridge.health is not None, "the partner's capabilities")
     body = ask(client, model="fraud", event=payment("t-1")).json
     assert body["degraded"] is True
     assert "does not say that it predicts" in body["python"]["error"]
+
+
+def test_partner_that_is_not_there_is_not_said_to_predict_nothing(client, nexus):
+    nexus.live.change({"PYTHON_EVENT_API_URL": f"http://127.0.0.1:{free_port()}"}, "a test", "test")
+    until(lambda: nexus.partner_status()["status"] == "offline", "the new address asked")
+    error = ask(client, model="fraud", event=payment("t-1")).json["python"]["error"]
+    assert error.startswith("the Python service has not said yet whether it predicts: ")
 
 
 def test_disabled_bridge_is_named_as_the_reason(start_nexus):
@@ -130,6 +138,14 @@ def test_partner_that_answers_something_else_counts_for_nothing(predicting, pred
 def test_question_that_cannot_be_answered_names_what_is_wrong(client, body, status, code):
     answer = client.post("/api/ml/predict", json=body)
     assert (answer.status_code, answer.json["error"]["code"]) == (status, code)
+
+
+def test_demand_without_a_zone_and_horizon_is_the_citys_next_step(predicting, predictor):
+    client, _ = predicting
+    absent = ask(client, model="demand").json["nexus"]
+    null = ask(client, model="demand", zone=None, horizon=None)
+    assert (null.status_code, null.json["nexus"]["zone"]) == (200, absent["zone"])
+    assert predictor.questions == [{"model": "demand", "zone": None, "horizon": 1}] * 2
 
 
 def test_forecasts_of_the_same_step_are_united(predicting, predictor, store):

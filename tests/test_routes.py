@@ -22,12 +22,15 @@ from pipeline.openapi import document
 from pipeline.posted import MAX_BODY_BYTES
 from pipeline.runtime import Runtime
 from pipeline.store import Store
+from tests import misbehaving
 from tests.conftest import Start, client_of
 from tests.helpers import LOCAL, STREAMS, FakePartner, Valkey, event, events_of, payment, report, response, until
+from tests.misbehaving import Misbehaving
 
 INGEST = "/api/ml/events/ingest"
 BRIDGE = "/api/ml/bridge/python"
 DOCUMENT = document("test")
+FULL_WIDTH = "%EF%BC%91%EF%BC%90"  # 10, which Python reads as a number
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z\Z")
 
 
@@ -335,6 +338,60 @@ def test_user_that_neither_side_knows_is_404(client):
     assert_error(client.get("/api/ml/features/nobody"), 404, "unknown_user")
 
 
+def test_body_of_any_route_may_be_gzip(client, partner):
+    post(client, response("driver_1"))
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    packed = gzip.compress(json.dumps({"user_ids": ["driver_1"], "names": ["event_count_5m"]}).encode())
+    found = client.post("/api/ml/features", data=packed, headers=headers)
+    assert found.json["users"]["driver_1"]["features"] == {"event_count_5m": 1}
+    packed = gzip.compress(json.dumps({"action": "send_batch", "events": [event()]}).encode())
+    assert client.post(BRIDGE, data=packed, headers=headers).json["sent"] == 1
+    assert_error(client.post(BRIDGE, data=b"{}", headers=headers), 400, "not_gzip")
+    assert_error(client.post(BRIDGE, data=b"{}", headers={**headers, "Content-Encoding": "br"}), 415)
+    bomb = gzip.compress(b" " * (MAX_BODY_BYTES + 1))
+    assert_error(client.post("/api/ml/features", data=bomb, headers=headers), 413)
+
+
+def features_of(server: Misbehaving, asked: misbehaving.Asked, answer: misbehaving.Answer) -> None:
+    """Of a partner that writes no key of `new`, which it knows, and fails at `bad`."""
+    user = asked.path.partition("/features/")[2]
+    if not user:
+        misbehaving.healthy(server, asked, answer)
+    elif user == "new":
+        answer.send(200, {"user_id": user, "features": {"theirs": 7}, "computed_at": "2026-01-01T00:00:00Z"})
+    else:
+        answer.send(500 if user == "bad" else 404, {})
+
+
+def test_user_that_the_partner_has_just_met_is_known(start_nexus):
+    server = Misbehaving(supports=("batch", "features"))
+    server.on_health = features_of
+    nexus = start_nexus(PYTHON_EVENT_API_URL=server.url, HYBRID_FEATURE_MODE="true")
+    client = client_of(nexus)
+    until(lambda: "features" in nexus.bridge.partner.supports, "the partner's capabilities")
+    ask = lambda user: client.get(f"{BRIDGE}?action=features&user_id={user}")  # noqa: E731
+    found = ask("new").json
+    assert found["python_features"] == {"user_id": "new", "features": {"theirs": 7}}
+    assert found["combined_features"]["combined"] == {"theirs": 7}
+    assert found["meta"]["theirs"]["owner"] == "python"
+    assert "neither system knows" in ask("nobody").json["error"]["message"]
+    assert_error(ask("bad"), 404, "unknown_user")
+    assert "answered 500" in ask("bad").json["error"]["message"]
+    asked = len(server.requests)
+    client.patch("/api/ml/settings", json={"settings": {"ENABLE_PYTHON_BRIDGE": False}})
+    assert "the Python service is disabled" in ask("new").json["error"]["message"]
+    client.patch("/api/ml/settings", json={"settings": {"ENABLE_PYTHON_BRIDGE": None}})
+    post(client, event(user="met"))
+    assert ask("met").status_code == 200
+    client.patch("/api/ml/settings", json={"settings": {"HYBRID_FEATURE_MODE": False}})
+    for answer in (ask("new"), client.get("/api/ml/features/new")):
+        assert_error(answer, 404, "unknown_user")
+        assert "neither" not in answer.json["error"]["message"]
+        assert "HYBRID_FEATURE_MODE" in answer.json["error"]["message"]
+    assert not [r for r in server.requests[asked:] if "/features/" in r.path]
+    server.close()
+
+
 @pytest.mark.parametrize("query", ["", "?action=", "?action=other", "?action=features", "?action=features&user_id="])
 def test_bridge_get_of_another_form_is_400(client, query):
     assert_error(client.get(BRIDGE + query), 400)
@@ -472,9 +529,10 @@ def test_events_come_oldest_first_in_pages_by_cursor_and_turned_by_order(nexus, 
     assert [e["event_id"] for e in first["events"]] == names[:10]
     second = get(f"/api/ml/events?limit=10&order=desc&cursor={first['cursor']}")
     assert [e["event_id"] for e in second["events"]] == names[10:20]
-    assert get("/api/ml/events?limit=25")["cursor"] is None or get(
-        f"/api/ml/events?limit=25&cursor={get('/api/ml/events?limit=25')['cursor']}"
-    ) == {"events": [], "cursor": None}
+    third = get(f"/api/ml/events?limit=5&order=desc&cursor={second['cursor']}")
+    assert ([e["event_id"] for e in third["events"]], third["cursor"]) == (names[20:], None)
+    assert get("/api/ml/events?limit=25")["cursor"] is None
+    assert get("/api/ml/events?limit=24")["cursor"] is not None
 
 
 def test_events_are_filtered_by_source_type_session_and_time_also_as_rfc_3339(client):
@@ -495,6 +553,7 @@ def test_events_are_filtered_by_source_type_session_and_time_also_as_rfc_3339(cl
     [
         "limit=0", "limit=1001", "limit=ten", "limit=%C2%B2", "limit=" + "9" * 5000, "order=up", "cursor=x",
         "cursor=%FF", "since=yesterday", "until=2026-13-01T00:00:00Z", "since=--5", "since=%C2%B2",
+        f"limit={FULL_WIDTH}", f"since={FULL_WIDTH * 7}", f"until={FULL_WIDTH * 2}-01-01T00:00:00Z",
     ],
 )  # fmt: skip
 def test_events_query_of_another_form_is_400(client, query):
@@ -552,6 +611,12 @@ def test_features_by_name_are_those_alone(client):
     found = client.get("/api/ml/features/driver_1?names=response_time,event_count_1h").json
     assert found["features"] == {"response_time": 3.0, "event_count_1h": 1}
     assert found["meta"].keys() == found["features"].keys()
+
+
+def test_names_of_features_may_have_spaces_between_them(client):
+    post(client, response("driver_1"))
+    found = client.get("/api/ml/features/driver_1?names=response_time,%20event_count_1h").json
+    assert found["features"] == {"response_time": 3.0, "event_count_1h": 1}
 
 
 def test_features_as_of_a_past_moment_are_those_of_then(nexus, client):
@@ -676,7 +741,7 @@ def test_demand_with_a_day_of_history_is_forecast_within_its_interval(nexus, cli
     assert all(RFC3339.match(row["at"]) for row in found["forecasts"])
 
 
-@pytest.mark.parametrize("horizon", ["0", "-1", "x", "%C2%B2", "99999"])
+@pytest.mark.parametrize("horizon", ["0", "-1", "x", "%C2%B2", "99999", FULL_WIDTH])
 def test_demand_horizon_of_another_form_is_400(client, horizon):
     assert_error(client.get(f"/api/ml/predictions/demand?horizon={horizon}"), 400)
 
@@ -704,6 +769,18 @@ def test_dead_letters_are_listed_by_stream_and_reason_in_pages(nexus, client):
     second = client.get(f"/api/ml/dead-letters?limit=2&cursor={first['cursor']}").json
     assert len({letter["id"] for page in (first, second) for letter in page["dead_letters"]}) == 3
     assert second["cursor"] is None
+    assert client.get("/api/ml/dead-letters?limit=3").json["cursor"] is None
+    assert client.get(f"/api/ml/dead-letters?limit=1&cursor={first['cursor']}").json["cursor"] is None
+
+
+def test_dead_letters_page_that_the_last_match_fills_has_no_cursor(nexus, client):
+    post(client, event("payment", data={"transaction_id": "t", "amount": "much"}))
+    settled(nexus)
+    dead_letters(nexus, client)
+    of_stream = "/api/ml/dead-letters?limit=3&stream=inference"
+    page = client.get(f"{of_stream}&reason=transaction_id").json
+    assert (len(page["dead_letters"]), page["cursor"]) == (3, None)
+    assert client.get(of_stream).json["cursor"] is not None
 
 
 def test_redrive_sends_again_by_id_or_by_stream_and_reason_and_names_what_it_could_not(nexus, client):

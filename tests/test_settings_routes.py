@@ -87,6 +87,14 @@ def test_changes_are_audited_newest_first_with_reason_and_author(client):
     assert len(client.get(f"{SETTINGS}/audit?limit=1").json["changes"]) == 1
 
 
+def test_value_that_is_set_again_is_no_change(client):
+    change(client, FEATURE_SYNC_INTERVAL=60)
+    change(client, FEATURE_SYNC_INTERVAL=60, HEALTH_CHECK_INTERVAL=7)
+    change(client, HYBRID_FEATURE_MODE=None)
+    changes = client.get(f"{SETTINGS}/audit").json["changes"]
+    assert [c["name"] for c in changes] == ["HEALTH_CHECK_INTERVAL", "FEATURE_SYNC_INTERVAL"]
+
+
 @pytest.mark.parametrize("body", [{}, {"settings": []}, {"settings": {}, "reason": 5}])
 def test_patch_of_another_form_is_400(client, body):
     answer = client.patch(SETTINGS, json=body)
