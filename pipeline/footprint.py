@@ -35,6 +35,7 @@ class Footprint:
         self._store, self._log = store, log
         self._next = 0.0
         self.latest: Bytes = {"per_event": None, "per_id": None, "per_user": None}
+        self.of_events: float | None = None  # all that retention may let go of
 
     def look(self) -> None:
         """Measure, unless that was done less than EVERY_S ago. Raises StoreError."""
@@ -47,6 +48,7 @@ class Footprint:
             "per_id": _ratio(self._memory([keys.IDS]), head.ids),
             "per_user": self._per_user(head),
         }
+        self.of_events = head.ids * ((self.latest["per_event"] or 0.0) + (self.latest["per_id"] or 0.0))
 
     def _per_event(self, head: Head) -> float | None:
         """Of the last two segments: the log itself, and the index by which its events are found."""

@@ -3,6 +3,7 @@ ones."""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pipeline import keys
 from pipeline.store import Store
 
 TTL_MS = 10_000
+log = logging.getLogger(__name__)
 
 
 def name_of(lock: IO[str]) -> str:
@@ -47,7 +49,7 @@ class Lease:
         """False once another instance has taken over, or the store was emptied."""
         with self._lock:
             if self._run("renew") == 0:
-                self.epoch = 0
+                self._hold(0)
             return self.epoch != 0
 
     def release(self) -> None:
@@ -55,11 +57,20 @@ class Lease:
             if self.epoch:
                 self._run("release")
                 self.epoch = 0
+                log.info("lease was given back", extra={"holder": self.holder})
 
     def _act(self, action: str) -> bool:
         with self._lock:
-            self.epoch = self._run(action)
+            self._hold(self._run(action))
             return self.epoch != 0
+
+    def _hold(self, epoch: int) -> None:
+        """Held under this epoch from now on, 0: no longer; a line in the log for each change."""
+        if epoch and not self.epoch:
+            log.info("lease was taken", extra={"holder": self.holder, "epoch": epoch})
+        elif self.epoch and not epoch:
+            log.warning("lease was lost", extra={"holder": self.holder, "epoch": self.epoch})
+        self.epoch = epoch
 
     def _run(self, action: str) -> int:
         now = self._clock() if self._clock is not None else 0

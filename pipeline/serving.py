@@ -54,8 +54,8 @@ class Serving:
         self._history: deque[tuple[Any, ...]] = deque(maxlen=HISTORY_S)
         self._body: dict[str, Any] = {}
         self._plain = b"{}"
-        self.store_watch = StoreWatch(nexus.store, nexus.settings, nexus.ingest)
         self._footprint = Footprint(nexus.store, nexus.log)
+        self.store_watch = StoreWatch(nexus.store, nexus.settings, nexus.ingest, lambda: self._footprint.of_events)
         self.audit: Audit | None = None
         self._errors_seen: deque[tuple[int, int]] = deque(maxlen=60)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.errors import StoreError
@@ -13,13 +15,16 @@ from pipeline.store import Store
 MIN_FREE_DISK = 64 << 20  # bytes
 REFUSE_AT = 0.85  # of the store's memory limit
 _NO_AOF = "append-only file is off: a crash of the store loses acknowledged events; set appendonly yes"
+log = logging.getLogger(__name__)
 
 
 class StoreWatch:
     """What the store said of itself at the last look: status (online, degraded, full, readonly, loading, offline), bytes."""
 
-    def __init__(self, store: Store, settings: Settings, ingest: Ingest) -> None:
-        self._store, self._settings, self._ingest = store, settings, ingest
+    def __init__(self, store: Store, settings: Settings, ingest: Ingest, of_events: Callable[[], float | None]) -> None:
+        """`of_events`: bytes that stored events take, where that is known."""
+        self._store, self._settings, self._ingest, self._of_events = store, settings, ingest, of_events
+        self._told: str | None = None  # the status that the log was told last
         self.status: dict[str, Any] = {
             "status": "offline",
             "detail": "not asked yet",
@@ -39,13 +44,14 @@ class StoreWatch:
             info = self._store.info("memory", "persistence", "replication")
         except StoreError as error:
             self.status.update(status=_why_away(str(error)), detail=error.message)
+            self._tell()
             raise
         used, limit = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
         status, detail = _condition(info)
         full = self._no_room(used, limit)
         if full is not None:
             status, detail = "full", full
-        self._ingest.closed = full
+        self._close(full)
         self.status = {
             "status": status,
             "detail": detail,
@@ -53,6 +59,23 @@ class StoreWatch:
             "max_bytes": limit or None,
             "embedded": self._settings.embedded,
         }
+        self._tell()
+
+    def _tell(self) -> None:
+        """A line in the log for each change of the status."""
+        status = self.status["status"]
+        if status != self._told:
+            level = logging.INFO if status == "online" else logging.WARNING
+            log.log(level, "store is %s", status, extra={"reason": self.status["detail"]})
+        self._told = status
+
+    def _close(self, why: str | None) -> None:
+        """Have ingest refuse, or with None take events; a line in the log for each change."""
+        before, self._ingest.closed = self._ingest.closed, why
+        if why is not None and before is None:
+            log.warning("ingest is closed", extra={"reason": why})
+        elif why is None and before is not None:
+            log.info("ingest is open again")
 
     def _no_room(self, used: int, limit: int) -> str | None:
         """Why ingest must refuse. The write that first meets a full disk is still answered by the store, so it is refused
@@ -61,7 +84,14 @@ class StoreWatch:
         if self._settings.embedded and (free := shutil.disk_usage(folder).free) < MIN_FREE_DISK:
             return f"{free >> 20} MiB are free in {folder}; ingest refuses below {MIN_FREE_DISK >> 20}"
         if limit > 0 and used > limit * REFUSE_AT:
-            return f"{used / limit:.0%} of the memory limit is used; ingest refuses from {REFUSE_AT:.0%} on"
+            refuses = f"{used / limit:.0%} of the memory limit is used; ingest refuses from {REFUSE_AT:.0%} on"
+            of_events = self._of_events()
+            if of_events is None or of_events > used / 2:
+                return refuses
+            return (
+                f"{refuses}. Stored events are {of_events / limit:.0%}, the rest is mostly users' state, which retention "
+                "does not let go of: raise the limit (STORE_MAX_MEMORY)"
+            )
         return None
 
 

@@ -79,6 +79,20 @@ def test_ingest_refuses_from_its_share_of_the_memory_limit_on_and_opens_again_by
     assert client.get(HEALTH).json["unexplained"] == 0
 
 
+def test_refusal_says_so_where_it_is_not_events_that_fill_the_memory(embedded: Runtime) -> None:
+    server = Valkey(embedded.settings.data_dir)
+    until(lambda: embedded.serving._footprint.of_events is not None, "the footprint")
+    limit_memory(server, REFUSE_AT + 0.05)  # an empty server's own memory, in truth
+    until(lambda: is_full(embedded), "the store to show as full")
+    detail = embedded.serving.store_watch.status["detail"]
+    assert "Stored events are 0%, the rest is mostly users' state" in detail
+    assert "STORE_MAX_MEMORY" in detail
+
+    embedded.serving._footprint.of_events = 0.9 * embedded.serving.store_watch.status["used_bytes"]
+    embedded.serving.store_watch.look()
+    assert embedded.serving.store_watch.status["detail"].endswith("on")
+
+
 def test_ingest_refuses_while_the_disk_is_nearly_full_and_opens_again_by_itself(
     embedded: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:

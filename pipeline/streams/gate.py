@@ -4,6 +4,7 @@ what people decide about it at any of them."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 import msgspec
@@ -14,6 +15,7 @@ from pipeline.live_settings import LiveSettings
 from pipeline.store import Command, Store
 
 _LOOK_S = 0.25
+log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 _COMMANDS: dict[str, list[Command]] = {
     "pause": [("HSET", keys.CIRCUIT, "paused", 1)],
@@ -32,6 +34,7 @@ class Gate:
         self.circuit = Circuit()
         self.dirty = False  # the store has yet to learn of a change
         self.closing = False
+        self._told_open = False
         self._news = asyncio.Event()  # replaced each time it is set: lanes that wait look again
 
     @property
@@ -59,6 +62,7 @@ class Gate:
         if load:
             self.circuit = msgspec.json.decode(raw, type=Circuit) if raw else Circuit()
             self.circuit.probe_until = 0  # whoever made that probe will not report any more
+            self._told_open = self.circuit.state != "closed"  # by whoever opened it
         circuit, before = self.circuit, (self.circuit.paused, self.circuit.forced, self.circuit.resets)
         circuit.paused = paused == b"1"
         if int(resets or 0) != circuit.resets or (circuit.forced and forced != b"1"):
@@ -81,7 +85,17 @@ class Gate:
         self.dirty = True
         self._news.set()
         self._news = asyncio.Event()
+        self._tell()
         self._on_change()
+
+    def _tell(self) -> None:
+        """A line in the log when the circuit opens and when it closes; what is probed between is none of it."""
+        is_open = self.circuit.state != "closed"
+        if is_open and not self._told_open:
+            log.warning("circuit is open", extra={"reason": self.circuit.reason})
+        elif self._told_open and not is_open:
+            log.info("circuit is closed")
+        self._told_open = is_open
 
     def open(self) -> None:
         """For a new epoch."""

@@ -73,7 +73,7 @@ class Runner:
             try:
                 self._shared.log.drop_tail()  # it may be of a store that has been emptied since
                 if not (self._lease.epoch and self._lease.raise_epoch()) and not self._lease.take():
-                    self.state, self.detail = "standby", "another instance runs the pipeline"
+                    self._turn("standby", "another instance runs the pipeline")
                     stop.wait(0.5)
                     continue
                 began = time.monotonic()
@@ -81,17 +81,24 @@ class Runner:
                 self._supervise(stop)
                 pause = _FIRST_RESTART_S
             except (StoreError, Fenced) as error:
-                self.state, self.detail = "restarting", error.message
+                self._turn("restarting", error.message)
                 pause = _FIRST_RESTART_S if time.monotonic() - began > 5.0 else min(_LAST_RESTART_S, pause * 2)
             except Exception as error:
                 log.exception("pipeline failed")
-                self.state, self.detail = "restarting", f"{type(error).__name__}: {error}"
+                self._turn("restarting", f"{type(error).__name__}: {error}")
                 pause = min(_LAST_RESTART_S, pause * 2)
             finally:
                 self._stop_workers()
             if not stop.is_set():
                 stop.wait(pause)
-        self.state, self.detail = "stopped", None
+        self._turn("stopped")
+
+    def _turn(self, state: str, detail: str | None = None) -> None:
+        """It stands like this from now on; a line in the log for each change of the state, not for each attempt."""
+        if state != self.state:
+            level = logging.WARNING if state == "restarting" else logging.INFO
+            log.log(level, "pipeline is %s", state, extra={"reason": detail})
+        self.state, self.detail = state, detail
 
     def wake(self) -> None:
         """The log has taken events."""
@@ -173,7 +180,7 @@ class Runner:
         for name, position in positions.items():
             self._ordinals[name] = position.ordinal
         self._divide(positions)
-        self.state, self.detail = "running", None
+        self._turn("running")
 
     def _divide(self, positions: Mapping[str, Position]) -> None:
         """Start the streams near the foremost one as the group, and those far behind it on their own, as far as they do not
