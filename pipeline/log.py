@@ -41,8 +41,6 @@ from pipeline.store import Store
 
 SEGMENT_BYTES = 8 << 20
 SEGMENT_MS = 3_600_000
-
-POLL_S = 0.1
 _HEAD = struct.Struct("<18Q")
 _DAMAGE_KEPT = 4096
 _DIGEST_BYTES = 10  # accept.lua knows it, too
@@ -301,6 +299,11 @@ class Log:
         self.finish_trim(epoch)
         return True
 
+    def seal(self, epoch: int) -> list[str]:
+        """Seal the open segment early; the streams for which it has to stay open, yet to read some of it. Raises Fenced."""
+        names = (keys.HEAD, keys.LOG, keys.SEGMENTS, keys.OWNER, keys.CHECKPOINT)
+        return [name.decode() for name in self._store.run("seal", names, (epoch, *keys.STREAMS))]
+
     def finish_trim(self, epoch: int) -> None:
         """Forget the ids of the segment that was let go of last, then the segment: where a crash left that undone."""
         segment = self.head().first_segment - 1
@@ -345,6 +348,12 @@ class Log:
         pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
         return {int(segment): struct.unpack("<4Q", packed) for segment, packed in pairs}
 
+    def first_ordinal(self, segment: int) -> int | None:
+        """The ordinal of a segment's first event, None where its start is damaged."""
+        raw: bytes = self._store.call("GETRANGE", f"{keys.LOG}{segment}", 0, HEADER.size - 1)
+        header = header_at(raw, 0, any_version=True)
+        return None if header is None else int(header[6])
+
     def arrivals(self, positions: Sequence[Position]) -> list[int | None]:
         """When the frames at positions arrived (epoch ms), None at the log's end and where it is damaged."""
         size = HEADER.size
@@ -364,24 +373,6 @@ class Log:
             left = self._store.run("move_ids", (keys.HEAD, keys.IDS, keys.ID_BUCKET), (_MOVED_AT_ONCE,))
             self._ids_moved = left == 0
         return keys.IDS
-
-
-class Follower:
-    """Reads on at the log's end. What this process appended is at hand; for what another instance did, and is not there, the
-    store is asked only now and then: that costs a round trip."""
-
-    def __init__(self, log: Log) -> None:
-        self._log, self._next_look = log, 0.0
-
-    def read(self, position: Position, limit: int = 1 << 20, at_once: bool = False) -> list[Frame]:
-        """Whole frames from a position on, as Log.read() gives them; `at_once`: there is reason to ask the store."""
-        if recent := self._log.recent(position, limit):
-            return recent
-        if not at_once and time.monotonic() < self._next_look:
-            return []
-        frames = self._log.read(position, limit)
-        self._next_look = 0.0 if frames else time.monotonic() + POLL_S
-        return frames
 
 
 def _place(packed: bytes) -> int:

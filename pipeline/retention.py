@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from pipeline.events import rfc3339
 from pipeline.lease import Lease
 from pipeline.log import Log
+from pipeline.store_watch import REFUSE_AT
 
 TRIM_AT = 0.75  # of the store's memory limit: below where ingest begins to refuse
 MAX_SEGMENTS = 20  # a run, so that it stays short
 MAX_CLOCK_LEAP_MS = 3_600_000
+log = logging.getLogger(__name__)
 
 
 class Retention:
     """One run trims what is due. A segment goes as a whole: when its last event is older than the retention, or,
     oldest first, while the store is short of memory. `latest`: the last run's report."""
 
-    def __init__(self, log: Log, lease: Lease, retention_ms: int) -> None:
-        self._log, self._lease, self._retention_ms = log, lease, retention_ms
+    def __init__(self, events: Log, lease: Lease, retention_ms: int) -> None:
+        self._log, self._lease, self._retention_ms = events, lease, retention_ms
         self._last_run: int | None = None
         self.latest: dict[str, Any] = {"trimmed": 0, "held_back": []}
 
@@ -30,14 +34,31 @@ class Retention:
         if not self._lease.epoch or leapt:  # after a leap of the clock one run is sat out: it may leap back
             return report
         self._log.finish_trim(self._lease.epoch)
-        for segment, (_, last_arrival, _, _) in sorted(self._log.sealed().items()):
-            due = last_arrival < now - self._retention_ms or memory_used > TRIM_AT
-            if not due or report["trimmed"] == MAX_SEGMENTS:
+        sealed = self._log.sealed()
+        if not sealed and (memory_used > REFUSE_AT or self._log.head().last_arrival < now - self._retention_ms):
+            # Only an append seals the open segment, and none comes: ingest refuses, or has long had nothing to take.
+            report["held_back"] = self._log.seal(self._lease.epoch)
+            sealed = self._log.sealed()
+        for segment, (first_arrival, last_arrival, size, end) in sorted(sealed.items()):
+            old = last_arrival < now - self._retention_ms
+            if not (old or memory_used > TRIM_AT) or report["trimmed"] == MAX_SEGMENTS:
                 break
+            first = self._log.first_ordinal(segment)
             if not self._log.trim(segment, self._lease.epoch):
                 report["held_back"] = self._log.readers(segment)
                 break
             report["trimmed"] += 1
-            if memory_used > TRIM_AT and last_arrival >= now - self._retention_ms:
-                break  # one at a time: the next run sees what it brought
+            facts = {
+                "segment": segment,
+                "events": None if first is None else end - first,
+                "bytes": size,
+                "first_arrival": rfc3339(first_arrival),
+                "last_arrival": rfc3339(last_arrival),
+            }
+            if old:
+                log.info("events past their retention were let go of", extra=facts)
+                continue
+            used = f"{memory_used:.0%} of the memory limit is used"
+            log.warning("events within their retention were let go of", extra={"reason": used, **facts})
+            break  # one at a time: the next run sees what it brought
         return report

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
 from pipeline import checkpoints, retention
 from pipeline import log as log_module
 from pipeline.checkpoints import Progress
+from pipeline.errors import Fenced
 from pipeline.frames import Position
 from pipeline.lease import Lease
 from pipeline.log import Log
 from pipeline.retention import Retention
 from pipeline.store import Store
-from tests.conftest import Start, client_of
+from pipeline.store_watch import REFUSE_AT
+from tests.conftest import Start, client_of, runtimes
 from tests.faults import HEALTH, INGEST, routes, settled
-from tests.helpers import HOUR_MS, MINUTE_MS, NOON, STREAMS, Clock, append, event, frames, until
+from tests.helpers import (
+    HOUR_MS,
+    MINUTE_MS,
+    NOON,
+    STREAMS,
+    Clock,
+    FakePartner,
+    Valkey,
+    append,
+    event,
+    frames,
+    until,
+)
 
 EVENTS, APART_MS = 24, HOUR_MS // 4
 END = NOON + EVENTS * APART_MS  # six hours of events lie before it
@@ -97,6 +113,101 @@ def test_store_short_of_memory_is_given_room_one_segment_a_run_and_only_until_th
 
 def test_memory_alone_does_not_hold_up_what_is_too_old_anyway(filled: Log, lease: Lease) -> None:
     assert Retention(filled, lease, 3 * HOUR_MS).run(END, FULL)["trimmed"] > 3
+
+
+def test_what_goes_is_told_by_age_as_a_note_and_for_want_of_memory_as_a_warning_with_what_it_was(
+    filled: Log, lease: Lease, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    Retention(filled, lease, 3 * HOUR_MS).run(END, 0.0)
+    by_age = [r for r in caplog.records if r.name == retention.__name__]
+    assert by_age
+    assert {(r.levelname, r.getMessage()) for r in by_age} == {("INFO", "events past their retention were let go of")}
+
+    caplog.clear()
+    Retention(filled, lease, 1000 * HOUR_MS).run(END, FULL)
+    (warning,) = [r for r in caplog.records if r.name == retention.__name__]
+    assert (warning.levelname, warning.getMessage()) == ("WARNING", "events within their retention were let go of")
+    facts = vars(warning)
+    assert facts["reason"] == "80% of the memory limit is used"
+    gone = EVENTS - len(kept(filled)) - sum(vars(r)["events"] for r in by_age)
+    assert (facts["events"], facts["first_arrival"] < facts["last_arrival"]) == (gone, True)
+
+
+def test_open_segment_that_no_append_will_seal_goes_too_once_its_last_event_is_past_the_retention(
+    log: Log, store: Store, lease: Lease
+) -> None:
+    append(log, [event(event_id=f"e{n}") for n in range(3)], NOON)
+    read_up_to(store, lease, 3)
+    job = Retention(log, lease, HOUR_MS)
+
+    assert job.run(NOON + HOUR_MS, 0.0) == {"trimmed": 0, "held_back": []}
+    assert job.run(NOON + HOUR_MS + 1, 0.0) == {"trimmed": 1, "held_back": []}
+    assert log.locate(["e0"]) == [None]
+    assert job.run(NOON + HOUR_MS + 2, 0.0) == {"trimmed": 0, "held_back": []}  # there is nothing in it
+
+    append(log, [event(event_id="e0")], NOON + HOUR_MS + 3)
+    (frame,) = log.read(checkpoints.read(store, STREAMS)["features"])  # the streams go on there
+    assert frame.ordinal == 3
+    assert checkpoints.audit(store).accounts["features"].pending == 1
+    assert checkpoints.audit(store).unexplained == 0
+
+
+@pytest.mark.parametrize("memory_used", [0.0, REFUSE_AT + 0.01])
+def test_open_segment_that_a_stream_has_yet_to_read_stays(
+    log: Log, store: Store, lease: Lease, memory_used: float
+) -> None:
+    append(log, [event()], NOON)
+    append(log, [event()], NOON)
+    read_up_to(store, lease, 2, STREAMS[:-1])
+    read_up_to(store, lease, 1, STREAMS[-1:])
+
+    report = Retention(log, lease, HOUR_MS).run(NOON + 2 * HOUR_MS, memory_used)
+    assert report == {"trimmed": 0, "held_back": ["bridge"]}
+    assert not log.sealed()
+
+
+def test_open_segment_stays_while_ingest_takes_events(log: Log, store: Store, lease: Lease) -> None:
+    append(log, [event()], NOON)
+    read_up_to(store, lease, 1)
+
+    assert Retention(log, lease, HOUR_MS).run(NOON, REFUSE_AT)["trimmed"] == 0
+    assert Retention(log, lease, HOUR_MS).run(NOON, REFUSE_AT + 0.01)["trimmed"] == 1
+
+
+def test_only_the_leases_holder_seals(log: Log, store: Store, lease: Lease) -> None:
+    append(log, [event()], NOON)
+    read_up_to(store, lease, 1)
+    stale = lease.epoch
+    lease.raise_epoch()
+
+    with pytest.raises(Fenced):
+        log.seal(stale)
+    assert not log.sealed()
+
+
+@pytest.fixture
+def start_own(own_server: Valkey, tmp_path: Path) -> Iterator[Start]:
+    yield from runtimes(own_server.url, tmp_path)
+
+
+def test_ingest_opens_again_where_the_memory_holds_less_than_one_segment(
+    start_own: Start, own_server: Valkey, partner: FakePartner
+) -> None:
+    nexus = start_own(PYTHON_EVENT_API_URL=partner.url)
+    client = client_of(nexus)
+    own_server.client.config_set("maxmemory", int(own_server.client.info("memory")["used_memory"]) + (4 << 20))
+
+    def post() -> int:
+        batch = [event(user="user_1", data={"note": "x" * 4000}) for _ in range(50)]
+        return int(client.post(INGEST, json={"events": batch}).status_code)
+
+    until(lambda: post() == 503 and nexus.ingest.closed, "ingest to close")
+    assert not nexus.log.sealed()
+    until(lambda: post() == 202, "ingest to open again", 60)
+    assert nexus.log.head().first_segment > 1
+    settled(routes(client))
+    assert client.get(HEALTH).json["unexplained"] == 0
 
 
 @pytest.mark.parametrize("slowest", STREAMS)

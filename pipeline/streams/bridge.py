@@ -19,11 +19,12 @@ from pipeline import attempts, checkpoints
 from pipeline.checkpoints import DeadLetter, Progress
 from pipeline.circuit import Circuit
 from pipeline.errors import Fenced, StoreError
+from pipeline.follower import Follower
 from pipeline.frames import CANARY, Frame, Position
 from pipeline.health import Health
 from pipeline.lease import Lease
 from pipeline.live_settings import LiveSettings
-from pipeline.log import Follower, Log
+from pipeline.log import Log
 from pipeline.outages import Ledger
 from pipeline.partner import Partner
 from pipeline.precedence import Precedence

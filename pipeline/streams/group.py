@@ -11,8 +11,8 @@ from functools import partial
 
 from pipeline import checkpoints
 from pipeline.errors import Fenced, StoreError
+from pipeline.follower import POLL_S, Follower
 from pipeline.frames import Frame, Position
-from pipeline.log import POLL_S, Follower
 from pipeline.streams.stream import Batch
 from pipeline.streams.worker import IDLE_CHECKPOINT_S, Shared, Worker
 
