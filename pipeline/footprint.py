@@ -68,13 +68,20 @@ class Footprint:
             return self.latest["per_user"]  # a segment that has only just been opened
         packed = self._store.many([("GETRANGE", name, at, at + _PLACE.size - 1) for at in starts])
         found = self._log.fetch([_PLACE.unpack(raw)[0] for raw in packed])
-        users = list({_decode(event.body).user_id for event in found if event is not None})
+        users = list({user for event in found if event is not None and (user := _user(event.body))})
         return _ratio(self._memory([prefix + user for user in users for prefix in _OF_A_USER]), len(users))
 
     def _memory(self, names: Sequence[str]) -> int:
         """The bytes of these keys, as the store itself counts them; none for one that is not there."""
         commands: list[Command] = [("MEMORY USAGE", name) for name in names]
         return sum(int(size or 0) for size in self._store.many(commands)) if commands else 0
+
+
+def _user(body: bytes) -> str | None:
+    try:
+        return _decode(body).user_id
+    except ValueError:  # damaged
+        return None
 
 
 def _spread(count: int) -> list[int]:

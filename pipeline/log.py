@@ -276,7 +276,9 @@ class Log:
         words = [word for place in places for word in divmod(place, PER_FRAME)]
         rows = self._store.run("fetch", (keys.LOG,), words) if words else []
         return [
-            Fetched(int(r[0]), r[1].decode(errors="replace"), *split(r[2]), int(r[3]), int(r[4])) if r else None
+            Fetched(int(r[0]), r[1].decode(errors="replace"), *split(r[2]), int(r[3]), int(r[4]))
+            if r and len(r[2]) >= 8
+            else None
             for r in rows
         ]
 

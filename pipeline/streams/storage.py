@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ _PACK = struct.Struct("<QqIIII").pack
 _SPAN = struct.Struct("<qqQ")
 _SEGMENT_OF_PLACE = 24 + 13
 _FETCHED_AT_ONCE = 501  # half a page of the largest, and the event that tells whether another follows
+_DAMAGE_TOLD = 1_000  # places; more are left out in silence
 Rows = NDArray[np.void]
 
 _decode_event = msgspec.json.Decoder(Event).decode
+log = logging.getLogger(__name__)
 
 
 def name_hash(text: str) -> int:
@@ -126,8 +129,9 @@ class EventStore:
     none.
     """
 
-    def __init__(self, store: Store, log: Log, unwritten: Callable[[], Rows]) -> None:
-        self._store, self._log, self._unwritten = store, log, unwritten
+    def __init__(self, store: Store, events: Log, unwritten: Callable[[], Rows]) -> None:
+        self._store, self._log, self._unwritten = store, events, unwritten
+        self._damaged: set[int] = set()  # places that the log file has been told of
 
     def find(self, query: Query, limit: int, cursor: str | None = None) -> tuple[list[Found], str | None]:
         """Up to `limit` events and the cursor of the next page, None at the end. Raises BadRequest for a broken
@@ -181,10 +185,21 @@ class EventStore:
             for place, fetched in zip(places, self._log.fetch(places), strict=True):
                 if fetched is None:
                     continue  # trimmed meanwhile
-                event = _decode_event(fetched.body)
-                if _matches(event, fetched.source, query):
+                event = self._decoded(fetched.body, place)
+                if event is not None and _matches(event, fetched.source, query):
                     found.append(Found(event, fetched.ts, fetched.received_at, fetched.source, place, fetched.body))
         return rows[at:], found[:limit]
+
+    def _decoded(self, body: bytes, place: int) -> Event | None:
+        """The event, None where what is stored was damaged: it counts as one that is gone."""
+        try:
+            body.decode()  # what is in `data` is not looked at below
+            return _decode_event(body)
+        except ValueError as error:
+            if place not in self._damaged and len(self._damaged) < _DAMAGE_TOLD:
+                self._damaged.add(place)
+                log.error("stored event is damaged", extra={"place": place, "reason": str(error)})
+            return None
 
 
 def _select(rows: Rows, query: Query, after: tuple[int, int] | None) -> Rows:
