@@ -11,8 +11,7 @@ from typing import Any
 import msgspec
 
 from pipeline import keys
-from pipeline.frames import Position
-from pipeline.log import Head
+from pipeline.frames import Head, Position
 from pipeline.store import Call, Command, Store
 
 JOURNAL_LENGTH = 20_000  # commits remembered per stream: hours at one a second, days when quiet

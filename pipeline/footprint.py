@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import msgspec
 
 from pipeline import keys
-from pipeline.frames import HEADER
-from pipeline.log import Head, Log
+from pipeline.frames import HEADER, Head
+from pipeline.log import Log
 from pipeline.store import Command, Store
 from pipeline.streams.storage import ROW
 

@@ -28,6 +28,7 @@ HEADER = struct.Struct("<2sBBHIQQ6s6s6s6s6sB")
 SHIFT = 24
 PER_FRAME = 8192
 _TS = struct.Struct("<q")
+_HEAD = struct.Struct("<18Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,31 @@ class Position:
     offset: int = 0
     index: int = 0
     ordinal: int = 0
+
+
+@dataclass(slots=True)
+class Head:
+    """The log's end and its counters, as accept.lua packs them."""
+
+    segment: int = 1
+    offset: int = 0
+    ordinal: int = 0
+    addressed: tuple[int, ...] = (0, 0, 0, 0, 0)
+    accepted: int = 0
+    bridge_only: int = 0
+    duplicates: int = 0
+    rejected: int = 0
+    ids: int = 0
+    opened: int = 0
+    last_arrival: int = 0
+    first_segment: int = 1
+
+    @classmethod
+    def unpack(cls, raw: bytes | None) -> Head:
+        if not raw:
+            return cls()
+        v = _HEAD.unpack(raw)
+        return cls(v[0], v[1], v[2], v[3:8], v[8], v[9], v[10], v[11], v[12], v[15], v[16], v[17])
 
 
 @dataclass(slots=True)

@@ -29,6 +29,7 @@ from pipeline.frames import (
     REDRIVE,
     SHIFT,
     Frame,
+    Head,
     Position,
     header_at,
     next_header,
@@ -37,11 +38,11 @@ from pipeline.frames import (
     record,
     split,
 )
+from pipeline.high_water import HighWater
 from pipeline.store import Store
 
 SEGMENT_BYTES = 8 << 20
 SEGMENT_MS = 3_600_000
-_HEAD = struct.Struct("<18Q")
 _DAMAGE_KEPT = 4096
 _DIGEST_BYTES = 10  # accept.lua knows it, too
 _TAIL_EVENTS, _TAIL_BYTES = 50_000, 64 << 20
@@ -51,31 +52,6 @@ _PATIENCE_MS = 4_000  # less than the connection's time-out: whoever is told no 
 _INSIST_S = 3.0  # the embedded store is back within this
 _PLACE = struct.Struct("<6sH")
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Head:
-    """The log's end and its counters, as accept.lua packs them."""
-
-    segment: int = 1
-    offset: int = 0
-    ordinal: int = 0
-    addressed: tuple[int, ...] = (0, 0, 0, 0, 0)
-    accepted: int = 0
-    bridge_only: int = 0
-    duplicates: int = 0
-    rejected: int = 0
-    ids: int = 0
-    opened: int = 0
-    last_arrival: int = 0
-    first_segment: int = 1
-
-    @classmethod
-    def unpack(cls, raw: bytes | None) -> Head:
-        if not raw:
-            return cls()
-        v = _HEAD.unpack(raw)
-        return cls(v[0], v[1], v[2], v[3:8], v[8], v[9], v[10], v[11], v[12], v[15], v[16], v[17])
 
 
 @dataclass(slots=True)
@@ -122,6 +98,7 @@ class Log:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.mark = HighWater()
         self._tail: OrderedDict[int, Frame] = OrderedDict()  # by address; the first is let go of first
         self._tail_events = self._tail_bytes = 0
         self._tail_lock = threading.Lock()
@@ -143,6 +120,7 @@ class Log:
             ids = b"".join(digests([event.event_id for event in request.events]))
             args += [request.to, request.source.encode(), len(packed), ids, pack(packed)]
         with self._accepting:
+            known = self.mark.reached
             self._number += 1
             answer = self._accept([now, rejected, SEGMENT_BYTES, SEGMENT_MS, self._number, len(requests), *args])
         found = []
@@ -151,6 +129,7 @@ class Log:
             if taken.taken:
                 self._remember(taken, int(row[3]), request, packed)
             found.append(taken)
+        self.mark.saw(max((taken.end for taken in found), default=known), known)
         return found
 
     def _accept(self, args: list[str | bytes | int]) -> Any:
@@ -212,19 +191,27 @@ class Log:
         return frames
 
     def head(self) -> Head:
-        return Head.unpack(self._store.call("GET", keys.HEAD))
+        known = self.mark.reached
+        head = Head.unpack(self._store.call("GET", keys.HEAD))
+        self.mark.saw(head.ordinal, known)
+        return head
 
     def read(self, position: Position, limit: int = 1 << 20) -> list[Frame]:
-        """Whole frames from a position on, about `limit` bytes of them; empty at the log's end."""
+        """Whole frames from a position on, about `limit` bytes of them; empty at the log's end. Raises StoreUnavailable where
+        the log has fallen back, so that positions have to be read again."""
         if recent := self.recent(position, limit):
             return recent
         segment, offset = position.segment, position.offset
         ordinal = position.ordinal - position.index if position.ordinal or segment == 1 else None  # None: not known
         while True:
+            known = self.mark.reached
             raw_head, chunk = self._store.many(
                 (("GET", keys.HEAD), ("GETRANGE", f"{keys.LOG}{segment}", offset, offset + limit - 1))
             )
             head = Head.unpack(raw_head)
+            self.mark.saw(head.ordinal, known)
+            if self.mark.fell:
+                raise StoreUnavailable("the store came back without its latest events")
             if segment < head.first_segment:
                 ordinal = ordinal if segment + 1 == head.first_segment else None
                 segment, offset = head.first_segment, 0
@@ -275,11 +262,10 @@ class Log:
         """Single events by place, None where the log no longer reaches."""
         words = [word for place in places for word in divmod(place, PER_FRAME)]
         rows = self._store.run("fetch", (keys.LOG,), words) if words else []
+        whole = [row if row and len(row[2]) >= 8 else None for row in rows]  # or it is damaged
         return [
-            Fetched(int(r[0]), r[1].decode(errors="replace"), *split(r[2]), int(r[3]), int(r[4]))
-            if r and len(r[2]) >= 8
-            else None
-            for r in rows
+            Fetched(int(r[0]), r[1].decode(errors="replace"), *split(r[2]), int(r[3]), int(r[4])) if r else None
+            for r in whole
         ]
 
     def redrive(self, letters: Sequence[tuple[str, str, str, bytes]], now: int) -> list[bool]:

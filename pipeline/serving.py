@@ -14,7 +14,7 @@ from pipeline import checkpoints, keys
 from pipeline.checkpoints import Audit
 from pipeline.errors import StoreError
 from pipeline.footprint import Footprint
-from pipeline.log import Head
+from pipeline.frames import Head
 from pipeline.store_watch import StoreWatch
 from pipeline.streams.aggregates import RECENT_S, Aggregates
 from pipeline.streams.features import Features
@@ -140,6 +140,8 @@ class Serving:
             found.append(f"the Python service is {partner['status']}: {partner['reason']}")
         if (store := self.store_watch.status)["status"] != "online":
             found.append(f"the store is {store['status']}: {store['detail']}")
+        if fell := nexus.log.mark.reason:
+            found.append(fell)
         if audit.unexplained:
             found.append(f"events unexplained: {audit.unexplained}")
         if held_by := nexus.retention.latest["held_back"]:

@@ -12,7 +12,7 @@ import msgspec
 
 from pipeline import keys
 from pipeline.events import rfc3339
-from pipeline.log import Head
+from pipeline.frames import Head
 from pipeline.models import demand, fraud
 from pipeline.store import Command, Store
 from pipeline.streams.stream import Batch, Cut, Outcome, Stream

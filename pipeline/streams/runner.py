@@ -72,6 +72,8 @@ class Runner:
         while not stop.is_set():
             try:
                 self._shared.log.drop_tail()  # it may be of a store that has been emptied since
+                self._shared.log.head()  # which is told
+                self._shared.log.mark.heed()
                 if not (self._lease.epoch and self._lease.raise_epoch()) and not self._lease.take():
                     self._turn("standby", "another instance runs the pipeline")
                     stop.wait(0.5)
