@@ -78,6 +78,7 @@ class EmbeddedStore:
         self.log_path = settings.log_dir / "valkey.log"
         self.process: subprocess.Popen[bytes] | None = None
         self._lock: int | None = None
+        self._logged = 0  # bytes of the log before the latest start
 
     @property
     def pid(self) -> int | None:
@@ -118,6 +119,7 @@ class EmbeddedStore:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if self.log_path.exists() and self.log_path.stat().st_size > _LOG_LIMIT:
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
+        self._logged = _size(self.log_path)
         environment = child_environment(self.settings)
         if library := _jemalloc():
             environment["LD_PRELOAD"] = library
@@ -166,6 +168,30 @@ class EmbeddedStore:
             if time.monotonic() >= deadline:
                 raise StoreUnavailable(f"the embedded store is not ready after {timeout:g} s; see {self.log_path}")
             time.sleep(_POLL_S)
+
+    def lost(self) -> str | None:
+        """Why nobody can reach the running server any more: its socket's file was removed, and it makes no other."""
+        path = self.settings.socket_path
+        return None if path.exists() else f"its socket {path} is gone"
+
+    def trouble(self) -> str | None:
+        """What the server itself said last of why it ended, and the remedy; None where it said nothing since its start."""
+        try:
+            with self.log_path.open("rb") as file:
+                file.seek(self._logged)
+                lines = file.read(_LOG_LIMIT).decode(errors="replace").splitlines()
+        except FileNotFoundError:
+            return None
+        said = [line.partition(" # ")[2] for line in lines if " # " in line and "WARNING" not in line]
+        if not said:
+            return None
+        remedy = ""
+        if "append only file" in said[-1]:
+            files = self.settings.data_dir / "appendonlydir"
+            remedy = (
+                f" (on a copy of {files}, then put it in its place; valkey-check-aof is in valkey-tools or redis-tools)"
+            )
+        return f"{said[-1]}{remedy}; see {self.log_path}"
 
     def stop(self, timeout: float = _GRACE_S) -> None:
         """End the server, flushed to disk, with SIGKILL after `timeout` s; then let go of the folder."""

@@ -28,6 +28,7 @@ from pipeline.settings import Settings, bracketed, child_environment, load, make
 _ROOT = Path(__file__).resolve().parent.parent
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S, _HEALTHY_AFTER_S = 0.2, 10.0, 3.0
 _PROBE_EVERY_S = 0.05
+_LOOK_EVERY_S = 1.0
 _HURRIED_GRACE_S = 1.0
 _AFTER_KILL_S = 15.0  # how long the processes of an owner that was killed may keep their ports
 _WRONG_SETTING = 2  # the exit code of a program that takes exception to a variable; it has said so in one line
@@ -38,11 +39,16 @@ def _always() -> bool:
     return True
 
 
+def _nothing() -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Part:
     """One supervised process: how it starts, when it counts as ready, what must hold before it starts, its grace in s.
 
-    `spawn` starts a process in a session of its own; embedded.spawn() is such a function.
+    `spawn` starts a process in a session of its own; embedded.spawn() is such a function. `lost` tells why a process that
+    runs cannot be reached any more and has to be started again, `why` for what trouble it has ended.
     """
 
     name: str
@@ -50,6 +56,8 @@ class Part:
     ready: Callable[[], bool] = _always
     after: Callable[[], bool] = _always
     grace: float = 10.0
+    lost: Callable[[], str | None] = _nothing
+    why: Callable[[], str | None] = _nothing
 
 
 class _Refused(Exception):
@@ -66,6 +74,8 @@ class _Run:
         self._began = self._due = time.monotonic()
         self._backoff = _BACKOFF_FIRST_S
         self._was_ready = self.ready = False
+        self._ending: float | None = None  # since when it is to end, having been lost
+        self._told: str | None = None  # why it ended the last time
 
     def step(self, now: float) -> None:
         """Start it when due, notice that it is ready, notice that it has ended. Raises _Refused."""
@@ -75,9 +85,17 @@ class _Run:
         elif self._ended():
             healthy = self.ready and now - self._began >= _HEALTHY_AFTER_S
             self._schedule(now, self._reap(), healthy)
-        elif not self.ready and self.part.ready():
-            self._was_ready = self.ready = True
-            self._say(f"{self.part.name} is ready after {time.monotonic() - self._began:.1f} s")
+        elif not self.ready:
+            if self.part.ready():
+                self._was_ready = self.ready = True
+                self._say(f"{self.part.name} is ready after {time.monotonic() - self._began:.1f} s")
+        elif self._ending is None:
+            if lost := self.part.lost():
+                self._say(f"{self.part.name} cannot be reached: {lost}; it is started again")
+                self._process.send_signal(signal.SIGTERM)
+                self._ending = now
+        elif now - self._ending > self.part.grace:
+            self._process.send_signal(signal.SIGKILL)
 
     def stop(self, wait: Callable[[float], bool], hurried: bool) -> None:
         """SIGTERM, and SIGKILL when the grace is over. `wait(s)` waits for a signal; True means: hurry."""
@@ -106,7 +124,7 @@ class _Run:
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
-        self._process, self.ready = None, False
+        self._process, self.ready, self._ending = None, False, None
         return code
 
     def _schedule(self, now: float, code: int, healthy: bool) -> None:
@@ -118,16 +136,22 @@ class _Run:
         if healthy:
             self._backoff = _BACKOFF_FIRST_S
         self._due = now + self._backoff
+        why = self.part.why() if code > 0 else None
         self._say(
             f"{self.part.name} ended {_cause(code)} after {alive:.1f} s; starting it again in {self._backoff:.1f} s"
         )
+        if why is not None and why != self._told:
+            self._say(f"{self.part.name}: {why}")
+        self._told = why
         self._backoff = min(self._backoff * 2, _BACKOFF_MOST_S)
 
     def wake_in(self, now: float) -> float | None:
         """Seconds until it wants step() again; None: not before a signal."""
         if self._process is None:
             return max(self._due - now, _PROBE_EVERY_S)
-        return None if self.ready else _PROBE_EVERY_S
+        if not self.ready:
+            return _PROBE_EVERY_S
+        return None if self.part.lost is _nothing else _LOOK_EVERY_S
 
 
 class Supervisor:
@@ -228,7 +252,7 @@ def parts_of(settings: Settings, store: EmbeddedStore | None, demo: bool) -> lis
         Part("Nexus", python("app.py"), nexus_up, has_store, grace=20),
     ]
     if store is not None:
-        parts.insert(0, Part("store", store.start, has_store, grace=30))
+        parts.insert(0, Part("store", store.start, has_store, grace=30, lost=store.lost, why=store.trouble))
     if demo:
         url = address(settings.nexus_host, settings.nexus_port)
         parts.append(Part("demo", python("-m", "pipeline.demo", "--url", url), after=nexus_serves, grace=5))

@@ -246,6 +246,70 @@ def test_hangup_under_nohup_stops_nothing(supervise):
     assert "stopping" not in supervised.said()
 
 
+STORE_ALONE = (
+    "from pipeline.embedded import EmbeddedStore; from pipeline.settings import load, make_folders\n"
+    "from pipeline.supervisor import Supervisor, parts_of, say\n"
+    "settings = load(); make_folders(settings)\n"
+    "Supervisor(parts_of(settings, EmbeddedStore(settings), False)[:1], say).run()"
+)
+
+
+@pytest.fixture
+def store_alone(tmp_path):
+    """Starts a supervisor of the embedded store alone; stops it at the end."""
+    started = []
+
+    def start() -> Supervised:
+        supervised = Supervised(tmp_path, ["-c", STORE_ALONE], environment(tmp_path))
+        started.append(supervised)
+        return supervised
+
+    yield start
+    for supervised in started:
+        supervised.process.terminate()
+        supervised.process.wait(40)
+
+
+def test_store_whose_socket_file_was_removed_is_started_again_and_keeps_its_data(tmp_path, store_alone):
+    supervised, settings = store_alone(), load(environment(tmp_path))
+    assert supervised.says("all ready"), supervised.said()
+    client = redis.Redis(unix_socket_path=str(settings.socket_path))
+    client.set("kept", "1")
+    client.close()
+    settings.socket_path.unlink()
+
+    assert supervised.says(f"store cannot be reached: its socket {settings.socket_path} is gone"), supervised.said()
+    assert until(lambda: supervised.said().count("store is ready") == 2), supervised.said()
+    assert redis.Redis(unix_socket_path=str(settings.socket_path)).get("kept") == b"1"
+
+
+def test_store_that_cannot_read_its_file_says_why_once_with_the_remedy(tmp_path, store_alone):
+    settings = load(environment(tmp_path))
+    supervised = store_alone()
+    assert supervised.says("all ready"), supervised.said()
+    client = redis.Redis(unix_socket_path=str(settings.socket_path))
+    for n in range(10):
+        client.set(f"key{n}", "value")
+    supervised.process.terminate()
+    supervised.process.wait(40)
+    [file] = (settings.data_dir / "appendonlydir").glob("*.incr.aof")
+    whole = file.read_bytes()
+    middle = whole.index(b"*3", len(whole) // 2)
+    file.write_bytes(whole[:middle] + b"XX" + whole[middle + 2 :])
+
+    again = store_alone()
+    assert again.says("starting it again in 0.8 s"), again.said()
+    (why,) = [line for line in again.said().splitlines() if "Bad file format" in line]
+    assert why.startswith("store: ")
+    for part in (
+        "valkey-check-aof --fix",
+        "on a copy of",
+        str(settings.data_dir),
+        str(settings.log_dir / "valkey.log"),
+    ):
+        assert part in why
+
+
 def test_part_starts_only_after_its_condition_holds(tmp_path):
     code = (
         "import sys, pathlib; from pipeline.embedded import spawn\n"
