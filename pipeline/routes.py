@@ -48,6 +48,7 @@ ACTIONS = ("test_integration", "send_batch", "hybrid_process", "pause", "resume"
 MAX_TRANSACTIONS = 1_000
 MAX_POINTS = 20_000
 _encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
 log = logging.getLogger(__name__)
 
 
@@ -306,7 +307,22 @@ def _read_body(environ: dict[str, Any]) -> bytes:
     body: bytes = environ["wsgi.input"].read(int(length) if length.isdecimal() else MAX_BODY_BYTES + 1)
     if length.isdecimal() and len(body) < int(length):
         raise BadRequest("cut_off", f"the body ended after {len(body)} of {length} bytes")
+    if not length and _is_torn(environ, body):
+        raise BadRequest("cut_off", "the body ended within its last line")
     return body
+
+
+def _is_torn(environ: dict[str, Any], body: bytes) -> bool:
+    """Whether chunked NDJSON ends within a line: the server says nothing of chunks that broke off, and the lines before would
+    be taken from a sender who will send them all again. In any other form such a body cannot be read anyway."""
+    kind, last = (environ.get("CONTENT_TYPE") or "").lower(), body[body.rfind(b"\n") + 1 :].strip()
+    if not last or environ.get("HTTP_CONTENT_ENCODING") or not ("ndjson" in kind or "jsonl" in kind):
+        return False
+    try:
+        _decode(last)
+    except (ValueError, RecursionError) as error:
+        return not last.endswith(b"}") or "truncated" in str(error)  # else it is that event's own fault
+    return False
 
 
 def query_of(environ: dict[str, Any]) -> Mapping[str, str]:

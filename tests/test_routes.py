@@ -20,6 +20,7 @@ from pipeline.footprint import Footprint
 from pipeline.log import Log
 from pipeline.openapi import document
 from pipeline.posted import MAX_BODY_BYTES
+from pipeline.routes import ingest_response
 from pipeline.runtime import Runtime
 from pipeline.store import Store
 from tests import misbehaving
@@ -255,6 +256,22 @@ def test_body_without_a_length_is_read_up_to_the_limit_and_no_further(nexus, cli
     parts, status, _ = run_wsgi_app(client.application.wsgi_app, environ, buffered=True)
     assert (status.split()[0], json.loads(b"".join(parts))["error"]["code"]) == ("413", "body_too_large")
     assert body.given <= MAX_BODY_BYTES + (1 << 17)
+
+
+def test_chunked_lines_that_break_off_within_one_are_refused_as_a_whole(nexus: Runtime) -> None:
+    """Of chunks that broke off the server says nothing: what came is all there is to judge by."""
+
+    def status(body: bytes) -> tuple[int, str | None]:
+        environ = {"wsgi.input": BytesIO(body), "CONTENT_TYPE": "application/x-ndjson"}
+        found, _, answer = ingest_response(nexus, environ | {"HTTP_TRANSFER_ENCODING": "chunked"})
+        return found, json.loads(answer).get("error", {}).get("code")
+
+    whole = json.dumps(event(data={"a": [1.5, True, None, "\u00e9"]})).encode()
+    first = json.dumps(event()).encode() + b"\n"
+    assert {status(first + whole[:cut]) for cut in range(1, len(whole))} == {(400, "cut_off")}
+    assert nexus.log.head().accepted == 0
+    for complete in (first, first + whole, first + whole + b"\n", first + b"{bad}", first + b'{"a": "\xff"}'):
+        assert status(complete)[0] == 202  # one bad event never spoils its batch
 
 
 def test_check_health_shows_every_stream_and_the_totals(nexus, client):
