@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -81,9 +83,9 @@ def _fraud(nexus: Runtime, posted: Any) -> dict[str, Any]:
     except Malformed as error:
         raise Unprocessable("malformed", str(error)) from error
     own = _own_score(score, stream)
-    theirs, failed = _ask(nexus, {"model": "fraud", "event": kept})
+    theirs, failed = _ask(nexus, {"model": "fraud", "event": kept}, _fraud_flaw)
     given = {"nexus": own["score"], "python": theirs.get("score")}
-    said = {name: float(value) for name, value in given.items() if type(value) in (int, float)}
+    said = {name: float(value) for name, value in given.items() if value is not None}
     unified = {"score": round(sum(said.values()) / len(said), 6), "method": "mean", "of": list(said)}
     return {"nexus": own, "python": theirs, "unified": unified, "degraded": failed}
 
@@ -101,7 +103,7 @@ def _demand(nexus: Runtime, zone: Any, horizon: Any) -> dict[str, Any]:
     if zone is not None and not isinstance(zone, str):
         raise BadRequest("invalid_zone", "zone is an H3 cell as a text, or absent")
     own = demand_answer(nexus, zone, str(horizon))
-    theirs, failed = _ask(nexus, {"model": "demand", "zone": zone, "horizon": int(horizon)})
+    theirs, failed = _ask(nexus, {"model": "demand", "zone": zone, "horizon": int(horizon)}, _demand_flaw)
     steps: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for name, said in (("nexus", own), ("python", theirs)):
         for forecast in _forecasts(said):
@@ -130,6 +132,21 @@ def _forecasts(said: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def _fraud_flaw(said: dict[str, Any]) -> str | None:
+    """Why an answer's score is none; it may have no score yet."""
+    score = said.get("score")
+    if score is None or (type(score) in (int, float) and 0 <= score <= 1):
+        return None
+    return "the Python service's score is not a number from 0 to 1"
+
+
+def _demand_flaw(said: dict[str, Any]) -> str | None:
+    """Why an answer's forecasts are none."""
+    if all(0 <= f[part] <= sys.float_info.max for f in _forecasts(said) for part in ("value", "low", "high")):
+        return None
+    return "the Python service forecasts a number below 0, or one beyond all bounds"
+
+
 def _moment(text: Any) -> str | None:
     """An instant in the one form by which the two systems' steps are matched."""
     try:
@@ -138,8 +155,10 @@ def _moment(text: Any) -> str | None:
         return None
 
 
-def _ask(nexus: Runtime, question: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The Python service's own prediction; where it has none to give, {"error"} and True."""
+def _ask(
+    nexus: Runtime, question: dict[str, Any], flaw: Callable[[dict[str, Any]], str | None]
+) -> tuple[dict[str, Any], bool]:
+    """The Python service's own prediction; where it has none to give, or it has the `flaw` named, {"error"} and True."""
     bridge = nexus.bridge
     why = None
     if bridge.halted is not None:
@@ -151,7 +170,10 @@ def _ask(nexus: Runtime, question: dict[str, Any]) -> tuple[dict[str, Any], bool
         why = "the Python service does not say that it predicts"
     if why is None:
         try:
-            return nexus.in_bridge(bridge.partner.predict(_encode(question))), False
+            said = nexus.in_bridge(bridge.partner.predict(_encode(question)))
+            why = flaw(said)
+            if why is None:
+                return said, False
         except PartnerError as error:
             why = error.message
     return {"error": why}, True

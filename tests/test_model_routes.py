@@ -123,6 +123,39 @@ def test_partner_that_answers_something_else_counts_for_nothing(predicting, pred
     assert ask(client, model="demand").json["unified"]["forecasts"] == []
 
 
+@pytest.mark.parametrize("score", [10**400, 1e300, -77, 1.0001, "high", True])
+def test_partners_score_that_is_none_is_its_error_and_nexus_own_stands(predicting, predictor, score):
+    client, _ = predicting
+    predictor.says = {"score": score}
+    answer = ask(client, model="fraud", event=payment("t-1"))
+    assert answer.status_code == 200
+    assert answer.json["degraded"] is True
+    assert answer.json["python"] == {"error": "the Python service's score is not a number from 0 to 1"}
+    assert answer.json["unified"] == {"score": answer.json["nexus"]["score"], "method": "mean", "of": ["nexus"]}
+
+
+@pytest.mark.parametrize("score", [0, 1, None])
+def test_partners_score_at_the_bounds_or_not_yet_given_is_no_error(predicting, predictor, score):
+    client, _ = predicting
+    predictor.says = {"score": score}
+    body = ask(client, model="fraud", event=payment("t-1")).json
+    assert (body["degraded"], body["python"]) == (False, {"score": score})
+    assert body["unified"]["of"] == (["nexus"] if score is None else ["nexus", "python"])
+
+
+@pytest.mark.parametrize("wrong", [10**400, -1, -0.5])
+@pytest.mark.parametrize("part", ["value", "low", "high"])
+def test_partners_forecast_that_is_none_is_its_error(predicting, predictor, part, wrong):
+    client, _ = predicting
+    sound = {"at": "2026-01-01T00:00:00Z", "value": 2, "low": 1, "high": 3}
+    predictor.says = {"forecasts": [sound, {**sound, part: wrong}]}
+    answer = ask(client, model="demand")
+    assert answer.status_code == 200
+    assert answer.json["degraded"] is True
+    assert "below 0, or one beyond all bounds" in answer.json["python"]["error"]
+    assert answer.json["unified"]["forecasts"] == []
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
