@@ -1,5 +1,4 @@
-"""Stream five: the bridge. Events leave for the Python service in the log's order per user, from a checkpoint of
-their own.
+"""Stream five: the bridge. Events leave for the Python service in the log's order per user, from a checkpoint of their own.
 
 The backlog is the log itself: while the service is away nothing is queued anywhere else, and nothing else slows down.
 Windows of the log (delivery.py) are sent in lanes side by side (sender.py), as many as the partner bears (throttle.py),
