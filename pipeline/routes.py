@@ -37,7 +37,7 @@ from pipeline.model_routes import demand_answer, model_routes
 from pipeline.openapi import openapi_routes
 from pipeline.outages import rows as outage_rows
 from pipeline.posted import MAX_BODY_BYTES
-from pipeline.streams.aggregates import DIMENSIONS, STEPS_S, Aggregates
+from pipeline.streams.aggregates import DIMENSIONS, STEPS_S, Aggregates, counted
 from pipeline.streams.inference import Inference
 from pipeline.streams.storage import Query
 
@@ -375,18 +375,7 @@ def _aggregates(nexus: Runtime) -> Response:
     hours = list(range(first // 3600 * 3600, last + 1, 3600))
     nexus.catch_up("aggregates")
     stream = nexus.stream("aggregates")
-    unwritten = list(stream.unwritten(step)) if isinstance(stream, Aggregates) else []
-    flats = nexus.store.many([("HGETALL", f"{keys.AGGREGATE}{step}:{start}") for start in starts])
-    series: dict[str, dict[int, int]] = {}
-    prefix = f"{by}:"
-    for start, flat in zip(starts, flats, strict=True):
-        for raw, count in flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True):
-            if raw.startswith(prefix.encode()):
-                series.setdefault(raw.decode()[len(prefix) :], {})[start] = int(count)
-    for start, name, count in unwritten:
-        if name.startswith(prefix) and first <= start <= last:
-            points = series.setdefault(name[len(prefix) :], {})
-            points[start] = points.get(start, 0) + count
+    series = counted(nexus.store, stream if isinstance(stream, Aggregates) else None, by, step, starts)
     distinct = nexus.store.call("PFCOUNT", *[f"{keys.SEEN}{hour}" for hour in hours]) if hours else 0
     rows = [
         {"key": key, "points": [[rfc3339(at * 1000), n] for at, n in sorted(points.items())]}

@@ -148,10 +148,10 @@ class Store:
             raise translate(error) from error
         return {str(name): str(value) for name, value in told.items()}
 
-    def many(self, commands: Iterable[Command]) -> list[Any]:
-        """Several commands in one round trip, not atomic; the first error is raised."""
+    def many(self, commands: Iterable[Command], atomic: bool = False) -> list[Any]:
+        """Several commands in one round trip, and in one step if `atomic`; the first error is raised."""
         try:
-            pipe = self.client.pipeline(transaction=False)
+            pipe = self.client.pipeline(transaction=atomic)
             for command in commands:
                 pipe.execute_command(*command)
             answers: list[Any] = pipe.execute()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pipeline.checkpoints import commit
 from pipeline.errors import Fenced, StoreFull, StoreRefused, StoreUnavailable
 from pipeline.settings import load
 from pipeline.store import Store
-from tests.helpers import Cluster, free_port
+from tests.helpers import Cluster, free_port, until
 
 
 def test_store_is_reached_through_a_unix_socket_given_as_redis_url(store_server):
@@ -149,6 +150,34 @@ def cluster(tmp_path: Path) -> Iterator[Store]:
     yield connection
     connection.close()
     server.kill()
+
+
+def test_commands_of_one_step_are_answered_as_of_one_moment(store):
+    done = threading.Event()
+
+    def count() -> None:
+        other = Store(store._url)
+        while not done.is_set():
+            other.call("INCR", "x")
+        other.close()
+
+    counting = threading.Thread(target=count)
+    counting.start()
+    try:
+        until(lambda: store.call("GET", "x"), "the first count")
+        for _ in range(20):
+            assert len(set(store.many([("GET", "x")] * 2_000, atomic=True))) == 1
+    finally:
+        done.set()
+        counting.join()
+
+
+def test_commands_of_one_step_are_answered_on_a_cluster(cluster):
+    cluster.call("HSET", keys.PREFIX + "a", "f", 1)
+    [number, held, absent] = cluster.many(
+        [("HGET", keys.PREFIX + "a", "f"), ("HGETALL", keys.PREFIX + "a"), ("HGETALL", keys.PREFIX + "b")], atomic=True
+    )
+    assert (number, list(held), list(absent)) == (b"1", [b"f"] if isinstance(held, dict) else [b"f", b"1"], [])
 
 
 def test_commit_whose_answer_is_lost_is_not_repeated_on_a_cluster(cluster, monkeypatch):

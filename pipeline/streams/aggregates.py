@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from pipeline import keys
 from pipeline.store import Command, Store
 from pipeline.streams.stream import Batch, Cut, Outcome, Stream
+from pipeline.streams.unwritten import Unwritten, stored
 
 STEPS_S = {"1s": 1, "1m": 60, "1h": 3600}
 DIMENSIONS = ("type", "source", "device", "zone")
@@ -19,7 +20,8 @@ SECONDS_KEPT_MS = 2 * 3_600_000  # counters per second are kept for events of th
 MAX_VALUES = {"type": 1_000, "source": 1_000, "device": 1_000, "zone": 50_000}
 OTHER = "~other"  # where values beyond the limit are counted: the key space stays bounded whatever clients send
 RECENT_S = 60
-_USERS_PER_COMMAND = 500
+_VALUES_AT_ONCE = 500  # in one command
+_BUCKETS_AT_ONCE = 20  # are read in one step, which nothing else may interrupt
 # Dimensions whose values are counted together, since they are few; they are told apart when they are written or asked for.
 _TOGETHER = (("type", "source", "device"), ("zone",))
 Counts = tuple[Counter[tuple[Any, ...]], ...]  # for each of these: (second of event time, values) -> events
@@ -36,7 +38,7 @@ class Aggregates(Stream):
     def __init__(self, store: Store, retention_ms: int = 168 * 3_600_000) -> None:
         super().__init__(store)
         self._retention_ms = retention_ms
-        self._pending, self._writing = _no_counts(), _no_counts()
+        self._counts = Unwritten(_no_counts)
         self._oldest = 0  # counters per second are kept after this one
         self._seen: dict[int, set[str]] = {}
         self._new: dict[int, set[str]] = {}
@@ -51,7 +53,7 @@ class Aggregates(Stream):
         whole: tuple[Sequence[str | None], ...] = (batch.types, batch.sources, batch.devices, batch.zones)
         columns = {n: self._bounded(n, batch.counted(column)) for n, column in zip(DIMENSIONS, whole, strict=True)}
         seconds = [ts // 1000 for ts in batch.counted(batch.ts)]
-        for counter, names in zip(self._pending, _TOGETHER, strict=True):
+        for counter, names in zip(self._counts.count_from(batch.first_ordinal), _TOGETHER, strict=True):
             counter.update(zip(seconds, *(columns[name] for name in names), strict=True))  # counts in C
         self._see(seconds, batch.counted(batch.users))
         self._note_arrivals(batch.counted(batch.arrivals), columns)
@@ -98,38 +100,66 @@ class Aggregates(Stream):
             at = after
 
     def cut(self, now: int) -> Cut:
-        self._writing, self._pending = self._pending, _no_counts()
         new, self._new = self._new, {}
-        buckets: dict[str, int] = {}
+        kept: dict[str, int] = {}  # key -> ms
         final: list[Command] = []
-        totals = _by_field(self._writing)
+        totals = _by_field(self._counts.cut())
         for step in STEPS_S.values():
             totals = _coarser(totals, step)
             for (start, field), count in totals.items():
                 if step > 1 or start > self._oldest:
                     key = f"{keys.AGGREGATE}{step}:{start}"
-                    buckets[key] = SECONDS_KEPT_MS if step == 1 else self._retention_ms
+                    kept[key] = SECONDS_KEPT_MS if step == 1 else self._retention_ms
                     final.append(("HINCRBY", key, field, count))
         for hour, users in new.items():
             key = f"{keys.SEEN}{hour}"
-            buckets[key] = self._retention_ms
-            ordered = list(users)
-            for at in range(0, len(ordered), _USERS_PER_COMMAND):
-                final.append(("PFADD", key, *ordered[at : at + _USERS_PER_COMMAND]))
-        final += [("PEXPIRE", key, kept) for key, kept in buckets.items()]
+            kept[key] = self._retention_ms
+            final += _in_pieces("PFADD", key, users)
+        final += [("PEXPIRE", key, ms) for key, ms in kept.items()]
         return Cut(iter(()), final, self._written)
 
     def _written(self) -> None:
-        self._writing = _no_counts()
+        self._counts.written()
         for hour in sorted(self._seen)[:-3]:  # only recent hours are worth remembering; PFADD forgives a repetition
             del self._seen[hour]
 
-    def unwritten(self, step: int) -> Iterator[tuple[int, str, int]]:
-        """(bucket start s, field, count) of what the store does not have yet."""
-        for counts in (self._writing, self._pending):
+    def unwritten(self, step: int) -> Iterator[tuple[int, int, str, int]]:
+        """(first ordinal, bucket start s, field, count) of what is not in the store as long as the position there is not beyond that."""
+        for ordinal, counts in self._counts.parts():
             for (start, field), count in _coarser(_by_field(counts), step).items():
                 if step > 1 or start > self._oldest:
-                    yield start, field, count
+                    yield ordinal, start, field, count
+
+
+def counted(
+    store: Store, stream: Aggregates | None, by: str, step: int, starts: Sequence[int]
+) -> dict[str, dict[int, int]]:
+    """Events in the buckets of a step (s) that begin at `starts`: value of the dimension -> start -> count. `stream` is the
+    running one, None where another instance runs it."""
+    prefix = f"{by}:"
+    begins, length = prefix.encode(), len(prefix)
+    found: dict[str, dict[int, int]] = {}
+    unwritten: dict[int, list[tuple[int, str, int]]] = {}
+    for first, start, field, count in stream.unwritten(step) if stream is not None else ():
+        if field.startswith(prefix):
+            unwritten.setdefault(start, []).append((first, field[length:], count))
+    for at in range(0, len(starts), _BUCKETS_AT_ONCE):
+        some = starts[at : at + _BUCKETS_AT_ONCE]
+        ordinal, buckets = stored(store, Aggregates.name, [f"{keys.AGGREGATE}{step}:{start}" for start in some])
+        for start, bucket in zip(some, buckets, strict=True):
+            for raw, number in bucket:
+                if raw.startswith(begins):
+                    found.setdefault(raw[length:].decode(), {})[start] = int(number)
+            for first, value, count in unwritten.get(start, ()):
+                if first >= ordinal:
+                    points = found.setdefault(value, {})
+                    points[start] = points.get(start, 0) + count
+    return found
+
+
+def _in_pieces(command: str, key: str, values: Iterable[Any]) -> Iterator[Command]:
+    ordered = list(values)
+    return ((command, key, *ordered[at : at + _VALUES_AT_ONCE]) for at in range(0, len(ordered), _VALUES_AT_ONCE))
 
 
 def _no_counts() -> Counts:

@@ -16,6 +16,7 @@ from pipeline.frames import Head
 from pipeline.models import demand, fraud
 from pipeline.store import Command, Store
 from pipeline.streams.stream import Batch, Cut, Outcome, Stream
+from pipeline.streams.unwritten import Unwritten
 
 DAY_MS = 86_400_000
 WEEK_S = 7 * 86_400  # of steps in one key
@@ -102,8 +103,8 @@ class Inference(Stream):
         self._labels: dict[str, int] = {}
         # Reports of payments that are not in memory, with the label before them where that is: each checkpoint asks for all at once.
         self._late: list[tuple[str, bool, int | None]] = []
-        self._requests: Counter[tuple[str, int]] = Counter()
-        self._writing: tuple[dict[str, Score], dict[str, int], Counter[tuple[str, int]]] = ({}, {}, Counter())
+        self._requests: Unwritten[Counter[tuple[str, int]]] = Unwritten(Counter)
+        self._writing: tuple[dict[str, Score], dict[str, int]] = ({}, {})
 
     def load(self, now: int) -> None:
         self.model, self.demand = stored_fraud(self.store), stored_demand(self.store)
@@ -216,16 +217,16 @@ class Inference(Stream):
             if not 0 <= quantity <= MAX_QUANTITY:  # a sum beyond what a number holds would fail the whole commit
                 raise Malformed(f"data.quantity is {quantity:g}; it takes a number from 0 to {MAX_QUANTITY:g}")
         step = batch.ts[index] // 1000 // demand.STEP_S * demand.STEP_S
-        self._requests[CITY, step] += quantity  # type: ignore[assignment]  # a feed may count in fractions
+        requests = self._requests.count_from(batch.first_ordinal)
+        requests[CITY, step] += quantity  # type: ignore[assignment]  # a feed may count in fractions
         zone = batch.zones[index]
         if zone is not None:
-            self._requests[zone, step] += quantity  # type: ignore[assignment]
+            requests[zone, step] += quantity  # type: ignore[assignment]
 
     def cut(self, now: int) -> Cut:
         self._learn_late()
-        self._writing = (self._scores, self._labels, self._requests)
-        self._scores, self._labels, self._requests = {}, {}, Counter()
-        scores, labels, requests = self._writing
+        self._writing = scores, labels = self._scores, self._labels
+        self._scores, self._labels = {}, {}
         final: list[Command] = []
         by_day: dict[str, list[str | bytes]] = {}
         for transaction, score in scores.items():
@@ -237,6 +238,7 @@ class Inference(Stream):
             days.add(key)
             final.append(("HSET", key, *[word for label in labels.items() for word in label]))
         final += [("PEXPIRE", key, self._retention_ms + 2 * DAY_MS) for key in days]
+        requests = self._requests.cut()
         final += [("HINCRBYFLOAT", demand_key(zone, step), step, count) for (zone, step), count in requests.items()]
         weeks = {demand_key(zone, step) for zone, step in requests}
         final += [("PEXPIRE", key, demand.HISTORY_S * 1000 + 2 * DAY_MS) for key in weeks]
@@ -263,7 +265,8 @@ class Inference(Stream):
         ]
 
     def _written(self) -> None:
-        self._writing = ({}, {}, Counter())
+        self._writing = ({}, {})
+        self._requests.written()
         self._habits.evict()
         self._payees.evict()
 
@@ -273,13 +276,12 @@ class Inference(Stream):
     def unwritten_labels(self) -> dict[str, int]:
         return {**self._writing[1], **self._labels}
 
-    def unwritten_requests(self, zone: str) -> dict[int, float]:
-        total: Counter[int] = Counter()
-        for pending in (self._writing[2], self._requests):
-            for (of, step), count in list(pending.items()):
-                if of == zone:
-                    total[step] += count
-        return dict(total)
+    def unwritten_requests(self, zone: str) -> list[tuple[int, dict[int, float]]]:
+        """(first ordinal, requests by step) of what is not in the store as long as the position there is not beyond that."""
+        return [
+            (ordinal, {step: count for (of, step), count in list(counts.items()) if of == zone})
+            for ordinal, counts in self._requests.parts()
+        ]
 
 
 def demand_key(zone: str, step: int) -> str:
