@@ -23,7 +23,7 @@ _PLUS = re.compile(r" (?=\d\d:\d\d\Z)")  # of an offset; unescaped in a query it
 _LONGEST_TIME = 64  # characters
 _SHORT_BYTES = 4096  # of a text that is worth keeping
 _SKEW_MS = 60_000  # by which two machines' clocks may differ
-_FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999: RFC 3339 has no others
+FIRST_MS, _LAST_MS = -62_135_596_800_000, 253_402_300_799_999  # the years 1 to 9999: RFC 3339 has no others
 
 
 @dataclass(slots=True)
@@ -180,7 +180,7 @@ def _moment(value: Any, now: int) -> int | None:
         ms = read
     else:
         return None
-    return int(ms) if _FIRST_MS <= ms <= now + _SKEW_MS else None
+    return int(ms) if FIRST_MS <= ms <= now + _SKEW_MS else None
 
 
 @lru_cache(maxsize=5_000)
@@ -194,7 +194,7 @@ def _ms_of(text: str) -> int | None:
 def read_moment(name: str, text: str) -> int:
     """Epoch ms of a query parameter: RFC 3339 or epoch milliseconds. Raises BadRequest that names it."""
     digits = text.isascii() and text.removeprefix("-").isdecimal()
-    if digits and len(text) < 18 and _FIRST_MS <= int(text) <= _LAST_MS:
+    if digits and len(text) < 18 and FIRST_MS <= int(text) <= _LAST_MS:
         return int(text)
     try:
         return parse_rfc3339(_PLUS.sub("+", text))[0]

@@ -30,14 +30,14 @@ from pipeline.attempts import latest as latest_attempts
 from pipeline.errors import BadRequest, Fenced, NexusError, NotFound, StoreError, TooLarge
 from pipeline.events import rfc3339
 from pipeline.feature_routes import feature_routes, names_in, of_partner_alone, vector, vector_of_now
-from pipeline.foreign import read_moment
+from pipeline.foreign import FIRST_MS, read_moment
 from pipeline.lookups import event_object
 from pipeline.metrics import metrics_routes
 from pipeline.model_routes import demand_answer, model_routes
 from pipeline.openapi import openapi_routes
 from pipeline.outages import rows as outage_rows
 from pipeline.posted import MAX_BODY_BYTES
-from pipeline.streams.aggregates import DIMENSIONS, STEPS_S, Aggregates, counted
+from pipeline.streams.aggregates import DIMENSIONS, STEPS_S, Aggregates, counted, kept_ms
 from pipeline.streams.inference import Inference
 from pipeline.streams.storage import Query
 
@@ -365,23 +365,28 @@ def _aggregates(nexus: Runtime) -> Response:
     # Events may be stamped up to an hour ahead; the default begins 60 steps before the present all the same.
     last = now_s + (3600 if step > 1 else 0) if until is None else read_moment("until", until) // 1000
     begin = (now_s if until is None else last) - 60 * step
-    first = (begin if since is None else read_moment("since", since) // 1000) // step * step
-    starts = range(first, last + 1, step)  # not a list before it is known to be short
+    begin = max(begin, FIRST_MS // 1000) if since is None else read_moment("since", since) // 1000
+    # Not a list before it is known to be short.
+    starts = range(begin // step * step, last + 1, step) if begin <= last else range(0)
     if len(starts) > MAX_POINTS:
         raise BadRequest(
             "too_many_points",
             f"since, until and step ask for {len(starts)} points; at most {MAX_POINTS}: take a larger step",
         )
-    hours = list(range(first // 3600 * 3600, last + 1, 3600))
     nexus.catch_up("aggregates")
     stream = nexus.stream("aggregates")
     series = counted(nexus.store, stream if isinstance(stream, Aggregates) else None, by, step, starts)
-    distinct = nexus.store.call("PFCOUNT", *[f"{keys.SEEN}{hour}" for hour in hours]) if hours else 0
+    users, users_of = 0, None
+    if starts:
+        hours = range(starts[0] // 3600 * 3600, last + 1, 3600)
+        users = nexus.store.call("PFCOUNT", *[f"{keys.SEEN}{hour}" for hour in hours])
+        users_of = {"since": rfc3339(hours[0] * 1000), "until": rfc3339(hours[-1] * 1000 + 3_599_999)}
     rows = [
         {"key": key, "points": [[rfc3339(at * 1000), n] for at, n in sorted(points.items())]}
         for key, points in sorted(series.items())
     ]
-    return answer({"series": rows, "distinct_users": distinct})
+    kept_since = rfc3339(nexus.clock() - kept_ms(step, nexus.settings.event_retention_hours * 3_600_000))
+    return answer({"series": rows, "distinct_users": users, "distinct_users_of": users_of, "kept_since": kept_since})
 
 
 def _fraud(nexus: Runtime, transactions: list[str]) -> dict[str, dict[str, Any]]:

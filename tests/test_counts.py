@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from flask.testing import FlaskClient
 from pipeline import checkpoints, keys
 from pipeline.checkpoints import Progress
 from pipeline.demand_history import demand_counts
+from pipeline.events import parse_rfc3339
 from pipeline.frames import Position
 from pipeline.models import demand
 from pipeline.runtime import Runtime
@@ -20,7 +22,8 @@ from pipeline.streams import aggregates
 from pipeline.streams.aggregates import Aggregates
 from pipeline.streams.inference import CITY, Inference, demand_key
 from pipeline.streams.stream import Batch, Cut
-from tests.helpers import NOON, batch_of, event, until
+from tests.conftest import Start, client_of
+from tests.helpers import HOUR_MS, MINUTE_MS, NOON, batch_of, event, until
 
 ROUTE = "/api/ml/aggregates"
 
@@ -177,6 +180,66 @@ def test_fields_of_the_asked_dimension_alone_are_read(store: Store) -> None:
     commit(store, batch, stream.cut(NOON))
     assert [aggregates.counted(store, None, by, 60, [at]) for by in aggregates.DIMENSIONS] == in_memory
     assert in_memory[:2] == [{"a": {at: 1}, "b": {at: 1}}, {"app": {at: 2}}]
+
+
+# what a range covers
+
+
+def test_range_that_ends_before_it_begins_has_no_users_and_no_events(client: FlaskClient) -> None:
+    post(client, event(), event())
+    now = time.time_ns() // 1_000_000
+    for step in ("1s", "1m", "1h"):
+        until(lambda: client.get(ROUTE).json["distinct_users"] == 1, "the user")
+        found = client.get(f"{ROUTE}?step={step}&since={now}&until={now - 1_000}").json
+        assert (found["series"], found["distinct_users"], found["distinct_users_of"]) == ([], 0, None)
+
+
+def test_answer_tells_which_hours_the_users_are_of(client: FlaskClient) -> None:
+    found = client.get(f"{ROUTE}?step=1m&since={NOON + MINUTE_MS}&until={NOON + 3 * MINUTE_MS}").json
+    assert found["distinct_users_of"] == {"since": "2100-01-01T12:00:00.000Z", "until": "2100-01-01T12:59:59.999Z"}
+    found = client.get(f"{ROUTE}?step=1m&since={NOON - MINUTE_MS}&until={NOON}").json
+    assert found["distinct_users_of"] == {"since": "2100-01-01T11:00:00.000Z", "until": "2100-01-01T12:59:59.999Z"}
+
+
+@pytest.mark.parametrize("moment", ["0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z"])
+@pytest.mark.parametrize("step", ["1s", "1m", "1h"])
+def test_ranges_at_the_ends_of_time_are_empty(client: FlaskClient, step: str, moment: str) -> None:
+    for query in (f"until={moment}", f"since={moment}&until={moment}"):
+        found = client.get(f"{ROUTE}?step={step}&{query}")
+        assert (found.status_code, found.json["series"], found.json["distinct_users"]) == (200, [], 0)
+
+
+@pytest.mark.parametrize(("step", "hours"), [("1s", 2), ("1m", 30), ("1h", 30)])
+def test_answer_tells_since_when_a_step_has_all_counts(start_nexus: Start, step: str, hours: int) -> None:
+    nexus = start_nexus(EVENT_RETENTION_HOURS=30)
+    client = client_of(nexus)
+    now = nexus.clock()
+    kept, gone = now - hours * HOUR_MS + 10_000, now - hours * HOUR_MS - 100_000
+    post(client, event(timestamp=kept), event(timestamp=gone))
+
+    def points(since: int) -> tuple[int, str]:
+        found = client.get(f"{ROUTE}?step={step}&since={since}&until={since + 5_000}").json
+        return total(found), found["kept_since"]
+
+    count, since = points(kept)
+    assert count >= 1
+    if step == "1s":
+        assert points(gone)[0] == 0
+    assert gone < parse_rfc3339(since)[0] <= kept
+
+
+@pytest.mark.parametrize("ahead_ms", [0, HOUR_MS])
+def test_bucket_is_kept_for_as_long_as_its_step_says_from_its_end_on(store: Store, ahead_ms: int) -> None:
+    stream = Aggregates(store, 30 * HOUR_MS)
+    at = NOON + ahead_ms
+    batch = batch_of(store, [event(timestamp=at)], NOON)
+    stream.process(batch, NOON)
+    commit(store, batch, stream.cut(NOON))
+    for step, hours in ((1, 2), (60, 30), (3600, 30)):
+        left = store.call("PTTL", f"{keys.AGGREGATE}{step}:{at // 1000}")
+        least = hours * HOUR_MS + ahead_ms + step * 1000
+        assert least - 60_000 < left <= least
+    assert store.call("PTTL", f"{keys.SEEN}{at // 1000}") > 30 * HOUR_MS + ahead_ms + HOUR_MS - 60_000
 
 
 def test_history_of_demand_holds_each_week_once(nexus: Runtime) -> None:

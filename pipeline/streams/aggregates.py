@@ -39,7 +39,7 @@ class Aggregates(Stream):
         super().__init__(store)
         self._retention_ms = retention_ms
         self._counts = Unwritten(_no_counts)
-        self._oldest = 0  # counters per second are kept after this one
+        self._oldest = 0  # counters per second are kept from this one on
         self._seen: dict[int, set[str]] = {}
         self._new: dict[int, set[str]] = {}
         self.recent: dict[
@@ -107,13 +107,13 @@ class Aggregates(Stream):
         for step in STEPS_S.values():
             totals = _coarser(totals, step)
             for (start, field), count in totals.items():
-                if step > 1 or start > self._oldest:
+                if step > 1 or start >= self._oldest:
                     key = f"{keys.AGGREGATE}{step}:{start}"
-                    kept[key] = SECONDS_KEPT_MS if step == 1 else self._retention_ms
+                    kept[key] = kept_ms(step, self._retention_ms) + _ahead(start + step, now)
                     final.append(("HINCRBY", key, field, count))
         for hour, users in new.items():
             key = f"{keys.SEEN}{hour}"
-            kept[key] = self._retention_ms
+            kept[key] = self._retention_ms + _ahead(hour + 3600, now)
             final += _in_pieces("PFADD", key, users)
         final += [("PEXPIRE", key, ms) for key, ms in kept.items()]
         return Cut(iter(()), final, self._written)
@@ -127,8 +127,13 @@ class Aggregates(Stream):
         """(first ordinal, bucket start s, field, count) of what is not in the store as long as the position there is not beyond that."""
         for ordinal, counts in self._counts.parts():
             for (start, field), count in _coarser(_by_field(counts), step).items():
-                if step > 1 or start > self._oldest:
+                if step > 1 or start >= self._oldest:
                     yield ordinal, start, field, count
+
+
+def kept_ms(step: int, retention_ms: int) -> int:
+    """How long counts of a step (s) are kept, from the end of their bucket on at least."""
+    return SECONDS_KEPT_MS if step == 1 else retention_ms
 
 
 def counted(
@@ -155,6 +160,11 @@ def counted(
                     points = found.setdefault(value, {})
                     points[start] = points.get(start, 0) + count
     return found
+
+
+def _ahead(end_s: int, now: int) -> int:
+    """How long from now (epoch ms) until a bucket ends."""
+    return max(0, end_s * 1000 - now)
 
 
 def _in_pieces(command: str, key: str, values: Iterable[Any]) -> Iterator[Command]:

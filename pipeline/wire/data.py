@@ -290,6 +290,13 @@ class Series(TypedDict):
     points: list[list[str | float]]
 
 
+class Hours(TypedDict):
+    since: str
+    until: str
+
+
 class Aggregates(TypedDict):
     series: list[Series]
     distinct_users: int
+    distinct_users_of: Hours | None
+    kept_since: str
