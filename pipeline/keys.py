@@ -26,6 +26,7 @@ redriven        hash    id of a dead letter sent again -> the place it was sent 
                         died there again -> its id, attempts, first_at and received_at before that, JSON
 spans           hash    n -> packed (least event time, greatest event time, rows) of the storage index
 agg:<step>:<t>  hash    event counters of the bucket that begins at t: "<dimension>:<value>" -> count
+values:<d>      set     values of a dimension that have counters of their own, so that their number stays bounded
 seen:<t>        string  HyperLogLog of the users of the hour that begins at t
 scores:<day>    hash    fraud scores of the payments that arrived on a day: transaction -> packed
 labels:<day>    hash    late labels that arrived on a day: transaction -> 0 or 1
@@ -72,6 +73,7 @@ DUE = PREFIX + "due"
 ROWS = PREFIX + "rows:"
 SPANS = PREFIX + "spans"
 AGGREGATE = PREFIX + "agg:"
+VALUES = PREFIX + "values:"
 SEEN = PREFIX + "seen:"
 SCORES = PREFIX + "scores:"
 LABELS = PREFIX + "labels:"

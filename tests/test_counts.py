@@ -19,7 +19,7 @@ from pipeline.models import demand
 from pipeline.runtime import Runtime
 from pipeline.store import Store
 from pipeline.streams import aggregates
-from pipeline.streams.aggregates import Aggregates
+from pipeline.streams.aggregates import MAX_VALUES, OTHER, Aggregates
 from pipeline.streams.inference import CITY, Inference, demand_key
 from pipeline.streams.stream import Batch, Cut
 from tests.conftest import Start, client_of
@@ -180,6 +180,32 @@ def test_fields_of_the_asked_dimension_alone_are_read(store: Store) -> None:
     commit(store, batch, stream.cut(NOON))
     assert [aggregates.counted(store, None, by, 60, [at]) for by in aggregates.DIMENSIONS] == in_memory
     assert in_memory[:2] == [{"a": {at: 1}, "b": {at: 1}}, {"app": {at: 2}}]
+
+
+# the limit of values
+
+
+def test_limit_of_values_holds_over_restarts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MAX_VALUES, "source", 5)
+    for n in range(4):
+        stream = Aggregates(store)
+        stream.load(NOON)
+        for i in range(3):
+            batch = batch_of(store, [event(timestamp=NOON)], NOON, f"s{n}{i}")
+            stream.process(batch, NOON)
+            commit(store, batch, stream.cut(NOON))
+    found = aggregates.counted(store, None, "source", 3600, [NOON // 1000])
+    assert found.keys() == {"s00", "s01", "s02", "s10", "s11", OTHER}
+    assert sum(points[NOON // 1000] for points in found.values()) == 12
+
+
+def test_values_are_known_for_as_long_as_what_is_counted_of_them_is_kept(store: Store) -> None:
+    stream = Aggregates(store, 5 * HOUR_MS)
+    batch = batch_of(store, [event(timestamp=NOON)], NOON)
+    stream.process(batch, NOON)
+    commit(store, batch, stream.cut(NOON))
+    assert 0 < store.call("PTTL", keys.VALUES + "type") <= 5 * HOUR_MS
+    assert store.call("EXISTS", keys.VALUES + "zone") == 0
 
 
 # what a range covers

@@ -46,6 +46,12 @@ class Aggregates(Stream):
             int, Counter[str]
         ] = {}  # arrival second -> "type:..." and "source:..." of the last minute, for the dashboard
         self._known: dict[str, set[str | None]] = {name: {None} for name in DIMENSIONS}
+        self._unlisted: dict[str, list[str | None]] = {name: [] for name in DIMENSIONS}  # known, but not to the store
+
+    def load(self, now: int) -> None:
+        found = self.store.many([("SMEMBERS", keys.VALUES + name) for name in DIMENSIONS])
+        for name, values in zip(DIMENSIONS, found, strict=True):
+            self._known[name].update(value.decode() for value in values)
 
     def process(self, batch: Batch, now: int) -> Outcome:
         if batch.canary:
@@ -65,8 +71,10 @@ class Aggregates(Stream):
         known = self._known[name]
         if known.issuperset(values):
             return values
-        room = MAX_VALUES[name] + 1 - len(known)  # None is known, but no value
-        known.update(islice(dict.fromkeys(value for value in values if value not in known), room))
+        room = max(0, MAX_VALUES[name] + 1 - len(known))  # None is known, but no value
+        new = list(islice(dict.fromkeys(value for value in values if value not in known), room))
+        known.update(new)
+        self._unlisted[name] += new
         return [value if value in known else OTHER for value in values]
 
     def _see(self, seconds: list[int], users: Sequence[str]) -> None:
@@ -115,6 +123,12 @@ class Aggregates(Stream):
             key = f"{keys.SEEN}{hour}"
             kept[key] = self._retention_ms + _ahead(hour + 3600, now)
             final += _in_pieces("PFADD", key, users)
+        for name, values in self._unlisted.items():
+            if values:
+                key = keys.VALUES + name
+                kept[key] = self._retention_ms
+                final += _in_pieces("SADD", key, values)
+                self._unlisted[name] = []
         final += [("PEXPIRE", key, ms) for key, ms in kept.items()]
         return Cut(iter(()), final, self._written)
 
