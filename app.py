@@ -17,7 +17,7 @@ from pipeline import logs, processes, settings
 from pipeline.connections import Turns
 from pipeline.dashboard import create_dashboard
 from pipeline.errors import NexusError, SettingError
-from pipeline.hot_route import HotRoute, SharedReads
+from pipeline.hot_route import HotRoute, SharedReads, takes_long
 from pipeline.routes import register
 from pipeline.runtime import Runtime
 from pipeline.settings import Settings
@@ -33,7 +33,7 @@ def create_app(nexus: Runtime) -> Flask:
     register(app, nexus)
     create_dashboard(app)
     app.add_url_rule("/", "root", lambda: redirect("/nexus/"))
-    turns = Turns(HotRoute(app.wsgi_app, nexus), TURNS)
+    turns = Turns(HotRoute(app.wsgi_app, nexus), TURNS, takes_long)
     app.wsgi_app = SharedReads(turns, nexus)  # type: ignore[method-assign]
     return app
 

@@ -26,18 +26,22 @@ class Turns:
     """A WSGI wrapper: so many requests are worked on at a time, and each has its body by then.
 
     The server gives every request a thread, many more of them than there are turns: an upload that stalls holds only
-    that. Without turns as many threads would struggle for one interpreter lock.
+    that. Without turns as many threads would struggle for one interpreter lock. Of those that take long, by `takes_long`,
+    only a quarter of the turns are given to at a time: the others' are for what is soon done.
     """
 
-    def __init__(self, app: Wsgi, turns: int) -> None:
+    def __init__(
+        self, app: Wsgi, turns: int, takes_long: Callable[[dict[str, Any]], bool] = lambda environ: False
+    ) -> None:
         self._app, self.line = app, Line(turns)
+        self._long_line, self._takes_long = Line(max(1, turns // 4)), takes_long
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["PATH_INFO"] in _NO_TURN:
             return self._app(environ, start_response)
         if size := _to_read(environ):
             environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(size))
-        with self.line:
+        with self._long_line if self._takes_long(environ) else contextlib.nullcontext(), self.line:
             return self._app(environ, start_response)
 
 

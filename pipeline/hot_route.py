@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 INGEST = "/api/ml/events/ingest"
 FEATURES = "/api/ml/features/"
 MOST_READS = 4  # that are answered together: more let those who come meanwhile wait longer
+_LONG = {"/api/ml/events", "/api/ml/aggregates", "/api/ml/dead-letters/redrive"}
 PATIENCE_S = 0.5  # so long a read waits for those before it
 _STATUS = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
@@ -59,6 +60,12 @@ class SharedReads:
     def _work(self, asked: list[tuple[str, dict[str, Any]]]) -> list[Bare]:
         with self._nexus.precedence:
             return features_responses(self._nexus, asked)
+
+
+def takes_long(environ: dict[str, Any]) -> bool:
+    """Whether a request may take as long as there are events: it has to read, or to write, any number of them."""
+    path: str = environ["PATH_INFO"]
+    return path in _LONG or (path.startswith(FEATURES) and _of_the_past(environ))
 
 
 def _answer(start_response: Callable[..., Any], bare: Bare) -> Iterable[bytes]:

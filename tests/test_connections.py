@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.connections import Turns, close_idle
+from pipeline.hot_route import takes_long
 from pipeline.posted import MAX_BODY_BYTES
 from tests.helpers import until
 
@@ -98,6 +99,36 @@ def test_turns_go_round_in_the_order_in_which_requests_came(aside):
         until_there(app, slow, int(path[1:]) + 1)
     slow.let_go.set()
     until(lambda: slow.began == ["/0", "/1", "/2", "/3"])
+
+
+def test_requests_that_take_long_leave_turns_to_the_others(aside):
+    slow = Slow()
+    app = Turns(slow, 8, lambda environ: environ["PATH_INFO"].startswith("/long"))
+    for i in range(10):
+        aside(app, request(f"/long{i}"), start)
+    until(lambda: len(slow.began) + len(app._long_line.waiting) == 10)
+    assert len(slow.began) == 2
+    for i in range(6):
+        aside(app, request(f"/short{i}"), start)
+    until(lambda: sum(path.startswith("/short") for path in slow.began) == 6)
+    slow.let_go.set()
+    until(lambda: len(slow.began) == 16)
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "long"),
+    [
+        ("/api/ml/features/u", "as_of=2026-01-01T00:00:00Z", True),
+        ("/api/ml/features/u", "names=a", False),
+        ("/api/ml/events", "user_id=u", True),
+        ("/api/ml/events/e-1", "", False),
+        ("/api/ml/events/ingest", "", False),
+        ("/api/ml/dead-letters/redrive", "", True),
+        ("/api/ml/aggregates", "by=type", True),
+    ],
+)
+def test_what_has_to_read_any_number_of_events_takes_long(path, query, long):
+    assert takes_long({"PATH_INFO": path, "QUERY_STRING": query}) is long
 
 
 def test_probe_is_answered_while_every_turn_is_taken(aside):
