@@ -176,9 +176,10 @@ def parse(raw: Any, now: int) -> Parsed:
     )
     try:
         body = encode(stored)
+        if len(body) > MAX_EVENT_BYTES:
+            _check_size(encode(raw))  # what was posted counts, without what is added here
     except (UnicodeEncodeError, ValueError) as error:
         raise Rejected("event", "not_unicode", NOT_UNICODE) from error
-    _check_size(body)
     return Parsed(event_id, ts, _pack_time(ts) + body, stored)
 
 

@@ -249,7 +249,7 @@ def parts_of(settings: Settings, store: EmbeddedStore | None, demo: bool) -> lis
 
     parts = [
         Part("Python service", python("event_api.py"), service_up, has_store, grace=10),
-        Part("Nexus", python("app.py"), nexus_up, has_store, grace=20),
+        Part("Nexus", python("app.py"), nexus_up, has_store, grace=30),
     ]
     if store is not None:
         parts.insert(0, Part("store", store.start, has_store, grace=30, lost=store.lost, why=store.trouble))
