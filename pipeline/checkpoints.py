@@ -12,7 +12,7 @@ import msgspec
 
 from pipeline import keys
 from pipeline.frames import Head, Position
-from pipeline.store import Call, Command, Store
+from pipeline.store import Call, Command, Store, as_hash
 
 JOURNAL_LENGTH = 20_000  # commits remembered per stream: hours at one a second, days when quiet
 _JOURNAL = struct.Struct("<QQ")
@@ -178,5 +178,4 @@ def audit(store: Store) -> Audit:
 
 
 def _pairs(flat: Any) -> dict[str, str]:
-    items = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
-    return {key.decode(): value.decode() for key, value in items}
+    return {key.decode(): value.decode() for key, value in as_hash(flat).items()}

@@ -39,7 +39,7 @@ from pipeline.frames import (
     split,
 )
 from pipeline.high_water import HighWater
-from pipeline.store import Store
+from pipeline.store import Store, as_hash
 
 SEGMENT_BYTES = 8 << 20
 SEGMENT_MS = 3_600_000
@@ -332,9 +332,8 @@ class Log:
 
     def sealed(self) -> dict[int, tuple[int, int, int, int]]:
         """The sealed segments: first and last arrival (epoch ms), bytes, and the ordinal behind their last event."""
-        flat = self._store.call("HGETALL", keys.SEGMENTS)
-        pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
-        return {int(segment): struct.unpack("<4Q", packed) for segment, packed in pairs}
+        found = as_hash(self._store.call("HGETALL", keys.SEGMENTS))
+        return {int(segment): struct.unpack("<4Q", packed) for segment, packed in found.items()}
 
     def first_ordinal(self, segment: int) -> int | None:
         """The ordinal of a segment's first event, None where its start is damaged."""

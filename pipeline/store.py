@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -191,6 +191,11 @@ class Store:
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
+
+
+def as_hash(flat: Any) -> Mapping[bytes, bytes]:
+    """A HGETALL's answer, in whichever shape the client gives it."""
+    return flat if isinstance(flat, dict) else dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _pieces(items: Sequence[T], most: int) -> Iterator[Sequence[T]]:

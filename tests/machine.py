@@ -26,7 +26,7 @@ from pipeline.events import CANARY_USER, canary
 from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, Position, record
 from pipeline.log import Log, Request, Taken
 from pipeline.models.fraud import Fraud
-from pipeline.store import Store
+from pipeline.store import Store, as_hash
 from pipeline.streams import fold
 from pipeline.streams.features import Features
 from pipeline.streams.storage import ROW
@@ -309,7 +309,7 @@ class Machine(RuleBasedStateMachine):
         packed = b"".join(filter(None, next(answers)))
         rows = [int(place) for place in np.frombuffer(packed, ROW)["place"]]
         counted = sum(int(next(answers) or 0) for _ in HOURS)
-        hashes = {user: fold.as_hash(next(answers)) for user in users}
+        hashes = {user: as_hash(next(answers)) for user in users}
         entities = {user: self.reader.windows.load(flat) for user, flat in hashes.items() if flat}
         scores = [name.decode() for _ in days for name in next(answers)]
         raw = next(answers)

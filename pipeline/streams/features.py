@@ -22,8 +22,8 @@ from pipeline.frames import CANARY, Position, named, user_of
 from pipeline.log import Log
 from pipeline.outbox import Outbox
 from pipeline.reading import Values
-from pipeline.store import Command, Store
-from pipeline.streams.fold import Fold, as_hash
+from pipeline.store import Command, Store, as_hash
+from pipeline.streams.fold import Fold
 from pipeline.streams.stream import Batch, Cut, Outcome, Stream
 from pipeline.tiles import Entity
 from pipeline.windows import Windows

@@ -21,7 +21,7 @@ from pipeline.extraction import Count, Counting, Dead, Owners, compile_counting
 from pipeline.families import Family
 from pipeline.frames import REDRIVE
 from pipeline.read_lately import ReadLately
-from pipeline.store import Call, Command, Store
+from pipeline.store import Call, Command, Store, as_hash
 from pipeline.streams.payees import Made, Payees, merchant_of
 from pipeline.streams.stream import UNDECODABLE, Batch, Outcome
 from pipeline.tiles import Entity
@@ -281,8 +281,3 @@ class Fold:
                 entity.position = max(entity.position, self.ordinal)
                 commands += table.windows.dump(entity, table.prefix + owner, now)
             yield commands
-
-
-def as_hash(flat: Any) -> Hash:
-    """A HGETALL's answer, in whichever shape the client gives it."""
-    return flat if isinstance(flat, dict) else dict(zip(flat[::2], flat[1::2], strict=True))

@@ -17,7 +17,7 @@ from pipeline import keys
 from pipeline.errors import BadRequest
 from pipeline.events import Event
 from pipeline.log import Log
-from pipeline.store import Command, Store
+from pipeline.store import Command, Store, as_hash
 from pipeline.streams.stream import Batch, Cut, Outcome, Stream
 
 ROW = np.dtype(
@@ -117,9 +117,8 @@ class Storage(Stream):
 
 def read_spans(store: Store) -> dict[int, tuple[int, int, int]]:
     """For each segment: least and greatest event time (epoch ms) and the number of rows."""
-    flat = store.call("HGETALL", keys.SPANS)
-    pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
-    return {int(segment): _SPAN.unpack(packed) for segment, packed in pairs}
+    found = as_hash(store.call("HGETALL", keys.SPANS))
+    return {int(segment): _SPAN.unpack(packed) for segment, packed in found.items()}
 
 
 class EventStore:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from pipeline import keys
-from pipeline.store import Store
+from pipeline.store import Store, as_hash
 
 T = TypeVar("T")
 
@@ -57,6 +57,4 @@ def stored(store: Store, stream: str, hashes: Sequence[str]) -> tuple[int, list[
     """A stream's position, as an ordinal, and what hashes that the stream adds to held at it, as (field, value)."""
     commands = [("HGET", keys.CHECKPOINT + stream, "ordinal"), *[("HGETALL", name) for name in hashes]]
     ordinal, *held = store.many(commands, atomic=True)
-    return int(ordinal or 0), [
-        flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True) for flat in held
-    ]
+    return int(ordinal or 0), [as_hash(flat).items() for flat in held]
