@@ -48,7 +48,7 @@ def _taxi(path: Path, options: Options) -> list[Row]:
     """The Numenta Anomaly Benchmark's series: passengers per half hour."""
     with path.open() as file:
         counts = [float(row["value"]) for row in csv.DictReader(file)]
-    return _demand("taxi passengers in half a year", counts, HISTORY_S // STEP_S, options.pick(23, 5, 1))
+    return _demand("taxi passengers in half a year", counts, HISTORY_S // STEP_S, options.pick(23, 1))
 
 
 def _pickups(path: Path, options: Options) -> list[Row]:
