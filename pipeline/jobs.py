@@ -16,7 +16,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 
 from pipeline.errors import NexusError, StoreRefused
 
-PIPELINE = "pipeline"
+PIPELINE, HEALTH_CHECK = "pipeline", "health check"
 _SECOND_US = 1_000_000
 log = logging.getLogger(__name__)
 logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it warns at each refused turn of a job that still runs
@@ -30,7 +30,8 @@ class Job:
     every_s: Callable[[], float]
     run: Callable[[], Any]
     last_ms: float | None = None
-    late: int = 0
+    late: int = 0  # turns that were
+    late_now: bool = False  # the latest was
     ok: bool | None = None
     error: str | None = None
     broken: bool = False  # it failed for a reason that waiting does not mend
@@ -117,6 +118,7 @@ class Scheduler:
                     "last_ms": None if job.last_ms is None else round(job.last_ms, 2),
                     "runs": job.runs,
                     "late": job.late,
+                    "late_now": job.late_now,
                     "next_in_s": None if upcoming is None else round((upcoming - now).total_seconds(), 1),
                     "ok": job.ok,
                     "error": job.error,
@@ -137,4 +139,4 @@ class Scheduler:
             return  # runs until stop: its further turns are meant to be refused, they are there to start it again
         late = event.code == EVENT_JOB_MAX_INSTANCES
         late |= (datetime.now(UTC) - event.scheduled_run_times[0]).total_seconds() > 1.0
-        job.late += late
+        job.late, job.late_now = job.late + late, late

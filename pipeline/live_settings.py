@@ -106,11 +106,13 @@ class LiveSettings:
         }
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Each setting with its value, bounds and where the value comes from."""
+        """Each setting with its value, bounds and where the value comes from. `environment` is what null goes back to: the
+        default where the variable is unset."""
         return {
             name: {
                 "value": _shown(self[name]),
                 "default": SPECS[name].default_value,
+                "environment": _shown(self._environment[name]),
                 "source": "store" if name in self._overrides else "environment",
                 "min": SPECS[name].minimum,
                 "max": SPECS[name].maximum,

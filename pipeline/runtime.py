@@ -29,7 +29,7 @@ from pipeline.feature_health import FeatureHealth
 from pipeline.feature_store import FeatureStore
 from pipeline.health import Health
 from pipeline.ingest import Ingest
-from pipeline.jobs import PIPELINE, Job, Scheduler
+from pipeline.jobs import HEALTH_CHECK, PIPELINE, Job, Scheduler
 from pipeline.lease import Lease, name_of
 from pipeline.live_settings import LiveSettings
 from pipeline.log import Log
@@ -126,7 +126,7 @@ class Runtime:
             Job("publish", lambda: 1.0, self.publisher.publish),
             Job("backfill", lambda: 1.0, self._backfill),
             Job("settings", lambda: 2.0, live.refresh),
-            Job("health check", lambda: float(live["HEALTH_CHECK_INTERVAL"]), self._check_health),
+            Job(HEALTH_CHECK, lambda: float(live["HEALTH_CHECK_INTERVAL"]), self._check_health),
             Job("canary", lambda: float(live["HEALTH_CHECK_INTERVAL"]), self.actions.canary.periodic),
             Job("feature sync", lambda: float(live["FEATURE_SYNC_INTERVAL"]), self.sync_features),
             Job("demand", lambda: 30.0, self._look_at_demand),

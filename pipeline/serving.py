@@ -14,11 +14,12 @@ from pipeline import checkpoints, keys
 from pipeline.checkpoints import Audit
 from pipeline.errors import StoreError
 from pipeline.footprint import Footprint
-from pipeline.frames import Head
+from pipeline.jobs import HEALTH_CHECK
 from pipeline.store_watch import StoreWatch
 from pipeline.streams.aggregates import RECENT_S, Aggregates
 from pipeline.streams.features import Features
 from pipeline.streams.inference import Inference
+from pipeline.streams.runner import STARTING
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime
@@ -28,6 +29,8 @@ RATE_S = 5.0  # rates are means over this long
 _TOP = 6
 _encode = msgspec.json.Encoder().encode
 _BEHIND_S = 10.0
+_OUTAGES = 3
+_OUTAGE = ("began", "ended", "caught_up", "queued", "delivered", "dead")
 
 
 class Meter:
@@ -57,7 +60,7 @@ class Serving:
         self._footprint = Footprint(nexus.store, nexus.log)
         self.store_watch = StoreWatch(nexus.store, nexus.settings, nexus.ingest, lambda: self._footprint.of_events)
         self.audit: Audit | None = None
-        self._errors_seen: deque[tuple[int, int]] = deque(maxlen=60)
+        self._errors_seen: deque[int] = deque([0], maxlen=61)  # the total at each of the last minute's looks
 
     def feed(self, history: bool) -> bytes:
         """The snapshot as JSON, with the history where asked for."""
@@ -167,14 +170,16 @@ class Serving:
     def refresh(self) -> None:
         """The job: look at everything once. A store that is away shows as such."""
         nexus, now = self._nexus, time.monotonic()
+        seen: tuple[Audit, dict[str, float]] | None = None
         try:
             self.store_watch.look()
             self.audit = checkpoints.audit(nexus.store)
-            lags = self._lag_seconds(self.audit)
+            seen = self.audit, self._lag_seconds(self.audit)
             self._footprint.look()
         except StoreError:
-            lags = {}
-        self._body = self._build(now, lags)
+            pass  # what was known before is not how it stands now: shown as unknown
+        self._errors_seen.append(nexus.bridge.errors_total)
+        self._body = self._build(now, *(seen or (None, None)))
         self._plain = _encode(self._body)
         self._remember()
 
@@ -189,15 +194,17 @@ class Serving:
         now = self._clock()
         return {name: max(0.0, (now - at) / 1000) for name, at in zip(behind, headers, strict=True) if at is not None}
 
-    def _build(self, now: float, lags: Mapping[str, float]) -> dict[str, Any]:
-        nexus, audit = self._nexus, self.audit
+    def _build(self, now: float, audit: Audit | None, lags: Mapping[str, float] | None) -> dict[str, Any]:
+        """Of what stands in the store null where it did not answer (`audit` and `lags` are None)."""
+        nexus = self._nexus
         bridge, circuit = nexus.bridge, nexus.bridge.circuit
         at = self._clock()
-        streams = self._streams(now, lags)
+        streams = self._streams(now, audit, lags)
         head = audit.head if audit is not None else None
         pending = audit.accounts["bridge"].pending if audit is not None else None
         dead = audit.accounts["bridge"].dead if audit is not None else None
-        python_rate, ingest_rate = streams["bridge"]["rate"], self._rate("ingest", _offered(head), now)
+        python_rate = streams["bridge"]["rate"]
+        ingest_rate = None if head is None else self._rate("ingest", head.accepted + head.bridge_only, now)
         features = nexus.stream("features")
         latencies = list(nexus.ingest.latencies_ms)
         cuts = quantiles(latencies, n=100) if len(latencies) > 1 else None
@@ -212,19 +219,23 @@ class Serving:
                 "detail": nexus.runner.detail,
                 "checkpoint_age_s": _rounded(nexus.runner.checkpoint_age_s()),
             },
-            "python": nexus.partner_status(),
+            "python": self._partner(),
             "circuit": {
                 "state": circuit.state,
                 "opened_at": circuit.opened_at,
                 "failures": circuit.failures,
                 "paused": circuit.paused,
-                "retry_in_s": _rounded(max(0.0, (circuit.retry_at - at) / 1000)) if circuit.state != "closed" else None,
+                "forced": circuit.forced,
+                "reason": circuit.reason,
+                "retry_in_s": _rounded(max(0.0, (circuit.retry_at - at) / 1000))
+                if circuit.state == "open" and not circuit.forced
+                else None,
             },
             "backlog": {
                 "pending": pending,
                 "dead": dead,
-                "oldest_age_s": _rounded(lags.get("bridge")),
-                "eta_s": _rounded(drain_s(pending, python_rate, ingest_rate)),
+                "oldest_age_s": _rounded(lags.get("bridge")) if lags is not None else None,
+                "eta_s": _rounded(drain_s(pending, python_rate, ingest_rate or 0.0)),
             },
             "streams": streams,
             "totals": {
@@ -244,17 +255,17 @@ class Serving:
                 "ingest_p99_ms": _rounded(cuts[98]) if cuts else None,
             },
             "freshness": {
-                "nexus_s": _rounded(lags.get("features", nexus.runner.delay_s("features"))),
-                "python_s": _rounded(lags.get("bridge", bridge.delay_s)),
+                "nexus_s": None if lags is None else _rounded(lags.get("features", nexus.runner.delay_s("features"))),
+                "python_s": None if lags is None else _rounded(lags.get("bridge", bridge.delay_s)),
                 "nexus_users": features.users if isinstance(features, Features) else None,
             },
             "bridge_errors": {
                 "total": bridge.errors_total,
-                "per_min": self._errors_per_minute(bridge.errors_total),
+                "per_min": self._errors_seen[-1] - self._errors_seen[0],
                 "recent": list(bridge.errors),
             },
-            "outages": bridge.ledger.latest,
-            "canary": nexus.actions.canary.latest,
+            "outages": [{name: row[name] for name in _OUTAGE} for row in bridge.ledger.latest[:_OUTAGES]],
+            "canary": _canary(nexus.actions.canary.latest),
             "models": self._models(),
             "jobs": nexus.scheduler.describe(),
             "settings": nexus.live.describe(),
@@ -262,20 +273,31 @@ class Serving:
             "sources": _top(recent, "source:"),
         }
 
-    def _streams(self, now: float, lags: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-        nexus, audit = self._nexus, self.audit
+    def _partner(self) -> dict[str, Any]:
+        """As ?action=health has it, but not offline before it has been asked for the first time."""
+        nexus = self._nexus
+        found = nexus.partner_status()
+        if found["status"] == "offline" and nexus.bridge.health is None and not nexus.scheduler.jobs[HEALTH_CHECK].runs:
+            found["status"] = STARTING
+        return found
+
+    def _streams(self, now: float, audit: Audit | None, lags: Mapping[str, float] | None) -> dict[str, dict[str, Any]]:
+        nexus = self._nexus
         states = nexus.stream_states()
+        if nexus.runner.state in (STARTING, "running") and states["bridge"][0] in ("standby", "stopped"):
+            states["bridge"] = STARTING, None  # it has yet to see that the lease is this instance's
         found = {}
         for name in keys.STREAMS:
             account = audit.accounts[name] if audit is not None else None
             state, detail = states[name]
-            if state == "running" and lags.get(name, 0.0) >= _BEHIND_S:
+            lag_s = None if lags is None else lags.get(name, 0.0)
+            if state == "running" and (lag_s or 0.0) >= _BEHIND_S:
                 state = "behind"
             found[name] = {
                 "state": state,
                 "detail": detail,
                 "lag": account.pending if account else None,
-                "lag_s": _rounded(lags.get(name, 0.0)),
+                "lag_s": _rounded(lag_s),
                 "processed": account.processed if account else None,
                 "failed": account.dead if account else None,
                 "rate": _rounded(self._rate(name, nexus.live_processed(name), now)),
@@ -314,10 +336,6 @@ class Serving:
     def _rate(self, name: str, count: int, now: float) -> float:
         return self._meters.setdefault(name, Meter()).rate(count, now)
 
-    def _errors_per_minute(self, total: int) -> int:
-        self._errors_seen.append((total, 0))
-        return total - self._errors_seen[0][0]
-
     def _remember(self) -> None:
         body = self._body
         self._history.append(
@@ -329,7 +347,7 @@ class Serving:
                 body["python"]["response_time_ms"],
                 body["freshness"]["nexus_s"],
                 body["freshness"]["python_s"],
-                body["bridge_errors"]["per_min"],
+                self._errors_seen[-1] - self._errors_seen[-2],
                 *(body["streams"][name]["lag"] for name in keys.STREAMS),
             )
         )
@@ -353,9 +371,12 @@ def drain_s(pending: int | None, out: float, into: float) -> float | None:
     return pending / (out - into) if out > into else None
 
 
-def _offered(head: Head | None) -> int:
-    """Events accepted for the bridge so far."""
-    return head.accepted + head.bridge_only if head is not None else 0
+def _canary(latest: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The latest canary's report without the hops that it came through."""
+    if latest is None:
+        return None
+    failed = [{"name": step["name"], "detail": step["detail"]} for step in latest["steps"] if not step["ok"]]
+    return {**{name: latest[name] for name in ("at", "success", "duration_ms")}, "failed": failed}
 
 
 def _top(counts: Counter[str], prefix: str) -> list[tuple[str, int]]:

@@ -47,6 +47,16 @@ def test_job_that_is_still_running_is_not_run_beside_itself_and_its_turn_counts_
     assert most == 1
 
 
+def test_job_that_was_late_is_told_as_late_until_a_turn_is_on_time(gate):
+    scheduler = Scheduler([Job("job", lambda: 0.05, lambda: gate.wait(DEADLINE_S))])
+    scheduler.start()
+    until(lambda: row(scheduler, "job")["late_now"], "a late turn")
+    gate.set()
+    until(lambda: not row(scheduler, "job")["late_now"], "a turn on time")
+    scheduler.stop()
+    assert row(scheduler, "job")["late"]
+
+
 def test_job_that_throws_is_told_and_run_again():
     tries = iter([StoreUnavailable("away"), ValueError("a bug")])
 

@@ -29,6 +29,7 @@ from pipeline.streams.straggler import Straggler
 from pipeline.streams.stream import Stream
 from pipeline.streams.worker import Counters, Shared, Worker
 
+STARTING = "starting"
 HANG_S = 30.0
 NEAR_EVENTS = 2_000  # a straggler this close to the group joins it
 APART_EVENTS = 100_000  # streams that a crash left no farther apart go on as one group, from the hindmost on
@@ -63,7 +64,7 @@ class Runner:
         self._totals = {name: Counters() for name in make}
         self._ordinals: dict[str, int] = {}
         self._awaited = {name: Awaited(partial(self.ordinal, name)) for name in make}
-        self.state = "stopped"  # running, standby, restarting, stopped
+        self.state = STARTING  # then running, standby, restarting, stopped
         self.detail: str | None = None
 
     def run(self, stop: threading.Event) -> None:
@@ -115,7 +116,7 @@ class Runner:
         return None
 
     def states(self) -> dict[str, tuple[str, str | None]]:
-        """For each stream: running, behind, failed, restarting or standby, and why."""
+        """For each stream: running, behind, failed, restarting, standby, starting or stopped, and why."""
         found: dict[str, tuple[str, str | None]] = {}
         for name in LOCAL_STREAMS:
             straggler, group = self._stragglers.get(name), self._group

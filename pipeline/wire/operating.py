@@ -111,6 +111,7 @@ class InTraining(TypedDict):
 class Setting(TypedDict):
     value: Any
     default: Any
+    environment: Any
     source: Literal["environment", "store"]
     min: int | None
     max: int | None

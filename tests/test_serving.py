@@ -1,0 +1,91 @@
+"""The snapshot states what is so now: unknown where the store does not answer, starting before anything was asked."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.runtime import Runtime
+from tests.conftest import Start, client_of, quick
+from tests.helpers import FakePartner, Valkey, until
+
+
+def feed(nexus: Runtime, history: bool = False) -> dict[str, Any]:
+    nexus.serving.refresh()
+    found: dict[str, Any] = json.loads(nexus.serving.feed(history))
+    return found
+
+
+@pytest.fixture
+def idle(store_server: Valkey, partner: FakePartner, tmp_path: Any) -> Any:
+    """A Nexus that is built and not started."""
+    nexus = Runtime(quick(store_server.url, tmp_path, PYTHON_EVENT_API_URL=partner.url))
+    yield nexus
+    nexus.store.close()
+
+
+def test_figures_of_the_store_are_unknown_while_it_is_away(own_server: Valkey, tmp_path: Any) -> None:
+    nexus = Runtime(quick(own_server.url, tmp_path))
+    known = feed(nexus)
+    assert (known["totals"]["accepted"], known["unexplained"], known["backlog"]["pending"]) == (0, 0, 0)
+    own_server.kill()
+    away = feed(nexus)
+    assert away["store"]["status"] == "offline"
+    assert set(away["totals"].values()) == {None}
+    assert set(away["backlog"].values()) == {None}
+    assert (away["unexplained"], away["rates"]["ingest"]) == (None, None)
+    assert (away["freshness"]["nexus_s"], away["freshness"]["python_s"]) == (None, None)
+    for stream in away["streams"].values():
+        assert [stream[name] for name in ("lag", "lag_s", "processed", "failed")] == [None] * 4
+    nexus.store.close()
+
+
+def test_history_of_errors_holds_those_of_each_second_as_an_open_page_counts_them(idle: Runtime) -> None:
+    for total in (0, 2, 2, 5):
+        idle.bridge.sender.errors_total = total
+        idle.serving.refresh()
+    latest = feed(idle, history=True)
+    assert latest["history"]["errors"] == [0, 2, 0, 3, 0]
+    assert (latest["bridge_errors"]["per_min"], latest["bridge_errors"]["total"]) == (5, 5)
+
+
+def test_circuit_opened_by_hand_says_so_and_has_no_next_try(nexus: Runtime) -> None:
+    until(lambda: nexus.bridge.state == "running", "the bridge at work")
+    nexus.bridge.control("open_circuit")
+    circuit = feed(nexus)["circuit"]
+    assert (circuit["state"], circuit["forced"], circuit["reason"]) == ("open", True, "opened by hand")
+    assert circuit["retry_in_s"] is None
+
+
+def test_before_the_first_run_all_is_starting_and_the_health_route_keeps_its_words(idle: Runtime) -> None:
+    before = feed(idle)
+    assert before["python"]["status"] == "starting"
+    assert before["pipeline"]["state"] == "starting"
+    assert {stream["state"] for stream in before["streams"].values()} == {"starting"}
+    assert client_of(idle).get("/api/ml/bridge/python?action=health").json["status"] == "offline"
+
+
+def test_partner_that_was_asked_and_did_not_answer_is_offline_not_starting(start_nexus: Start) -> None:
+    nexus = start_nexus()
+    until(lambda: feed(nexus)["python"]["status"] == "offline", "nobody at the partner's address")
+
+
+def test_setting_tells_what_the_environment_says_beside_its_default(start_nexus: Start) -> None:
+    nexus = start_nexus(FEATURE_SYNC_INTERVAL=60)
+    nexus.live.change({"FEATURE_SYNC_INTERVAL": 45}, None, "test")
+    found = feed(nexus)["settings"]["FEATURE_SYNC_INTERVAL"]
+    assert [found[name] for name in ("value", "environment", "default", "source")] == [45, 60, 300, "store"]
+
+
+def test_feed_stays_small_after_outages_and_canaries(nexus: Runtime) -> None:
+    outage = dict.fromkeys(("began", "ended", "caught_up"), "2026-11-26T22:53:44.123Z")
+    counts = {"queued": 6_666, "delivered": 6_666, "dead": 0, "users": 900, "reason": "connection refused " * 9}
+    nexus.bridge.ledger.latest = [{**outage, **counts}] * 5
+    steps = [{"name": f"hop_{i}", "ok": i > 0, "ms": 1.0, "detail": "in the log"} for i in range(8)]
+    nexus.actions.canary.latest = {"at": 1, "success": False, "duration_ms": 9.1, "steps": steps}
+    found = feed(nexus)
+    assert found["outages"][0]["queued"] == 6_666
+    assert found["canary"]["failed"] == [{"name": "hop_0", "detail": "in the log"}]
+    assert len(nexus.serving.feed(False)) < 6 * 1024
