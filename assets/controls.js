@@ -6,11 +6,13 @@
   const SWITCHES = ["ENABLE_PYTHON_BRIDGE", "HYBRID_FEATURE_MODE"];
   const FIELDS = ["FEATURE_SYNC_INTERVAL", "PYTHON_SERVICE_TIMEOUT", "HEALTH_CHECK_INTERVAL", "PYTHON_EVENT_API_URL"];
   const CONFIRM_MS = 10000; // an accepted change that the feed does not show by then is shown as it is
-  const BUTTONS = { "bridge-pause": "pause", "bridge-resume": "resume", "bridge-reset": "reset_circuit", "open-circuit-yes": "open_circuit" };
+  const BUTTONS = { "bridge-pause": "pause", "bridge-resume": "resume", "bridge-reset": "reset_circuit", "open-circuit-yes": "open_circuit",
+    "act-resume": "resume", "act-reset": "reset_circuit" };
   const SAID = { pause: "The bridge is paused", resume: "The bridge goes on", reset_circuit: "The circuit is reset", open_circuit: "The circuit is open" };
 
   const pending = {}; // name -> {value, until, sent}: asked for, not yet seen in the feed
   const draft = {}; // name -> what stands in the field, where it differs from the truth
+  const refused = {}; // name -> the server's words on what was last applied
   const given = new WeakMap(); // element -> props last given, so that only changes are dispatched
 
   const setting = (name) => nexus.at(nexus.live.feed, "settings." + name) || {};
@@ -34,7 +36,8 @@
 
   /* Sends JSON and returns the answer's body; throws the server's own words. */
   nexus.send = async function (method, url, body) {
-    const answer = await fetch(url, { method, headers: { "Content-Type": "application/json", Accept: "application/json" }, body: JSON.stringify(body) });
+    const headers = { Accept: "application/json", ...(body && { "Content-Type": "application/json" }) };
+    const answer = await fetch(url, { method, headers, body: body && JSON.stringify(body) }).catch(() => { throw new Error("no connection to Nexus"); });
     const text = await answer.text();
     let said = null;
     try { said = JSON.parse(text); } catch (notJson) { said = null; }
@@ -46,7 +49,10 @@
     return said;
   };
 
+  const labelOf = (name) => { const label = document.querySelector(`label[for="${name}"]`); return label ? label.textContent : name; };
+
   async function change(name, value) {
+    delete refused[name];
     pending[name] = { value, until: Infinity };
     paintSettings();
     try {
@@ -55,7 +61,8 @@
       delete draft[name];
     } catch (error) {
       delete pending[name];
-      nexus.notify(name + " was not changed", error.message, true);
+      const words = error.message.replaceAll(name, labelOf(name));
+      if (name in draft) refused[name] = words; else nexus.notify(labelOf(name) + " was not changed", words, true);
     }
     paintSettings();
   }
@@ -70,10 +77,24 @@
   }
 
   function sourceWords(name) {
-    const { source, default: first } = setting(name);
+    const { source, value, default: first, environment } = setting(name);
+    const is = same(environment, first) ? "default" : "environment";
     if (pending[name]) return "pending …";
-    if (source === "store") return "set here" + (first === undefined || first === null ? "" : ", environment says " + (first === true ? "on" : first === false ? "off" : first));
-    return source ? "from the " + source : nexus.format.unknown;
+    if (name in draft) return "not applied, in force: " + shown(name, value);
+    if (source === "store") return "set here" + (environment === undefined || environment === null ? "" : `, ${is}${is === "default" ? "" : " says"}: ${shown(name, environment)}`);
+    return source ? (is === "default" ? "the default" : "from the environment") : nexus.format.unknown;
+  }
+
+  function shown(name, value) {
+    const { unit } = setting(name);
+    return value === true ? "on" : value === false ? "off" : nexus.known(value) ? nexus.format.int(value) + (unit ? " " + unit : "") : String(value);
+  }
+
+  function discard(name) {
+    delete draft[name];
+    delete refused[name];
+    given.delete(document.getElementById(name));
+    paintSettings();
   }
 
   function paintSettings() {
@@ -81,10 +102,12 @@
     for (const name of [...SWITCHES, ...FIELDS]) {
       settle(name);
       const reset = document.getElementById(name + "-reset");
-      if (reset) reset.hidden = setting(name).source !== "store" || Boolean(pending[name]);
+      if (reset) reset.hidden = setting(name).source !== "store" || Boolean(pending[name]) || name in draft;
+      const back = document.getElementById(name + "-discard");
+      if (back) back.hidden = !(name in draft) || Boolean(pending[name]);
       nexus.setText(document.getElementById(name + "-source"), sourceWords(name));
       const row = reset && reset.closest(".setting");
-      if (row) row.dataset.pending = String(Boolean(pending[name]));
+      if (row) row.dataset.pending = String(Boolean(pending[name]) || name in draft);
     }
     for (const name of SWITCHES) {
       const wish = pending[name];
@@ -97,16 +120,23 @@
       const edited = name in draft;
       const props = edited || value === undefined ? {} : { value };
       if (nexus.known(min) && nexus.known(max)) Object.assign(props, { min, max });
-      props.error = edited && !fits(name, draft[name]) ? bounds(name) : "";
-      if (!edited) give(name, props); else give(name, { error: props.error });
+      const error = !edited ? "" : refused[name] || (fits(name, draft[name]) ? "" : remedy(name));
+      give(name, edited ? { error } : { ...props, error });
       give(name + "-apply", { disabled: !edited || Boolean(pending[name]) || !fits(name, draft[name]), loading: Boolean(pending[name]) });
     }
     const paused = nexus.at(feed, "circuit.paused");
+    const circuit = nexus.at(feed, "circuit.state");
     give("bridge-pause", { disabled: paused === true || !feed });
     give("bridge-resume", { disabled: paused !== true });
+    give("bridge-reset", { disabled: !circuit || circuit === "closed" });
+    give("bridge-open", { disabled: !circuit || circuit === "open" });
   }
 
-  const bounds = (name) => `between ${nexus.format.int(setting(name).min)} and ${nexus.format.int(setting(name).max)}`;
+  function remedy(name) {
+    const { min, max } = setting(name);
+    if (!nexus.known(min)) return "an address such as http://localhost:8000";
+    return `a whole number between ${nexus.format.int(min)} and ${nexus.format.int(max)}`;
+  }
   function fits(name, value) {
     const { min, max } = setting(name);
     if (value === "" || value === null || value === undefined) return false;
@@ -115,6 +145,9 @@
   }
 
   nexus.painters.push(paintSettings);
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && event.target.id in draft) discard(event.target.id);
+  });
 
   async function act(action) {
     try {
@@ -158,6 +191,7 @@
     editSetting: function (value) {
       const name = clicked();
       if (!name || !nexus.live.feed || (same(value, truth(name)) && !(name in draft))) return; // the feed sets it too
+      delete refused[name];
       if (same(value, truth(name))) delete draft[name]; else draft[name] = value;
       given.delete(document.getElementById(name));
       paintSettings();
@@ -169,6 +203,12 @@
     resetSetting: function () {
       const name = (clicked() || "").replace(/-reset$/, "");
       if (name && !pending[name]) { delete draft[name]; change(name, null); }
+    },
+    discardSetting: function () {
+      const name = (clicked() || "").replace(/-discard$/, "");
+      if (!name) return;
+      document.getElementById(name).focus();
+      discard(name);
     },
     bridgeAction: function () {
       const id = clicked();

@@ -4,7 +4,7 @@
   const nexus = (window.nexus = window.nexus || {});
   nexus.painters = nexus.painters || [];
   const SVG = "http://www.w3.org/2000/svg";
-  const STREAMS = ["features", "storage", "aggregates", "inference", "bridge"];
+  const { STREAMS } = nexus;
   // The middles of five rows with gaps, and of the two ends, in parts of the picture's height (see overview.css).
   const ROWS = [9, 29.5, 50, 70.5, 91];
   const NEXUS = 30.5;
@@ -14,11 +14,11 @@
 
   /* For each gap its wires: [path, colour, path of the state in the feed, path of the rate]. */
   const WIRES = {
-    in: [[curve(50, 50), "plain", "derived.accepts", "rates.ingest"]],
+    in: [[curve(50, 50), "plain", "derived.store", "rates.ingest"]],
     fan: STREAMS.map((name, i) => [curve(50, ROWS[i]), name === "bridge" ? "python" : "nexus", `streams.${name}.state`, `streams.${name}.rate`]),
     merge: STREAMS.map((name, i) =>
       name === "bridge" ? [curve(ROWS[i], PYTHON), "python", "derived.partner", "rates.python"] : [curve(ROWS[i], NEXUS), "nexus", `streams.${name}.state`, `streams.${name}.rate`]),
-    one: [[curve(NEXUS, 50), "nexus", "derived.serves", "rates.nexus"], [curve(PYTHON, 50), "python", "derived.merges", "rates.python"]],
+    one: [[curve(NEXUS, 50), "nexus", "derived.store", "rates.nexus"], [curve(PYTHON, 50), "python", "derived.merges", "rates.python"]],
   };
 
   function draw(gap) {
@@ -36,20 +36,8 @@
     gap.replaceChildren(svg);
   }
 
-  function derive(feed) {
-    const { at } = nexus;
-    const store = at(feed, "store.status");
-    const status = at(feed, "python.status");
-    const circuit = at(feed, "circuit.state");
-    const off = status === "disabled" || at(feed, "settings.ENABLE_PYTHON_BRIDGE.value") === false;
-    const partner = off ? "idle" : status === "offline" || circuit === "open" ? "bad" : at(feed, "circuit.paused") || status === "degraded" || circuit === "half_open" ? "warn" : status ? "ok" : "unknown";
-    const up = !store ? "unknown" : store === "online" ? "ok" : "bad";
-    const hybrid = at(feed, "settings.HYBRID_FEATURE_MODE.value");
-    return { accepts: up, partner, serves: up, merges: hybrid === false ? "idle" : partner };
-  }
-
   nexus.painters.push(function paintWires(feed) {
-    const shown = { ...feed, derived: derive(feed) };
+    const shown = { ...feed, derived: nexus.derive(feed) };
     for (const gap of document.querySelectorAll("[data-wires]")) {
       if (!gap.firstChild) draw(gap);
       const lines = gap.querySelectorAll("path");

@@ -65,6 +65,7 @@
     int: (x) => (known(x) ? group(Math.round(x)) : UNKNOWN),
     rate: (x) => (known(x) ? (Math.abs(x) < 10 ? short(x) : group(Math.round(x))) : UNKNOWN),
     ms: (x) => (known(x) ? (x < 1000 ? short(x) + " ms" : age(x / 1000)) : UNKNOWN),
+    circuit: (x) => "circuit " + (x ? String(x).replace(/_/g, " ") : "unknown"),
     lag: (x) => (known(x) ? (x <= 0 ? "caught up" : compact(x) + " behind") : UNKNOWN),
     percent: (x) => (known(x) ? (x < 0.1 ? (100 * x).toFixed(1) : String(Math.round(100 * x))) + " %" : UNKNOWN),
     age, bytes, compact, span,

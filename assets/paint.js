@@ -10,7 +10,7 @@
     ok: ["online", "running", "closed", "ready"],
     warn: ["degraded", "restarting", "behind", "loading", "half_open", "paused"],
     bad: ["offline", "failed", "full", "readonly", "open", "stopped"],
-    idle: ["standby", "disabled", "warming_up"],
+    idle: ["standby", "disabled", "warming_up", "starting"],
   };
   const LEVEL_OF = {};
   for (const [level, words] of Object.entries(LEVELS)) for (const word of words) LEVEL_OF[word] = level;
@@ -30,29 +30,21 @@
     return element;
   });
 
-  /* What follows from several fields at once. */
-  function derive(feed) {
-    const store = at(feed, "store.status");
-    const used = at(feed, "store.used_bytes") / at(feed, "store.max_bytes");
-    const status = at(feed, "python.status");
-    const pending = at(feed, "backlog.pending");
-    const oldest = at(feed, "backlog.oldest_age_s");
-    const hybrid = at(feed, "settings.HYBRID_FEATURE_MODE.value");
-    const alone = hybrid === false || status === "offline" || status === "disabled";
-    const words = { true: "both systems merged", false: "Nexus's own only" }[hybrid];
-    const checked = at(feed, "python.checked_at");
-    return {
-      ingest: !store ? "unknown" : store === "online" ? "ok" : store === "loading" ? "warn" : "bad",
-      combined: store !== "online" ? (store ? "bad" : "unknown") : hybrid === false || status === "disabled" ? "idle" : alone || status === "degraded" ? "warn" : status ? "ok" : "unknown",
-      hybrid_words: store && store !== "online" ? "wait for the store" : hybrid === true && (status === "offline" || status === "disabled") ? "Nexus's own, Python's as last known" : words,
-      memory: !known(used) ? "unknown" : used >= 0.85 ? "bad" : used >= 0.7 ? "warn" : "ok",
-      used: known(used) ? used : null,
-      memory_words: known(used) ? format.percent(used) + " used; ingest refuses at 85 %" : "no figures",
-      ingest_words: store && store !== "online" ? "refuses: 503" : "p99 " + format.ms(at(feed, "latency.ingest_p99_ms")),
-      unexplained: !known(feed.unexplained) ? "unknown" : feed.unexplained === 0 ? "ok" : "bad",
-      waiting: !known(pending) ? null : pending === 0 ? "nothing waits" : format.compact(pending) + " wait" + (known(oldest) ? ", oldest " + format.age(oldest) : ""),
-      python_words: (at(feed, "python.reason") || at(feed, "python.url") || format.unknown) + (known(checked) ? " · checked " + format.clock(checked) : ""),
-    };
+  /* From when to when the latest outage was, and what became of the events that waited. */
+  function outageWords(feed) {
+    const [outage] = feed.outages || [];
+    if (!outage) return "No outage of the Python service is known";
+    const { clock, int } = format;
+    const ended = outage.ended ? " to " + clock(Date.parse(outage.ended)) : ", still open";
+    const counts = outage.ended ? `, ${int(outage.delivered)} delivered, ${int(outage.dead)} dead` + (outage.caught_up ? "" : " so far") : "";
+    return `Latest outage ${clock(Date.parse(outage.began))}${ended}: ${int(outage.queued)} queued${counts}`;
+  }
+
+  function canaryWords(feed) {
+    const canary = feed.canary;
+    if (!canary) return "No canary has gone the whole way yet";
+    const failed = (canary.failed || []).map((step) => `${format.state(step.name)}: ${step.detail}`).join("; ");
+    return `Canary of ${format.clock(canary.at)}: ` + (failed || `every hop in ${format.ms(canary.duration_ms)}`);
   }
 
   function clockWords(feed) {
@@ -92,20 +84,24 @@
       row.append(make("span", "error-at", format.clock(error.at)),
         make("span", "error-kind", format.text(error.kind) + (known(error.status) ? " " + error.status : "")),
         make("span", "error-detail", format.note(error.detail)));
+      row.title = format.note(error.detail);
       return row;
     });
     const jobs = feed.jobs || [];
     rows("jobs", jobs.length ? jobs : [null], (job) => {
       const row = make("div", "job-row");
       if (!job) { row.append(make("span", "quiet", "No jobs known")); return row; }
-      row.dataset.level = job.ok === false ? "bad" : job.late ? "warn" : job.ok ? "ok" : "unknown";
-      const next = job.late ? "late" : known(job.next_in_s) ? "in " + format.span(job.next_in_s) : format.unknown;
+      const runs = job.name === "pipeline" && job.ok !== false ? at(feed, "pipeline.state") : null; // until the stop
+      row.dataset.level = job.ok === false ? "bad" : job.late_now ? "warn" : job.ok ? "ok" : levelOf(runs);
+      const next = runs ? format.state(runs) : job.late_now ? "late" : known(job.next_in_s) ? "in " + format.span(job.next_in_s) : format.unknown;
       row.append(make("span", "glyph"), make("span", "job-name", format.text(job.name)),
         make("span", "job-every", "every " + format.span(job.every_s)), make("span", "job-last", format.ms(job.last_ms)),
         make("span", "job-next", job.ok === false ? "failed" : next));
+      if (job.ok === false && job.error) row.append(make("span", "job-error", job.error));
+      row.title = [job.error, job.late > 0 ? `${format.int(job.late)} of its turns began late, since the start` : ""].filter(Boolean).join("; ");
       return row;
     });
-    const streams = ["features", "storage", "aggregates", "inference", "bridge"].map((name) => [name, at(feed, "streams." + name)]);
+    const streams = nexus.STREAMS.map((name) => [name, at(feed, "streams." + name)]);
     rows("conservation", streams.map(([name, s]) => [name, at(s || {}, "processed"), at(s || {}, "lag"), at(s || {}, "failed")]), ([name, done, pending, dead]) => {
       const row = make("div", "bar-row");
       const track = make("span", "bar-track");
@@ -127,16 +123,24 @@
   let lastSpoken = null;
   function verdict(feed) {
     const silent = nexus.silent();
-    const said = silent ? nexus.verdictOfSilence(nexus.age(), nexus.live.failing, lastTitle) : feed ? nexus.verdict(feed) : null;
+    const said = silent ? nexus.verdictOfSilence(nexus.age(), nexus.waited(), nexus.live.failing, lastTitle) : feed ? nexus.verdict(feed) : null;
     if (!said) return;
+    nexus.painted = true; // the page's own watchdog (see dashboard.py) waits for this
     if (!silent) lastTitle = said.title;
     const box = document.getElementById("verdict");
+    for (const button of document.querySelectorAll("[data-act]")) {
+      const hidden = !(said.acts || []).includes(button.dataset.act);
+      if (button.hidden !== hidden) button.hidden = hidden;
+    }
     setData(box, "level", said.level);
     setData(box, "rings", said.rings);
     setText(document.getElementById("verdict-title"), bound(said.title));
     setText(document.getElementById("verdict-detail"), bound(said.detail));
     const kind = said.title.replace(/\d[\d,.]*/g, "#");
-    if (kind !== lastSpoken) { lastSpoken = kind; setText(document.getElementById("verdict-spoken"), said.title); }
+    // A live region is read out only where it stood there before its words came.
+    const spoken = document.getElementById("verdict-spoken");
+    if (spoken && !spoken.dataset.stands) spoken.dataset.stands = "true";
+    else if (spoken && (kind !== lastSpoken || !spoken.textContent)) { lastSpoken = kind; setText(spoken, said.title); }
     setData(document.getElementById("overview"), "silent", String(silent));
     const mark = { ok: "✓", warn: "!", bad: "✕", idle: "–", unknown: "?" }[said.level];
     const title = mark + " Nexus";
@@ -155,10 +159,14 @@
   };
 
   nexus.painters.push(function paint(feed) {
-    const shown = { ...feed, derived: derive(feed) };
+    const derived = { ...nexus.derive(feed), outage_words: outageWords(feed), canary_words: canaryWords(feed) };
+    derived.canary = !feed.canary ? "unknown" : feed.canary.success ? "ok" : "bad";
+    const shown = { ...feed, derived };
     for (const element of document.querySelectorAll("[data-bind]")) {
       const write = format[element.dataset.format] || format.text;
-      setText(element, write(at(shown, element.dataset.bind)));
+      const text = write(at(shown, element.dataset.bind));
+      setText(element, text);
+      if (element.dataset.whole && element.title !== text) element.title = text; // where it may be cut
     }
     for (const element of document.querySelectorAll("[data-level-of]")) {
       setData(element, "level", levelOf(at(shown, element.dataset.levelOf)));
@@ -179,4 +187,13 @@
     }
   }
   nexus.painters.push(markPage);
+
+  /* A page that comes after the feed shows it at once. */
+  let mounted = null;
+  new MutationObserver(() => {
+    const page = document.getElementById("overview");
+    if (page === mounted) return;
+    mounted = page;
+    if (page && nexus.live.feed) for (const painter of nexus.painters) painter(nexus.live.feed, null);
+  }).observe(document.documentElement, { childList: true, subtree: true });
 })();

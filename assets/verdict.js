@@ -5,6 +5,7 @@
   const { format, at, known } = nexus;
   const LOCAL = ["features", "storage", "aggregates", "inference"];
   const BEHIND_S = 10; // the same line that the health check draws
+  const SILENT_S = 15; // by then it is no hiccup
   const WAITING = 1000; // fewer waiting events are a bridge at work, not a backlog
 
   const events = (n) => format.int(n) + (n === 1 ? " event" : " events");
@@ -23,6 +24,7 @@
     return known(eta) ? "Caught up in about " + format.age(eta) + "." : "Catching up.";
   };
 
+  const list = (words) => (words.length < 2 ? words.join("") : words.slice(0, -1).join(", ") + " and " + words[words.length - 1]);
   const sentence = (words) => (words ? words[0].toUpperCase() + words.slice(1).replace(/\.$/, "") + ". " : "");
 
   function store(feed) {
@@ -41,6 +43,7 @@
     const said = {
       stopped: ["bad", "The pipeline is stopped: accepted events wait in the log" + nothingLost(feed), "Features and scores do not move until it runs."],
       restarting: ["warn", "The pipeline restarts: accepted events wait in the log" + nothingLost(feed), "It goes on from its checkpoint."],
+      starting: ["idle", "Nexus is starting", "The pipeline goes on from its checkpoint."],
       standby: ["idle", "This instance stands by: it serves reads and ingest", "Another instance owns the pipeline; this one takes over when that one is gone."],
     }[at(feed, "pipeline.state")];
     return said && { level: said[0], title: said[1], detail: why + said[2], rings: said[0] === "idle" ? "joined" : "apart", root: true };
@@ -67,38 +70,55 @@
       detail: "The other streams go on" + nothingLost(feed) + ".", rings: "joined", also: first + " " + is };
   }
 
+  /* When the circuit lets something through again. */
+  function again(feed) {
+    const [retry, opened] = [at(feed, "circuit.retry_in_s"), at(feed, "circuit.opened_at")];
+    if (at(feed, "circuit.forced") === true) return "Opened by hand" + (known(opened) ? " at " + format.minute(opened) : "") + ". Reset circuit lets it send again.";
+    if (at(feed, "circuit.state") === "half_open" || retry === 0) return "Trying now.";
+    return known(retry) ? "Next try in " + format.age(retry) + "." : "The bridge tries again by itself.";
+  }
+
   function bridge(feed) {
     const status = at(feed, "python.status");
     const circuit = at(feed, "circuit.state");
     const because = sentence(at(feed, "python.reason"));
     const go = "Nexus's own features go on. ";
-    const dead = at(feed, "backlog.dead");
-    const letters = known(dead) && dead > 0 ? events(dead) + " in the dead letters. " : "";
-    const retry = at(feed, "circuit.retry_in_s");
-    const again = known(retry) ? "Next try in " + format.age(retry) + "." : "The bridge tries again by itself.";
+    const apart = { rings: "apart", covers: ["backlog", "python age"] };
+    const joined = { rings: "joined", covers: ["backlog", "python age"] };
+    const reset = circuit === "open" ? ["reset"] : [];
     if (status === "disabled" || at(feed, "settings.ENABLE_PYTHON_BRIDGE.value") === false) {
-      return { level: "idle", title: "The bridge is switched off: Nexus works alone", rings: "apart",
+      return { ...apart, level: "idle", title: "The bridge is switched off: Nexus works alone",
         detail: go + "Events for the Python service are not sent: " + wait(feed) + ".", also: "the bridge is off" };
     }
     if (at(feed, "circuit.paused") === true) {
-      return { level: "warn", title: "The bridge is paused: " + wait(feed), detail: go + letters + "Resume it below.", rings: "apart", also: "the bridge is paused" };
+      return { ...apart, level: "warn", title: "The bridge is paused: " + wait(feed), detail: go, acts: ["resume"], also: "the bridge is paused" };
     }
     if (status === "offline") {
-      return { level: "bad", title: "Python service is offline" + since(at(feed, "python.since")) + ": " + wait(feed),
-        detail: because + go + letters + again, rings: "apart", also: "the Python service is offline" };
+      return { ...apart, level: "bad", title: "Python service is offline" + since(at(feed, "python.since")) + ": " + wait(feed),
+        detail: because + go + again(feed), acts: reset, also: "the Python service is offline" };
     }
     if (circuit === "open") {
-      return { level: "bad", title: "The circuit to the Python service is open" + since(at(feed, "circuit.opened_at")) + ": " + wait(feed),
-        detail: because + go + letters + again, rings: "apart", also: "the circuit is open" };
+      return { ...apart, level: "bad", title: "The circuit to the Python service is open" + since(at(feed, "circuit.opened_at")) + ": " + wait(feed),
+        detail: because + go + again(feed), acts: reset, also: "the circuit is open" };
     }
     if (at(feed, "streams.bridge.state") === "failed") {
-      return { level: "bad", title: "The bridge has failed: " + wait(feed), detail: go + letters, rings: "apart", also: "the bridge has failed" };
+      return { ...apart, level: "bad", title: "The bridge has failed: " + wait(feed), detail: go, also: "the bridge has failed" };
     }
     if (status === "degraded" || circuit === "half_open") {
-      return { level: "warn", title: status === "degraded" ? "Python service is degraded: " + wait(feed) : "The bridge probes the Python service: " + wait(feed),
-        detail: because + go + letters, rings: "joined", also: status === "degraded" ? "the Python service is degraded" : "the circuit is half open" };
+      return { ...joined, level: "warn", title: (status === "degraded" ? "Python service is degraded: " : "The bridge probes the Python service: ") + wait(feed),
+        detail: because + go + (circuit === "half_open" ? again(feed) : ""), also: status === "degraded" ? "the Python service is degraded" : "the circuit is half open" };
+    }
+    if (status === "starting" || at(feed, "streams.bridge.state") === "starting") {
+      return { ...joined, level: "idle", title: "Nexus runs, the Python service is being asked", detail: "Its first answer is awaited.", also: "the Python service has yet to answer" };
     }
     return null;
+  }
+
+  /* Its events are taken, and may yet be lost: the store's own words say how. */
+  function frail(feed) {
+    if (at(feed, "store.status") !== "degraded") return null;
+    return { level: "warn", title: "The store is degraded: acknowledged events are not safe in it", rings: "joined",
+      detail: sentence(at(feed, "store.detail")) + "Both systems go on.", also: "the store is degraded" };
   }
 
   function backlog(feed) {
@@ -106,26 +126,26 @@
     const oldest = at(feed, "backlog.oldest_age_s");
     const old = known(oldest) && oldest > BEHIND_S;
     if (!known(pending) || pending === 0 || (!old && pending < WAITING)) return null;
-    return { level: "warn", title: "Python service catches up: " + wait(feed), rings: "joined", also: wait(feed),
+    return { level: "warn", title: "Python service catches up: " + wait(feed), rings: "joined", also: wait(feed), about: "backlog", covers: ["python age"],
       detail: (known(oldest) ? "The oldest is " + format.age(oldest) + " old. " : "") + drained(feed) };
   }
 
   function stale(feed) {
-    for (const [side, name] of [["nexus_s", "Nexus"], ["python_s", "Python"]]) {
+    return [["nexus_s", "Nexus"], ["python_s", "Python"]].map(([side, name]) => {
       const old = at(feed, "freshness." + side);
-      if (known(old) && old > 60) {
-        return { level: "warn", title: name + " features are " + format.age(old) + " behind the newest event", rings: "joined",
-          detail: "Combined features carry the age and say so.", also: name + " features are " + format.age(old) + " behind" };
-      }
-    }
-    return null;
+      if (!known(old) || old <= 60) return null;
+      return { level: "warn", title: name + " features are " + format.age(old) + " behind the newest event", rings: "joined", about: name.toLowerCase() + " age",
+        detail: "Combined features carry the age and say so.", also: name + " features are " + format.age(old) + " behind" };
+    });
   }
 
   function dead(feed) {
-    const n = at(feed, "backlog.dead");
-    if (!known(n) || n === 0) return null;
-    const title = events(n) + (n === 1 ? " needs" : " need") + " a look: in the dead letters of the bridge";
-    return { level: "warn", title, detail: "Both systems run. GET /api/ml/dead-letters says why, and redrive sends them again.", rings: "joined", also: events(n) + " in the dead letters" };
+    const letters = nexus.deadLetters(feed);
+    if (!letters.length) return null;
+    const n = letters.reduce((sum, [, count]) => sum + count, 0);
+    const where = "in the dead letters of " + list(letters.map(([name]) => name));
+    return { level: "warn", title: events(n) + (n === 1 ? " needs" : " need") + " a look: " + where, acts: ["letters"],
+      detail: "All else goes on. See why, then send " + (n === 1 ? "it" : "them") + " again.", rings: "joined", also: events(n) + " " + where };
   }
 
   function hybrid(feed) {
@@ -148,7 +168,7 @@
     return { level: "ok", title: "Both systems work as one", detail: (pace + ages).trim() || "Every part answers.", rings: "one" };
   }
 
-  /* One verdict for a feed: {level, title, detail, rings}. What hangs on a graver cause is not told again. */
+  /* One verdict for a feed: {level, title, detail, rings, acts}. What hangs on a graver cause is not told again. */
   nexus.verdict = function (feed) {
     if (!at(feed, "store.status") && !at(feed, "pipeline.state") && !at(feed, "python.status")) {
       return { level: "unknown", title: "Nexus runs, its figures are not known yet", detail: "The page asks once a second.", rings: "unknown" };
@@ -156,18 +176,20 @@
     const root = store(feed) || pipeline(feed);
     if (root) return root;
     const found = [accounts(feed), localStream(feed, ["failed"]), bridge(feed), localStream(feed, ["behind", "restarting", "paused"]),
-      empty(feed), backlog(feed), dead(feed), stale(feed), hybrid(feed)].filter(Boolean);
+      frail(feed), empty(feed), backlog(feed), dead(feed), ...stale(feed), hybrid(feed)].filter(Boolean);
     if (!found.length) return asOne(feed);
-    const [first, ...rest] = found;
-    const hung = first.rings === "apart" ? rest.filter((one) => one.level !== "warn" || !/(wait|behind|letters)/.test(one.also || "")) : rest;
-    const also = hung.map((one) => one.also).filter(Boolean).slice(0, 2);
-    return { ...first, detail: first.detail.trim() + (also.length ? " Also: " + also.join("; ") + "." : "") };
+    const covered = found.flatMap((one) => one.covers || []);
+    const [first, ...rest] = found.filter((one) => !covered.includes(one.about));
+    const told = rest.filter((one) => one.also).slice(0, 2);
+    const acts = [first, ...told].flatMap((one) => one.acts || []);
+    return { ...first, acts, detail: first.detail.trim() + (told.length ? " Also: " + told.map((one) => one.also).join("; ") + "." : "") };
   };
 
   /* What the page says while Nexus itself does not answer. */
-  nexus.verdictOfSilence = function (age, why, last) {
-    return { level: "warn", rings: "unknown",
-      title: known(age) ? "Nexus does not answer, last data " + Math.round(age) + " s old" : "Nexus does not answer",
+  nexus.verdictOfSilence = function (age, waited, why, last) {
+    const old = known(age) ? Math.round(age) + " s old" : "";
+    return { level: waited < SILENT_S ? "warn" : "bad", rings: "unknown",
+      title: why === null ? "The figures of Nexus stand still, " + old : "Nexus does not answer" + (old && ", last data " + old),
       detail: (last ? "Before that: " + last + ". " : "") + "The page asks again every second" + (why ? " (" + why + ")." : ".") };
   };
 })();

@@ -24,9 +24,11 @@ def aria(**attributes: str) -> dict[str, Any]:
     return {f"aria-{name.replace('_', '-')}": value for name, value in attributes.items()}
 
 
-def bind(path: str, form: str = "text", className: str = "", title: str | None = None) -> html.Span:
-    """A figure of the feed at `path`, written in the form `form` (see assets/format.js); a dash while unknown."""
-    return html.Span(UNKNOWN, className=f"figure {className}".strip(), title=title, **data(bind=path, format=form))
+def bind(path: str, form: str = "text", className: str = "", whole: bool = False) -> html.Span:
+    """A figure of the feed at `path`, written in the form `form` (see assets/format.js); a dash while unknown. `whole`: it may
+    be cut where it stands, and shows all of itself to the pointer."""
+    more = data(whole="true") if whole else {}
+    return html.Span(UNKNOWN, className=f"figure {className}".strip(), **data(bind=path, format=form), **more)
 
 
 def glyph(name: str = "") -> html.Span:
@@ -34,9 +36,9 @@ def glyph(name: str = "") -> html.Span:
     return html.Span(className=f"glyph glyph-{name}" if name else "glyph", **aria(hidden="true"))
 
 
-def state(path: str, className: str = "") -> html.Span:
+def state(path: str, className: str = "", form: str = "state") -> html.Span:
     """The state at `path` as icon, word and colour."""
-    return html.Span([glyph(), bind(path, "state")], className=f"state {className}".strip(), **data(level_of=path))
+    return html.Span([glyph(), bind(path, form)], className=f"state {className}".strip(), **data(level_of=path))
 
 
 def tile(title: str, *children: Component, id: str, note: Component | None = None, className: str = "") -> html.Section:

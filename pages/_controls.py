@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dash_mantine_components as dmc
 from dash import ClientsideFunction, Dash, Input, html
+from dash.development.base_component import Component
 
-from pages._components import aria, state, tile
+from pages._components import UNKNOWN, aria, bind, data, glyph, state, tile
 
 SWITCHES = {
     "ENABLE_PYTHON_BRIDGE": ("Bridge", "send events to the Python service"),
@@ -36,10 +37,15 @@ def controls() -> html.Section:
             className="buttons",
         ),
         html.Div([_button("Test the whole way", "bridge-test"), html.Span(id="test-summary")], className="buttons-one"),
+        html.P(
+            [glyph(), bind("derived.canary_words", whole=True)],
+            className="tile-foot canary",
+            **data(level_of="derived.canary"),
+        ),
         html.Ol(id="test-steps", className="test-steps", **aria(live="polite")),
         _confirm(),
         id="tile-controls",
-        note=state("circuit.state"),
+        note=state("circuit.state", form="circuit"),
     )
 
 
@@ -47,28 +53,33 @@ def _button(label: str, id: str, color: str = "gray", variant: str = "default") 
     return dmc.Button(label, id=id, size="sm", color=color, variant="light" if color == "red" else variant)
 
 
-def _source(name: str) -> html.Div:
-    """Where the value of a setting comes from, and the way back to the environment."""
+def _source(name: str, label: str) -> html.Div:
+    """Where the value of a setting comes from, and the ways back to the environment's and to the one in force."""
     return html.Div(
         [
-            html.Span("–", id=f"{name}-source", className="setting-source"),
-            html.Button(
-                "reset",
-                id=f"{name}-reset",
-                className="setting-reset",
-                type="button",
-                hidden=True,
-                title="Back to the environment's value",
-                **aria(label=f"Reset {name} to the environment's value"),
-            ),
+            html.Span(UNKNOWN, id=f"{name}-source", className="setting-source"),
+            _link("reset", f"{name}-reset", f"reset {label} to the environment's value, or the default"),
+            _link("discard", f"{name}-discard", f"discard what was typed as {label}"),
         ],
         className="setting-foot",
     )
 
 
+def _link(word: str, id: str, what: str) -> html.Button:
+    return html.Button(
+        word, id=id, className="setting-link", type="button", hidden=True, title=what.capitalize(), **aria(label=what)
+    )
+
+
+def _apply(name: str, label: str) -> dmc.Button:
+    return dmc.Button(
+        "Apply", id=f"{name}-apply", size="sm", variant="light", disabled=True, **aria(label=f"Apply {label}")
+    )
+
+
 def _switch(name: str, label: str, what: str) -> html.Div:
     knob = dmc.Switch(id=name, label=label, description=what, checked=False, disabled=True, size="md", color="teal.7")
-    return html.Div([knob, _source(name)], className="setting setting-switch")
+    return html.Div([knob, _source(name, label)], className="setting setting-switch")
 
 
 def _number(name: str, label: str, unit: str) -> html.Div:
@@ -80,18 +91,21 @@ def _number(name: str, label: str, unit: str) -> html.Div:
         allowNegative=False,
         hideControls=True,
         clampBehavior="none",
-        thousandSeparator=" ",
+        thousandSeparator=",",
         size="sm",
         className="setting-field",
     )
-    apply = dmc.Button("Apply", id=f"{name}-apply", size="sm", variant="light", disabled=True)
-    return html.Div([html.Div([field, apply], className="setting-edit"), _source(name)], className="setting")
+    return _edited(name, label, field)
 
 
 def _address() -> html.Div:
-    field = dmc.TextInput(id=URL, label="Python service address", size="sm", className="setting-field", debounce=False)
-    apply = dmc.Button("Apply", id=f"{URL}-apply", size="sm", variant="light", disabled=True)
-    return html.Div([html.Div([field, apply], className="setting-edit"), _source(URL)], className="setting")
+    label = "Python service address"
+    return _edited(URL, label, dmc.TextInput(id=URL, label=label, size="sm", className="setting-field", debounce=False))
+
+
+def _edited(name: str, label: str, field: Component) -> html.Div:
+    line = html.Div([field, _apply(name, label)], className="setting-edit")
+    return html.Div([line, _source(name, label)], className="setting")
 
 
 def _confirm() -> dmc.Modal:
@@ -103,7 +117,7 @@ def _confirm() -> dmc.Modal:
             ),
             html.Div(
                 [
-                    dmc.Button("Leave it closed", id="open-circuit-no", variant="default"),
+                    dmc.Button("Leave it closed", id="open-circuit-no", variant="default", **data(autofocus="true")),
                     dmc.Button("Open the circuit", id="open-circuit-yes", color="red.8"),
                 ],
                 className="modal-buttons",
@@ -113,6 +127,7 @@ def _confirm() -> dmc.Modal:
         title="Open the circuit to the Python service?",
         centered=True,
         opened=False,
+        closeButtonProps={"aria-label": "Close, leave the circuit closed"},
     )
 
 
@@ -130,8 +145,12 @@ def register(dashboard: Dash) -> None:
         in_browser("applySetting", Input(f"{name}-apply", "n_clicks"), Input(name, "n_submit"))
     for name in [*SWITCHES, *NUMBERS, URL]:
         in_browser("resetSetting", Input(f"{name}-reset", "n_clicks"))
-    clicked = ("bridge-pause", "bridge-resume", "bridge-reset", "open-circuit-yes")
+    for name in [*NUMBERS, URL]:
+        in_browser("discardSetting", Input(f"{name}-discard", "n_clicks"))
+    clicked = ("bridge-pause", "bridge-resume", "bridge-reset", "open-circuit-yes", "act-resume", "act-reset")
     in_browser("bridgeAction", *[Input(name, "n_clicks") for name in clicked])
     in_browser("confirmOpen", Input("bridge-open", "n_clicks"), Input("open-circuit-no", "n_clicks"))
     in_browser("testWholeWay", Input("bridge-test", "n_clicks"))
     in_browser("sendSample", Input("sample-send", "n_clicks"))
+    in_browser("showLetters", Input("act-letters", "n_clicks"))
+    in_browser("redriveLetters", Input("letters-redrive", "n_clicks"))

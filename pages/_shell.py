@@ -96,5 +96,6 @@ def _header() -> html.Header:
 
 
 def _links() -> list[dcc.Link]:
-    pages = sorted(dash.page_registry.values(), key=lambda page: (page.get("order") is None, page.get("order") or 0))
+    shown = [page for page in dash.page_registry.values() if page.get("order") is not None]
+    pages = sorted(shown, key=lambda page: page["order"])
     return [dcc.Link(page["name"], href=page["relative_path"], className="nav-link") for page in pages]

@@ -28,6 +28,7 @@ def layout(**_: object) -> html.Div:
             html.Div(
                 [
                     _verdict(),
+                    _letters(),
                     _flow(),
                     html.Div(
                         [_throughput(), _response(), _freshness(), _conservation(), _errors(), _store()],
@@ -71,9 +72,35 @@ def _verdict() -> html.Section:
         className="sample",
         hidden=True,
     )
-    return html.Section(
-        [rings, words, sample, spoken], id="verdict", className="verdict", **data(level="unknown", rings="unknown")
+    acts = html.Div(
+        [
+            _act("Resume bridge", "resume"),
+            _act("Reset circuit", "reset"),
+            _act("Show dead letters", "letters", **aria(expanded="false", controls="letters")),
+        ],
+        className="acts",
     )
+    return html.Section(
+        [rings, words, acts, sample, spoken],
+        id="verdict",
+        className="verdict",
+        **data(level="unknown", rings="unknown"),
+    )
+
+
+def _act(label: str, name: str, **more: str) -> html.Button:
+    """A button for what the verdict advises; assets/paint.js shows it while it does."""
+    return html.Button(
+        label, id=f"act-{name}", className="act-button", type="button", hidden=True, **data(act=name), **more
+    )
+
+
+def _letters() -> html.Section:
+    """Empty until asked for: see assets/letters.js."""
+    redrive = html.Button("Send all again", id="letters-redrive", className="act-button", type="button")
+    panel = tile("The newest dead letters", html.Ol(id="letters-list", className="letters"), id="letters", note=redrive)
+    panel.hidden, panel.tabIndex = True, "-1"
+    return panel
 
 
 def _node(title: str, *children: Component, id: str, level_of: str, className: str = "") -> html.Div:
@@ -100,11 +127,11 @@ def _flow() -> html.Section:
         _value("rates.ingest", "rate", "/s"),
         html.Div([bind("derived.ingest_words")], className="node-line"),
         id="node-ingest",
-        level_of="derived.ingest",
+        level_of="derived.store",
     )
     log = _node(
         "Log",
-        _value("totals.accepted", "compact", "kept"),
+        _value("totals.accepted", "compact", "accepted"),
         html.Div(["store ", bind("store.status", "state")], className="node-line"),
         id="node-log",
         level_of="store.status",
@@ -162,7 +189,7 @@ def _stream_node(name: str, what: str) -> html.Li:
             glyph(),
             html.Span(name, className="stream-name"),
             html.Span([bind(f"{path}.rate", "rate"), html.Span("/s", className="unit")], className="stream-rate"),
-            html.Span([bind(f"{path}.lag", "lag")], className="stream-lag"),
+            html.Span([bind(f"derived.lags.{name}", "lag")], className="stream-lag"),
             bind(f"{path}.state", "state", "stream-state"),
         ],
         id=f"stream-{name}",
@@ -206,7 +233,7 @@ def _response() -> html.Section:
             className="measures",
         ),
         graph("chart-response", "Response time of the Python service in milliseconds, last five minutes"),
-        html.P(bind("derived.python_words"), className="tile-foot"),
+        html.P(bind("derived.python_words", whole=True), className="tile-foot"),
         id="tile-python",
         note=state("python.status"),
     )
@@ -273,7 +300,7 @@ def _errors() -> html.Section:
         "Bridge errors",
         html.Div(
             [
-                measure("in the last minute", bind("bridge_errors.per_min", "rate"), "errors"),
+                measure("in the last minute", bind("bridge_errors.per_min", "int"), "errors"),
                 measure("since the start", bind("bridge_errors.total", "compact")),
             ],
             className="measures",
@@ -282,8 +309,9 @@ def _errors() -> html.Section:
         html.Div(
             className="error-list", tabIndex="0", role="region", **data(list="errors"), **aria(label="Recent errors")
         ),
+        html.P(bind("derived.outage_words", whole=True), className="tile-foot"),
         id="tile-errors",
-        note=state("circuit.state"),
+        note=state("circuit.state", form="circuit"),
     )
 
 
@@ -305,7 +333,7 @@ def _store() -> html.Section:
         html.P([bind("derived.memory_words")], className="tile-foot"),
         html.Dl(
             [
-                pair("dead letters", bind("backlog.dead", "int")),
+                pair("dead letters", bind("derived.dead", "int")),
                 pair("ingest p50", bind("latency.ingest_p50_ms", "ms")),
                 pair("ingest p99", bind("latency.ingest_p99_ms", "ms")),
             ],
@@ -317,7 +345,7 @@ def _store() -> html.Section:
 
 
 def _streams() -> html.Section:
-    columns = ["stream", "state", "events/s", "lag", "behind by", "lag, last 5 min", "processed", "dead"]
+    columns = ["stream", "state", "events/s", "lag", "behind by", "processed", "dead", "lag, last 5 min"]
     numeric = {"events/s", "lag", "behind by", "processed", "dead"}
     head = html.Tr([html.Th(name, scope="col", className="number" if name in numeric else "") for name in columns])
     rows = [
@@ -328,9 +356,13 @@ def _streams() -> html.Section:
                 html.Td(bind(f"streams.{name}.rate", "rate"), className="number"),
                 html.Td(bind(f"streams.{name}.lag", "int"), className="number"),
                 html.Td(bind(f"streams.{name}.lag_s", "age"), className="number"),
-                html.Td(html.Span(className="spark", **data(spark=name), **aria(hidden="true"))),
                 html.Td(bind(f"streams.{name}.processed", "int"), className="number"),
-                html.Td(bind(f"streams.{name}.failed", "int"), className="number"),
+                html.Td(
+                    bind(f"streams.{name}.failed", "int"),
+                    className="number dead",
+                    **data(level_of=f"derived.died.{name}"),
+                ),
+                html.Td(html.Span(className="spark", **data(spark=name), **aria(hidden="true"))),
             ]
         )
         for name, what in STREAMS.items()
@@ -366,4 +398,11 @@ def _traffic() -> html.Section:
 
 
 def _jobs() -> html.Section:
-    return tile("Jobs", html.Div(className="job-list", **data(list="jobs")), id="tile-jobs")
+    rows = html.Div(
+        className="job-list",
+        tabIndex="0",
+        role="region",
+        **data(list="jobs"),
+        **aria(label="Jobs and their latest runs"),
+    )
+    return tile("Jobs", rows, id="tile-jobs")

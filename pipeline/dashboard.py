@@ -41,6 +41,11 @@ INDEX = """<!DOCTYPE html>
 <body>
 <noscript>This dashboard is drawn by JavaScript, which is switched off.
 The same facts are at /api/ml/events/ingest?check=health.</noscript>
+<div id="watchdog" role="alert" hidden>The dashboard could not be loaded; perhaps something between here and Nexus keeps its
+scripts back. Reload the page. The same facts are at <a href="/api/ml/events/ingest?check=health">the health check</a>.</div>
+<script>setTimeout(function () {
+  if (!(window.nexus && window.nexus.painted)) document.getElementById("watchdog").hidden = false;
+}, 15000);</script>
 {%app_entry%}
 <footer>{%config%}{%scripts%}{%renderer%}</footer>
 </body>

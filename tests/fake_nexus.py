@@ -21,6 +21,7 @@ def _setting(value: object, unit: str | None = None, low: int | None = None, hig
     return {
         "value": value,
         "default": value,
+        "environment": value,
         "source": "environment",
         "unit": unit,
         "min": low,
@@ -47,7 +48,8 @@ def busy() -> Feed:
             "checked_at": at,
             "since": at - 3_600_000,
         },
-        "circuit": {"state": "closed", "opened_at": None, "failures": 0, "paused": False, "retry_in_s": None},
+        "circuit": {"state": "closed", "opened_at": None, "failures": 0, "paused": False, "retry_in_s": None}
+        | {"forced": False, "reason": None},
         "backlog": {"pending": 3, "dead": 0, "oldest_age_s": 0.2, "eta_s": 0.1},
         "streams": {name: dict(stream) for name in STREAMS},
         "totals": {"accepted": 481_207, "duplicates": 12, "rejected": 3},
@@ -68,9 +70,12 @@ def busy() -> Feed:
             "demand": {"state": "warming_up", "detail": "needs 14 more labels", "scored": 0},
         },
         "jobs": [
-            {"name": name, "every_s": every, "last_ms": 2.4, "late": False, "next_in_s": every / 2, "ok": True}
+            {"name": name, "every_s": every, "last_ms": 2.4, "next_in_s": every / 2, "ok": True, "error": None}
+            | {"late": 0, "late_now": False}
             for name, every in (("health_check", 30), ("feature_sync", 300), ("trim", 60), ("forecast", 60))
         ],
+        "outages": [],
+        "canary": {"at": at - 12_000, "success": True, "duration_ms": 14.2, "failed": []},
         "settings": {
             "ENABLE_PYTHON_BRIDGE": _setting(True),
             "HYBRID_FEATURE_MODE": _setting(True),
@@ -150,6 +155,76 @@ def paused() -> Feed:
     return feed
 
 
+def local_dead() -> Feed:
+    feed = busy()
+    feed["streams"]["inference"]["failed"] = 1
+    return feed
+
+
+def store_degraded() -> Feed:
+    feed = busy()
+    feed["store"].update(status="degraded", detail="append-only file is off: a crash of the store loses events")
+    return feed
+
+
+def opened_by_hand() -> Feed:
+    feed = busy()
+    opened = {"state": "open", "opened_at": feed["at"] - 60_000, "forced": True, "reason": "opened by hand"}
+    feed["circuit"].update(opened)
+    return feed
+
+
+def half_open() -> Feed:
+    feed = busy()
+    feed["circuit"].update(state="half_open", opened_at=feed["at"] - 60_000, failures=5)
+    return feed
+
+
+def probing_with_backlog() -> Feed:
+    feed = draining()
+    feed["python"].update(status="degraded", reason="it is slow: GET /health took 3.1 s")
+    return feed
+
+
+def starting() -> Feed:
+    feed = busy()
+    feed["pipeline"]["state"] = feed["python"]["status"] = "starting"
+    for stream in feed["streams"].values():
+        stream["state"] = "starting"
+    return feed
+
+
+def partner_not_asked() -> Feed:
+    feed = busy()
+    feed["python"].update(status="starting", reason="not asked yet", checked_at=None, response_time_ms=None)
+    return feed
+
+
+def troubled_jobs() -> Feed:
+    feed = busy()
+    feed["jobs"][0].update(late=3, late_now=False)
+    feed["jobs"][1].update(ok=False, error="the store is away: connection refused")
+    feed["jobs"][2].update(late=1, late_now=True)
+    return feed
+
+
+def after_an_outage() -> Feed:
+    feed = busy()
+    began, ended, caught_up = (f"2026-11-26T22:53:{second}.000Z" for second in ("14", "44", "51"))
+    outage = {"began": began, "ended": ended, "caught_up": caught_up, "queued": 6666, "delivered": 6666, "dead": 0}
+    feed["outages"] = [outage]
+    failed = [{"name": "bridge", "detail": "it waits behind a backlog"}]
+    feed["canary"].update(success=False, failed=failed)
+    return feed
+
+
+def refusing() -> Feed:
+    feed = python_dead()
+    feed["python"]["reason"] = "it refuses everything: POST /events answered 422: " + "x" * 400
+    feed["bridge_errors"]["recent"][0]["detail"] = feed["python"]["reason"]
+    return feed
+
+
 def unexplained() -> Feed:
     return {**busy(), "unexplained": 1}
 
@@ -176,6 +251,16 @@ SCENARIOS: dict[str, Callable[[], Feed]] = {
         standby,
         simulated,
         paused,
+        local_dead,
+        store_degraded,
+        opened_by_hand,
+        half_open,
+        probing_with_backlog,
+        starting,
+        partner_not_asked,
+        troubled_jobs,
+        after_an_outage,
+        refusing,
         unexplained,
         every_field_null,
         no_fields,
@@ -216,11 +301,17 @@ class FakeNexus:
         self.app.add_url_rule("/api/ml/settings", "settings", self.settings, methods=["PATCH"])
         self.app.add_url_rule("/api/ml/bridge/python", "bridge", self.bridge, methods=["POST"])
         self.app.add_url_rule("/api/ml/events/ingest", "ingest", self.ingest, methods=["POST"])
+        self.app.add_url_rule("/api/ml/dead-letters", "dead_letters", self.dead_letters)
+        self.app.add_url_rule("/api/ml/dead-letters/redrive", "redrive", self.redrive, methods=["POST"])
         self.app.before_request(lambda: self.requests.append((request.method, request.full_path.rstrip("?"))))
 
     def reset(self, scenario: str = "busy") -> None:
         self.scenario, self.failing, self.refuse = scenario, False, False
         self.overrides: Feed = {}
+        self.environment: Feed = {}
+        self.errors = 0  # of the bridge, since the start
+        self.points = 300  # that the history holds
+        self.still: int | None = None  # the moment that the feed goes on telling
         self.boot = "one"
         self.hold = threading.Event()
         self.hold.set()
@@ -237,15 +328,22 @@ class FakeNexus:
             return jsonify(error={"code": "away", "message": "away", "details": {}}), 503
         feed = SCENARIOS[self.scenario]()
         feed["boot"] = self.boot
+        if self.errors:
+            feed["bridge_errors"]["total"] += self.errors
+        if self.still is not None:
+            feed["at"] = self.still
+        for name, value in self.environment.items():
+            feed["settings"][name].update(environment=value)
         for name, value in self.overrides.items():
             feed["settings"][name].update(value=value, source="store")
-        return jsonify({**feed, "history": history(feed)} if request.args.get("history") else feed)
+        return jsonify({**feed, "history": history(feed, self.points)} if request.args.get("history") else feed)
 
     def settings(self) -> Response | tuple[Response, int]:
         body = request.get_json()
         self.received.append(body)
         if self.refuse:
-            return jsonify(error={"code": "out_of_bounds", "message": "the store says no", "details": {}}), 422
+            message = f"{next(iter(body['settings']))}: the store says no"
+            return jsonify(error={"code": "out_of_bounds", "message": message, "details": {}}), 422
         for name, value in body["settings"].items():
             if value is None:
                 self.overrides.pop(name, None)
@@ -260,9 +358,20 @@ class FakeNexus:
             hops = ("ingest", "log", "bridge", "python")
             steps = [{"name": name, "ok": True, "ms": 4.5, "detail": "seen"} for name in hops]
             return jsonify(success=True, duration_ms=18.2, steps=steps)
-        if body["action"] in ("pause", "resume"):
-            self.scenario = "paused" if body["action"] == "pause" else "busy"
+        after = {"pause": "paused", "resume": "busy", "open_circuit": "opened_by_hand", "reset_circuit": "busy"}
+        self.scenario = after[body["action"]]
         return jsonify(ok=True)
+
+    def dead_letters(self) -> Response:
+        stream = request.args["stream"]
+        event = {"event_type": "payment", "user_id": "rider_7"}
+        letter = {"id": f"{stream}-1", "stream": stream, "event": event, "reason": "amount is no number", "attempts": 3}
+        return jsonify(dead_letters=[{**letter, "last_at": "2026-11-26T22:53:44.000Z"}], cursor=None)
+
+    def redrive(self) -> Response:
+        self.received.append(request.get_json())
+        self.scenario = "busy"
+        return jsonify(redriven=1, failed=[{"id": "inference-2", "reason": "it cannot be decoded"}])
 
     def ingest(self) -> tuple[Response, int]:
         body = request.get_json()

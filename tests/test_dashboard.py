@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from dash.testing.browser import Browser
+from selenium.webdriver.common.keys import Keys
 from werkzeug.serving import make_server
 
 from tests.fake_nexus import DEADLINE_S, STREAMS, FakeNexus
@@ -73,7 +74,8 @@ class Page:
         return bool(self.run("return document.getElementById(arguments[0])?.checked", element))
 
     def graphs_drawn(self) -> bool:
-        return bool(self.run("return document.querySelectorAll('.js-plotly-plot .scatterlayer').length === 4"))
+        drawn = "return document.querySelectorAll('.js-plotly-plot:has(.scatterlayer)').length === 4"
+        return bool(self.run(drawn))
 
     def console_errors(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
@@ -114,6 +116,11 @@ def test_a_second_dashboard_in_one_process_has_every_callback_of_the_first() -> 
         ("standby", "idle", "This instance stands by"),
         ("paused", "warn", "The bridge is paused"),
         ("unexplained", "bad", "1 event unexplained"),
+        ("local_dead", "warn", "1 event needs a look: in the dead letters of inference"),
+        ("store_degraded", "warn", "The store is degraded: acknowledged events are not safe in it"),
+        ("half_open", "warn", "The bridge probes the Python service"),
+        ("starting", "idle", "Nexus is starting"),
+        ("partner_not_asked", "idle", "Nexus runs, the Python service is being asked"),
         ("no_fields", "unknown", "figures are not known yet"),
     ],
 )
@@ -123,6 +130,130 @@ def test_one_verdict_names_the_cause_and_the_impact(
     _with(nexus, page, scenario).verdict(words)
     assert page.run("return document.getElementById('verdict').dataset.level") == level
     assert page.console_errors() == []
+
+
+def test_dead_letters_of_any_stream_are_counted_and_marked_and_listed_on_demand(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "local_dead").verdict("dead letters of inference")
+    pairs = "return [...document.querySelectorAll('#tile-store .pair')].map(e => e.textContent)"
+    assert "dead letters1" in page.run(pairs)
+    assert page.run("return [...document.querySelectorAll('td.dead')].map(e => e.dataset.level)").count("warn") == 1
+    page.click("act-letters")
+    page.wait(lambda: "amount is no number" in page.text("letters-list"), "the dead letters were not listed")
+    page.click("letters-redrive")
+    page.verdict("Both systems work as one")
+    assert nexus.received == [{"all": True}]
+    words = "1 sent again. 1 not: it cannot be decoded."
+    page.wait(lambda: words in page.run("return document.body.innerText"), "the outcome was not told")
+    assert page.run("return document.getElementById('act-letters').hidden")
+
+
+def test_store_that_is_degraded_takes_events_and_is_not_drawn_as_refusing(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "store_degraded").verdict("The store is degraded")
+    levels = "return ['node-ingest', 'node-log', 'node-combined'].map(id => document.getElementById(id).dataset.level)"
+    assert page.run(levels) == ["warn"] * 3
+    assert "503" not in page.text("flow")
+    assert "both systems merged" in page.text("node-combined")
+    assert page.run("return document.querySelectorAll('.wire[data-level=bad]').length") == 0
+
+
+@pytest.mark.parametrize(
+    ("scenario", "words"),
+    [
+        ("opened_by_hand", ". Reset circuit lets it send again."),
+        ("half_open", "Trying now."),
+        ("python_dead", "Next try in 4.0"),
+    ],
+)
+def test_circuit_says_when_it_sends_again(nexus: FakeNexus, page: Page, scenario: str, words: str) -> None:
+    _with(nexus, page, scenario)
+    page.wait(lambda: words in page.text("verdict-detail"), "the next try was not told")
+    assert ("Opened by hand at" in page.text("verdict-detail")) == (scenario == "opened_by_hand")
+
+
+@pytest.mark.parametrize("scenario", ["paused", "opened_by_hand", "half_open", "python_dead"])
+def test_features_are_not_called_merged_while_nothing_is_sent(nexus: FakeNexus, page: Page, scenario: str) -> None:
+    _with(nexus, page, scenario)
+    page.wait(lambda: "as last known" in page.text("node-combined"), "they count as merged")
+    assert page.run("return document.getElementById('node-combined').dataset.level") == "warn"
+
+
+def test_what_the_title_tells_is_not_told_again(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "probing_with_backlog").verdict("Python service is degraded: 48,210 events wait")
+    assert "48,210" not in page.text("verdict-detail")
+    assert "Also: 2 events in the dead letters of bridge." in page.text("verdict-detail")
+
+
+def test_buttons_of_the_verdict_do_what_it_advises(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "paused").verdict("The bridge is paused")
+    shown = "return [...document.querySelectorAll('[data-act]')].filter(e => !e.hidden).map(e => e.dataset.act)"
+    assert page.run(shown) == ["resume"]
+    page.click("act-resume")
+    page.verdict("Both systems work as one")
+    nexus.scenario = "opened_by_hand"
+    page.verdict("The circuit to the Python service is open")
+    assert page.run(shown) == ["reset"]
+    page.click("act-reset")
+    page.verdict("Both systems work as one")
+    assert [body["action"] for body in nexus.received] == ["resume", "reset_circuit"]
+    assert page.run(shown) == []
+
+
+def test_jobs_are_judged_by_their_latest_run_and_a_failed_one_says_why(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "troubled_jobs").verdict("Both systems work as one")
+    rows = "return [...document.querySelectorAll('.job-row')].map(e => [e.dataset.level, e.innerText, e.title])"
+    once_late, failed, late, well = page.run(rows)
+    assert [row[0] for row in (once_late, failed, late, well)] == ["ok", "bad", "warn", "ok"]
+    assert "3 of its turns began late" in once_late[2]
+    assert "connection refused" in failed[1]
+
+
+def test_outages_and_canaries_are_told_afterwards(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "after_an_outage").verdict("Both systems work as one")
+    assert "6,666 queued, 6,666 delivered, 0 dead" in page.text("tile-errors")
+    assert "it waits behind a backlog" in page.text("tile-controls")
+
+
+def _series(page: Page, chart: str, name: str) -> list[float | None]:
+    script = "return [...document.querySelector(`#${arguments[0]} .js-plotly-plot`).data.find(d => d.name === arguments[1]).y]"
+    return list(page.run(script, chart, name))
+
+
+def test_errors_in_the_chart_are_the_same_after_a_reload_as_in_an_open_page(nexus: FakeNexus, page: Page) -> None:
+    page.open()
+    page.wait(page.graphs_drawn, "the graphs were never drawn")
+    nexus.errors = 7
+    page.wait(lambda: 7 in _series(page, "chart-errors", "errors"), "the errors of a tick are not in the chart")
+    page.wait(lambda: _series(page, "chart-errors", "errors")[-1] == 0, "they were counted more than once")
+
+
+def test_what_an_open_page_has_seen_outlasts_a_restart_of_nexus(nexus: FakeNexus, page: Page) -> None:
+    page.open()
+    page.wait(page.graphs_drawn, "the graphs were never drawn")
+    before = sum(y is not None for y in _series(page, "chart-throughput", "ingest"))
+    nexus.points, nexus.boot = 2, "two"
+    page.wait(lambda: sum("history=1" in path for _, path in nexus.requests) == 2, "the history was not asked for")
+    asked = len(nexus.requests)
+    page.wait(lambda: len(nexus.requests) > asked + 1, "the page stopped asking")
+    after = _series(page, "chart-throughput", "ingest")
+    assert len(after) == 300
+    assert sum(y is not None for y in after) > before - 20
+
+
+def test_words_without_an_end_stay_inside_the_page(nexus: FakeNexus, page: Page) -> None:
+    sizes = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+    _with(nexus, page, "refusing").verdict("offline")
+    wide = """return [...document.querySelectorAll('.verdict, .verdict *, .error-row, .tile-foot')]
+        .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1).map(e => e.className)"""
+    assert page.run(wide) == []
+    assert page.run("return document.getElementById('verdict').getBoundingClientRect().height") < 420
+    assert "x" * 400 in page.run("return document.querySelector('.error-row').title")
+    page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_first_verdict_is_spoken(page: Page) -> None:
+    page.open()
+    page.wait(lambda: page.text("verdict-spoken") == "Both systems work as one", "nothing was spoken")
 
 
 @pytest.mark.parametrize("scenario", ["every_field_null", "no_fields", "store_away"])
@@ -191,6 +322,20 @@ def test_a_feed_that_fails_is_said_calmly_and_the_page_recovers(nexus: FakeNexus
     page.verdict("Both systems work as one")
 
 
+def test_a_silence_that_lasts_is_grave_and_so_are_figures_that_stand_still(nexus: FakeNexus, page: Page) -> None:
+    page.open().verdict("Both systems work as one")
+    nexus.failing = True
+    level = "return document.getElementById('verdict').dataset.level"
+    page.verdict("Nexus does not answer, last data")
+    assert page.run(level) == "warn"
+    page.wait(lambda: page.run(level) == "bad", "the silence stayed a hiccup")
+    assert page.run("return document.getElementById('favicon').href").endswith("favicon-bad.svg")
+    nexus.failing, nexus.still = False, int(time.time() * 1000)
+    page.verdict("Both systems work as one")
+    page.verdict("The figures of Nexus stand still")
+    assert page.run(level) == "bad"
+
+
 def test_a_slow_answer_is_waited_for_and_never_asked_twice(nexus: FakeNexus, page: Page) -> None:
     page.open().verdict("Both systems work as one")
     nexus.hold.clear()
@@ -210,7 +355,7 @@ def test_a_switch_sends_the_change_and_shows_what_the_feed_says(nexus: FakeNexus
     page.verdict("Hybrid mode is off")
     assert nexus.received == [{"settings": {"HYBRID_FEATURE_MODE": False}, "reason": "dashboard"}]
     assert not page.checked("HYBRID_FEATURE_MODE")
-    page.wait(lambda: "set here" in page.text("HYBRID_FEATURE_MODE-source"), "the source was not shown")
+    page.wait(lambda: "set here, default: on" in page.text("HYBRID_FEATURE_MODE-source"), "the source was not shown")
     page.click("HYBRID_FEATURE_MODE-reset")
     page.verdict("Both systems work as one")
     assert nexus.received[-1]["settings"] == {"HYBRID_FEATURE_MODE": None}
@@ -240,9 +385,67 @@ def test_a_number_is_applied_within_its_bounds_only(nexus: FakeNexus, page: Page
     page.wait(lambda: "between 1 and 86,400" in page.text("tile-controls"), "the bounds were not said")
     assert page.run("return document.getElementById(arguments[0]).disabled", f"{name}-apply")
     _type(page, name, "60")
+    page.wait(lambda: page.text(f"{name}-source") == "not applied, in force: 300 s", "the draft looks like the truth")
     page.click(f"{name}-apply")
     page.wait(lambda: "set here" in page.text(f"{name}-source"), "the new source was not shown")
     assert nexus.received == [{"settings": {name: 60}, "reason": "dashboard"}]
+
+
+def test_a_draft_is_discarded_by_escape_and_by_its_link(page: Page) -> None:
+    name = "HEALTH_CHECK_INTERVAL"
+    shown = "return document.getElementById(arguments[0])?.value"
+    page.open()
+    page.wait(lambda: page.run(shown, name) == "30 s", "no value")
+    _type(page, name, "45")
+    page.wait(lambda: "not applied" in page.text(f"{name}-source"), "the draft looks like the truth")
+    page.driver.find_element("id", name).send_keys(Keys.ESCAPE)
+    page.wait(lambda: page.run(shown, name) == "30 s", "escape left the draft")
+    _type(page, name, "45")
+    page.click(f"{name}-discard")
+    page.wait(lambda: page.run(shown, name) == "30 s", "the link left the draft")
+    assert page.text(f"{name}-source") == "the default"
+
+
+def test_a_refusal_of_the_server_stands_at_the_field_it_is_about(nexus: FakeNexus, page: Page) -> None:
+    name = "PYTHON_EVENT_API_URL"
+    page.open()
+    page.wait(lambda: page.run("return document.getElementById(arguments[0])?.value", name), "no value")
+    nexus.refuse = True
+    _type(page, name, "ftp://x")
+    page.click(f"{name}-apply")
+    page.wait(
+        lambda: "Python service address: the store says no" in page.text("tile-controls"), "no words of the server"
+    )
+    invalid = "return document.getElementById(arguments[0]).getAttribute('aria-invalid')"
+    assert page.run(invalid, name) == "true"
+    _type(page, name, Keys.BACKSPACE)
+    page.wait(lambda: "an address such as" in page.text("tile-controls"), "an empty field is not explained")
+
+
+def test_every_control_has_a_name_of_its_own(page: Page) -> None:
+    page.open().verdict("Both systems work as one")
+    page.click("bridge-open")
+    names = """return [...document.querySelectorAll('button')].filter(e => e.offsetParent)
+        .map(e => e.ariaLabel || e.textContent.trim())"""
+    page.wait(lambda: "Open the circuit" in page.run(names), "the confirmation did not open")
+    found = page.run(names)
+    assert "" not in found
+    assert sorted(set(found)) == sorted(found)
+    focus = "return document.activeElement.id"
+    page.wait(lambda: page.run(focus) == "open-circuit-no", "the harmless answer does not have the focus")
+
+
+def test_setting_says_what_the_environment_holds_and_not_the_default(nexus: FakeNexus, page: Page) -> None:
+    nexus.overrides = {"FEATURE_SYNC_INTERVAL": 45}
+    nexus.environment = {"FEATURE_SYNC_INTERVAL": 60}
+    page.open()
+    words = "set here, environment says: 60 s"
+    page.wait(lambda: page.text("FEATURE_SYNC_INTERVAL-source") == words, "the environment's value is not shown")
+
+
+def test_an_address_without_a_page_says_so_and_leads_back(page: Page) -> None:
+    page.open("/nexus/nothing-here")
+    page.wait(lambda: "There is no page at this address" in page.run("return document.body.innerText"), "no words")
 
 
 def test_pausing_acts_at_once_and_opening_the_circuit_asks_first(nexus: FakeNexus, page: Page) -> None:
@@ -251,8 +454,11 @@ def test_pausing_acts_at_once_and_opening_the_circuit_asks_first(nexus: FakeNexu
     page.verdict("The bridge is paused")
     page.click("bridge-resume")
     page.verdict("Both systems work as one")
+    assert page.run("return document.getElementById('bridge-reset').disabled")
     page.click("bridge-open")
     page.click("open-circuit-yes")
+    page.verdict("The circuit to the Python service is open")
+    page.wait(lambda: page.run("return document.getElementById('bridge-open').disabled"), "it can be opened twice")
     page.wait(lambda: len(nexus.received) == 3, "the circuit was not opened")
     assert [body["action"] for body in nexus.received] == ["pause", "resume", "open_circuit"]
 

@@ -1,0 +1,63 @@
+/* What follows from several fields of the feed at once: the levels and words that no single field holds. */
+(function () {
+  "use strict";
+  const nexus = (window.nexus = window.nexus || {});
+  const STREAMS = (nexus.STREAMS = ["features", "storage", "aggregates", "inference", "bridge"]);
+  const STORE = { online: "ok", degraded: "warn", loading: "warn" };
+  const RANK = ["ok", "idle", "unknown", "warn", "bad"];
+  const worse = (a, b) => RANK[Math.max(RANK.indexOf(a), RANK.indexOf(b))];
+
+  /* [stream, number] of those that have dead letters. */
+  nexus.deadLetters = (feed) => STREAMS.map((name) => [name, nexus.at(feed, `streams.${name}.failed`)]).filter(([, n]) => n > 0);
+
+  /* A store that is degraded takes events; every other state but online refuses them. */
+  nexus.refuses = (feed) => !["online", "degraded", undefined, null].includes(nexus.at(feed, "store.status"));
+
+  function partner(feed) {
+    const { at } = nexus;
+    const status = at(feed, "python.status");
+    const circuit = at(feed, "circuit.state");
+    if (!status) return "unknown";
+    if (["disabled", "starting"].includes(status) || at(feed, "settings.ENABLE_PYTHON_BRIDGE.value") === false) return "idle";
+    if (status === "offline" || circuit === "open") return "bad";
+    return at(feed, "circuit.paused") || status === "degraded" || circuit === "half_open" ? "warn" : "ok";
+  }
+
+  function combined(feed, store, python) {
+    const hybrid = nexus.at(feed, "settings.HYBRID_FEATURE_MODE.value");
+    const sends = ["ok", "warn"].includes(python) && !nexus.at(feed, "circuit.paused") && nexus.at(feed, "circuit.state") === "closed";
+    if (nexus.refuses(feed)) return [store, "wait for the store"];
+    if (hybrid === false) return ["idle", "Nexus's own only"];
+    if (hybrid === undefined || python === "unknown") return ["unknown", null];
+    return [worse(store, python === "bad" ? "warn" : python), sends ? "both systems merged" : "Nexus's own, Python's as last known"];
+  }
+
+  nexus.derive = function (feed) {
+    const { at, format, known } = nexus;
+    const status = at(feed, "store.status");
+    const store = status ? STORE[status] || "bad" : "unknown";
+    const python = partner(feed);
+    const [merged, hybrid_words] = combined(feed, store, python);
+    const used = at(feed, "store.used_bytes") / at(feed, "store.max_bytes");
+    const pending = at(feed, "backlog.pending");
+    const oldest = at(feed, "backlog.oldest_age_s");
+    const checked = at(feed, "python.checked_at");
+    const streams = STREAMS.map((name) => [name, at(feed, "streams." + name) || {}]);
+    const counts = streams.map(([, stream]) => stream.failed).filter(known);
+    return {
+      store, partner: python, combined: merged, hybrid_words,
+      merges: at(feed, "settings.HYBRID_FEATURE_MODE.value") === false ? "idle" : python,
+      memory: !known(used) ? "unknown" : used >= 0.85 ? "bad" : used >= 0.7 ? "warn" : "ok",
+      used: known(used) ? used : null,
+      memory_words: known(used) ? format.percent(used) + " used; ingest refuses at 85 %" : "no figures",
+      ingest_words: nexus.refuses(feed) ? "refuses: 503" : "p99 " + format.ms(at(feed, "latency.ingest_p99_ms")),
+      unexplained: !known(feed.unexplained) ? "unknown" : feed.unexplained === 0 ? "ok" : "bad",
+      waiting: !known(pending) ? null : pending === 0 ? "nothing waits" : format.compact(pending) + " wait" + (known(oldest) ? ", oldest " + format.age(oldest) : ""),
+      python_words: (at(feed, "python.reason") || at(feed, "python.url") || format.unknown) + (known(checked) ? " · checked " + format.clock(checked) : ""),
+      dead: counts.length ? counts.reduce((sum, n) => sum + n, 0) : null,
+      died: Object.fromEntries(streams.map(([name, { failed }]) => [name, failed > 0 ? "warn" : "unknown"])),
+      // Events under way for less than a second are work, not a lag.
+      lags: Object.fromEntries(streams.map(([name, { lag, lag_s }]) => [name, known(lag) && lag_s < 1 ? 0 : lag])),
+    };
+  };
+})();
