@@ -196,8 +196,10 @@
       given.delete(document.getElementById(name));
       paintSettings();
     },
-    applySetting: function () {
+    /* Of what stands in the field now: the last key may have come just before. */
+    applySetting: function (clicks, submits, value) {
       const name = (clicked() || "").replace(/-apply$/, "");
+      if (name && nexus.live.feed && !same(value, truth(name))) draft[name] = value;
       if (name in draft && fits(name, draft[name]) && !pending[name]) change(name, draft[name]);
     },
     resetSetting: function () {

@@ -117,6 +117,14 @@
     });
   }
 
+  /* The icons of the tab, fetched while Nexus is there: the one that says it is not is needed when it can send none. */
+  const icons = {};
+  const first = document.getElementById("favicon");
+  for (const level of first ? ["ok", "warn", "bad", "idle"] : []) {
+    fetch(first.getAttribute("href").replace(/favicon-\w+/, "favicon-" + level)).then((answer) => (answer.ok ? answer.text() : Promise.reject(answer.status)))
+      .then((svg) => { icons[level] = "data:image/svg+xml," + encodeURIComponent(svg); }).catch(() => {}); // a tab without an icon
+  }
+
   /* A figure and its unit stay on one line. */
   const bound = (text) => text.replace(/(\d) (?=(?:ms|s|min|h)\b)/g, "$1\u00a0");
   let lastTitle = null;
@@ -146,8 +154,8 @@
     const title = mark + " Nexus";
     if (document.title !== title) document.title = title;
     const icon = document.getElementById("favicon");
-    const href = icon && icon.getAttribute("href").replace(/favicon-\w+/, "favicon-" + (said.level === "unknown" ? "idle" : said.level));
-    if (icon && icon.getAttribute("href") !== href) icon.setAttribute("href", href);
+    const mood = said.level === "unknown" ? "idle" : said.level;
+    if (icon && icon.dataset.level !== mood && icons[mood]) { icon.dataset.level = mood; icon.setAttribute("href", icons[mood]); }
   }
 
   nexus.paintAge = function () {

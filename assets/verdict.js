@@ -25,6 +25,8 @@
   };
 
   const list = (words) => (words.length < 2 ? words.join("") : words.slice(0, -1).join(", ") + " and " + words[words.length - 1]);
+  /* A partner may say much: enough to know it by, and room for what follows. */
+  const brief = (words) => (words && words.length > 140 ? words.slice(0, 139).trimEnd() + "…" : words);
   const sentence = (words) => (words ? words[0].toUpperCase() + words.slice(1).replace(/\.$/, "") + ". " : "");
 
   function store(feed) {
@@ -81,7 +83,7 @@
   function bridge(feed) {
     const status = at(feed, "python.status");
     const circuit = at(feed, "circuit.state");
-    const because = sentence(at(feed, "python.reason"));
+    const because = sentence(brief(at(feed, "python.reason")));
     const go = "Nexus's own features go on. ";
     const apart = { rings: "apart", covers: ["backlog", "python age"] };
     const joined = { rings: "joined", covers: ["backlog", "python age"] };

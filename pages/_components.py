@@ -41,11 +41,13 @@ def state(path: str, className: str = "", form: str = "state") -> html.Span:
     return html.Span([glyph(), bind(path, form)], className=f"state {className}".strip(), **data(level_of=path))
 
 
-def tile(title: str, *children: Component, id: str, note: Component | None = None, className: str = "") -> html.Section:
+def tile(
+    title: str, *children: Component, id: str, note: Component | None = None, className: str = "", **more: Any
+) -> html.Section:
     """A titled panel; `note` stands at the right of the title."""
     heading = html.Div([html.H2(title, id=f"{id}-title"), note], className="tile-head")
     return html.Section(
-        [heading, *children], id=id, className=f"tile {className}".strip(), **aria(labelledby=f"{id}-title")
+        [heading, *children], id=id, className=f"tile {className}".strip(), **aria(labelledby=f"{id}-title"), **more
     )
 
 

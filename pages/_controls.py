@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dash_mantine_components as dmc
-from dash import ClientsideFunction, Dash, Input, html
+from dash import ClientsideFunction, Dash, Input, State, html
 from dash.development.base_component import Component
 
 from pages._components import UNKNOWN, aria, bind, data, glyph, state, tile
@@ -135,14 +135,14 @@ def register(dashboard: Dash) -> None:
     """The callbacks of the controls, all of them in the browser. Registered with the application rather than at import: a
     second application in the same process has them too."""
 
-    def in_browser(name: str, *inputs: Input) -> None:
+    def in_browser(name: str, *inputs: Input | State) -> None:
         dashboard.clientside_callback(ClientsideFunction("nexus", name), *inputs, prevent_initial_call=True)
 
     for name in SWITCHES:
         in_browser("toggleSetting", Input(name, "checked"))
     for name in [*NUMBERS, URL]:
         in_browser("editSetting", Input(name, "value"))
-        in_browser("applySetting", Input(f"{name}-apply", "n_clicks"), Input(name, "n_submit"))
+        in_browser("applySetting", Input(f"{name}-apply", "n_clicks"), Input(name, "n_submit"), State(name, "value"))
     for name in [*SWITCHES, *NUMBERS, URL]:
         in_browser("resetSetting", Input(f"{name}-reset", "n_clicks"))
     for name in [*NUMBERS, URL]:

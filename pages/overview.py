@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import dash
 from dash import html
 from dash.development.base_component import Component
@@ -88,7 +90,7 @@ def _verdict() -> html.Section:
     )
 
 
-def _act(label: str, name: str, **more: str) -> html.Button:
+def _act(label: str, name: str, **more: Any) -> html.Button:
     """A button for what the verdict advises; assets/paint.js shows it while it does."""
     return html.Button(
         label, id=f"act-{name}", className="act-button", type="button", hidden=True, **data(act=name), **more
@@ -98,9 +100,8 @@ def _act(label: str, name: str, **more: str) -> html.Button:
 def _letters() -> html.Section:
     """Empty until asked for: see assets/letters.js."""
     redrive = html.Button("Send all again", id="letters-redrive", className="act-button", type="button")
-    panel = tile("The newest dead letters", html.Ol(id="letters-list", className="letters"), id="letters", note=redrive)
-    panel.hidden, panel.tabIndex = True, "-1"
-    return panel
+    rows = html.Ol(id="letters-list", className="letters")
+    return tile("The newest dead letters", rows, id="letters", note=redrive, hidden=True, tabIndex="-1")
 
 
 def _node(title: str, *children: Component, id: str, level_of: str, className: str = "") -> html.Div:
@@ -150,7 +151,7 @@ def _flow() -> html.Section:
     python = _node(
         "Python service",
         _value("rates.python", "rate", "/s"),
-        html.Div([bind("derived.waiting", "text")], className="node-line"),
+        html.Div([bind("derived.waiting", whole=True)], className="node-line"),
         state("python.status", "node-state"),
         id="node-python",
         level_of="python.status",
