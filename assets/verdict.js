@@ -40,6 +40,8 @@
     return said && { level: said[0], title: said[1], detail: why + said[2], rings: "apart", root: true };
   }
 
+  const loads = (feed) => at(feed, "pipeline.state") === "running" && LOCAL.some((name) => at(feed, "streams." + name + ".state") === "starting");
+
   function pipeline(feed) {
     const why = sentence(at(feed, "pipeline.detail"));
     const said = {
@@ -47,7 +49,7 @@
       restarting: ["warn", "The pipeline restarts: accepted events wait in the log" + nothingLost(feed), "It goes on from its checkpoint."],
       starting: ["idle", "Nexus is starting", "The pipeline goes on from its checkpoint."],
       standby: ["idle", "This instance stands by: it serves reads and ingest", "Another instance owns the pipeline; this one takes over when that one is gone."],
-    }[at(feed, "pipeline.state")];
+    }[loads(feed) ? "starting" : at(feed, "pipeline.state")];
     return said && { level: said[0], title: said[1], detail: why + said[2], rings: said[0] === "idle" ? "joined" : "apart", root: true };
   }
 

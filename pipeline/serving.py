@@ -54,6 +54,7 @@ class Serving:
     def __init__(self, nexus: Runtime, clock: Callable[[], int]) -> None:
         self._nexus, self._clock = nexus, clock
         self._meters: dict[str, Meter] = {}
+        self._ran: set[str] = set()  # streams that were seen at work
         self._history: deque[tuple[Any, ...]] = deque(maxlen=HISTORY_S)
         self._body: dict[str, Any] = {}
         self._plain = b"{}"
@@ -290,6 +291,10 @@ class Serving:
         for name in keys.STREAMS:
             account = audit.accounts[name] if audit is not None else None
             state, detail = states[name]
+            if state == "running":
+                self._ran.add(name)
+            elif state == "restarting" and name not in self._ran:
+                state = STARTING  # it loads what it goes on from
             lag_s = None if lags is None else lags.get(name, 0.0)
             if state == "running" and (lag_s or 0.0) >= _BEHIND_S:
                 state = "behind"

@@ -194,6 +194,12 @@ def starting() -> Feed:
     return feed
 
 
+def streams_load() -> Feed:
+    feed = starting()
+    feed["pipeline"]["state"], feed["python"]["status"] = "running", "online"
+    return feed
+
+
 def partner_not_asked() -> Feed:
     feed = busy()
     feed["python"].update(status="starting", reason="not asked yet", checked_at=None, response_time_ms=None)
@@ -257,6 +263,7 @@ SCENARIOS: dict[str, Callable[[], Feed]] = {
         half_open,
         probing_with_backlog,
         starting,
+        streams_load,
         partner_not_asked,
         troubled_jobs,
         after_an_outage,

@@ -120,6 +120,7 @@ def test_a_second_dashboard_in_one_process_has_every_callback_of_the_first() -> 
         ("store_degraded", "warn", "The store is degraded: acknowledged events are not safe in it"),
         ("half_open", "warn", "The bridge probes the Python service"),
         ("starting", "idle", "Nexus is starting"),
+        ("streams_load", "idle", "Nexus is starting"),
         ("partner_not_asked", "idle", "Nexus runs, the Python service is being asked"),
         ("no_fields", "unknown", "figures are not known yet"),
     ],

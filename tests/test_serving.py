@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.runtime import Runtime
 from tests.conftest import Start, client_of, quick
-from tests.helpers import FakePartner, Valkey, until
+from tests.helpers import LOCAL, FakePartner, Valkey, until
 
 
 def feed(nexus: Runtime, history: bool = False) -> dict[str, Any]:
@@ -65,6 +65,14 @@ def test_before_the_first_run_all_is_starting_and_the_health_route_keeps_its_wor
     assert before["pipeline"]["state"] == "starting"
     assert {stream["state"] for stream in before["streams"].values()} == {"starting"}
     assert client_of(idle).get("/api/ml/bridge/python?action=health").json["status"] == "offline"
+
+
+def test_stream_restarts_only_once_it_has_run(idle: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for state in ("restarting", "running", "restarting"):
+        monkeypatch.setattr(idle.runner, "states", lambda state=state: dict.fromkeys(LOCAL, (state, None)))
+        seen.append(feed(idle)["streams"]["features"]["state"])
+    assert seen == ["starting", "running", "restarting"]
 
 
 def test_partner_that_was_asked_and_did_not_answer_is_offline_not_starting(start_nexus: Start) -> None:
