@@ -6,9 +6,13 @@
 
   const element = (id) => document.getElementById(id);
 
-  function show(open) {
+  function unfold(open) {
     element("letters").hidden = !open;
     element("act-letters").setAttribute("aria-expanded", String(open));
+  }
+
+  function show(open) {
+    unfold(open);
     (open ? element("letters") : element("act-letters")).focus();
   }
 
@@ -20,9 +24,10 @@
   }
 
   function row(letter) {
+    const { event_type, user_id } = letter.event;
     const line = nexus.make("li", "letter");
     line.append(nexus.make("span", "letter-at", nexus.format.clock(Date.parse(letter.last_at))), nexus.make("span", "letter-stream", letter.stream),
-      nexus.make("span", "letter-event", `${letter.event.event_type} of ${letter.event.user_id}`), nexus.make("span", "letter-reason", letter.reason));
+      nexus.make("span", "letter-event", event_type ? `${event_type} of ${user_id}` : "cannot be read"), nexus.make("span", "letter-reason", letter.reason));
     return line;
   }
 
@@ -49,6 +54,12 @@
     }
     button.disabled = false;
   }
+
+  /* Nothing to list any more: sent again here or elsewhere. */
+  (nexus.painters = nexus.painters || []).push((feed) => {
+    const panel = element("letters");
+    if (panel && !panel.hidden && nexus.at(feed, "store.status") !== "offline" && !nexus.deadLetters(feed).length) unfold(false);
+  });
 
   window.dash_clientside = window.dash_clientside || {};
   window.dash_clientside.nexus = Object.assign(window.dash_clientside.nexus || {}, {
