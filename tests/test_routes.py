@@ -16,6 +16,7 @@ from jsonschema import Draft202012Validator
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from pipeline import checkpoints
+from pipeline.events import rfc3339
 from pipeline.footprint import Footprint
 from pipeline.log import Log
 from pipeline.openapi import document
@@ -375,7 +376,9 @@ def features_of(server: Misbehaving, asked: misbehaving.Asked, answer: misbehavi
     if not user:
         misbehaving.healthy(server, asked, answer)
     elif user == "new":
-        answer.send(200, {"user_id": user, "features": {"theirs": 7}, "computed_at": "2026-01-01T00:00:00Z"})
+        answer.send(
+            200, {"user_id": user, "features": {"theirs": 7}, "computed_at": rfc3339(time.time_ns() // 1_000_000)}
+        )
     else:
         answer.send(500 if user == "bad" else 404, {})
 
