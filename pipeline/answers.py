@@ -9,7 +9,7 @@ from flask import Response, request
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from pipeline.errors import BadRequest, Fenced, NexusError, StoreError, TooLarge
-from pipeline.own_host import require_own, require_own_origin
+from pipeline.own_host import require_own
 from pipeline.posted import MAX_BODY_BYTES, unpack
 
 if TYPE_CHECKING:
@@ -30,13 +30,15 @@ def error_answer(error: NexusError) -> Response:
     return answer(error.body(), error.status, headers)
 
 
-def require_own_page() -> None:
-    """Raises NexusError where a page of another origin asks."""
-    require_own_origin(request.headers.get("Host", ""), request.headers.get("Origin"))
+def require_own_page(nexus: Runtime) -> None:
+    """Raises NexusError where a page asks that is not this server's own. Programs, which name no origin, may come by any name."""
+    if "Origin" in request.headers:
+        require_own_server(nexus)
 
 
 def require_own_server(nexus: Runtime) -> None:
-    """The same, and where the server is called by a name that is not its own: a page elsewhere may have it lead here."""
+    """Raises NexusError where a page of another origin asks, and where the server is called by a name that is not its own: a page
+    elsewhere may have that lead here."""
     host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
     require_own(host, origin, nexus.own_names, nexus.settings.nexus_port)
 

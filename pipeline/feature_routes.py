@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Blueprint, Response, request
 
 from pipeline.aggregations import error
-from pipeline.answers import answer, json_object, require_own_server, strings
+from pipeline.answers import answer, json_object, require_own_page, strings
 from pipeline.definitions import Entity
 from pipeline.errors import BadRequest, NotFound, PartnerError
 from pipeline.events import rfc3339
@@ -47,7 +47,7 @@ def feature_routes(nexus: Runtime) -> Blueprint:
 
     @api.post("/api/ml/features/sync")
     def sync() -> Response:
-        require_own_server(nexus)
+        require_own_page(nexus)
         return answer(nexus.sync_features())
 
     return api

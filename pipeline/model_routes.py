@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from flask import Blueprint, Response, request
 
-from pipeline.answers import answer, json_object, number, require_own_server
+from pipeline.answers import answer, json_object, number, require_own_page
 from pipeline.demand_history import demand_counts
 from pipeline.errors import BadRequest, Fenced, NexusError, PartnerError, Unprocessable
 from pipeline.events import Rejected, decode, parse, parse_rfc3339, rfc3339
@@ -45,7 +45,7 @@ def model_routes(nexus: Runtime) -> Blueprint:
 
     @api.post("/api/ml/models/<name>/retrain")
     def retrain(name: str) -> Response:
-        require_own_server(nexus)
+        require_own_page(nexus)
         wait = request.args.get("wait", "true")
         if wait not in ("true", "false"):
             raise BadRequest("invalid_wait", f"wait is {wait!r}; it takes true or false")

@@ -13,15 +13,10 @@ from pipeline.errors import NexusError
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:\[\]]+)(?::([0-9]{1,5}))?").fullmatch
 
 
-def require_own_origin(host: str, origin: str | None) -> None:
-    """Raises NexusError where a page of another origin asks. Programs name none."""
-    if origin is not None and origin.partition("://")[2].lower() != host.lower():
-        raise NexusError("foreign_origin", f"a page of {origin} may not ask for this", status=403)
-
-
 def require_own(host: str, origin: str | None, names: Set[str], port: int) -> None:
     """Raises NexusError where the Host header names another server or port, or a page of another origin asks."""
-    require_own_origin(host, origin)
+    if origin is not None and origin.partition("://")[2].lower() != host.lower():
+        raise NexusError("foreign_origin", f"a page of {origin} may not ask for this", status=403)
     found = _HOST(host.lower())
     if found is None or int(found[2] or port) != port or not _is_own(found[1].strip("[]"), names):
         takes = f"one of {', '.join(sorted(names))}, or an address of this machine, at port {port}"

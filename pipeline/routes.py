@@ -128,10 +128,10 @@ def _routes(nexus: Runtime) -> Blueprint:
         elif action == "hybrid_process":
             status, found = nexus.actions.hybrid_process(body)
         elif action == "test_integration":
-            require_own_page()
+            require_own_page(nexus)
             status, found = nexus.actions.test_integration()
         elif action in ACTIONS:
-            require_own_server(nexus)
+            require_own_page(nexus)
             nexus.bridge.control(action)
             status, found = 200, {"action": action, **nexus.bridge_health()}
         else:
@@ -218,7 +218,7 @@ def _routes(nexus: Runtime) -> Blueprint:
 
     @api.post("/api/ml/dead-letters/redrive")
     def redrive() -> Response:
-        require_own_server(nexus)
+        require_own_page(nexus)
         body = json_object()
         ids = strings(body, "ids", 5000) if body.get("ids") is not None else None
         stream, reason = body.get("stream"), body.get("reason")

@@ -1,5 +1,5 @@
-"""Pages elsewhere do not get there: what changes the state of Nexus is asked for by its own name and from its own pages, while
-events are taken from everywhere."""
+"""Pages elsewhere do not get there: what changes the state of Nexus is asked for by programs and from its own pages, while events
+are taken from everywhere."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ def send(client: Any, path: str, body: Any, **headers: str) -> Any:
         ({"Origin": "null"}, "foreign_origin"),
         ({"Origin": "http://localhost:4001", "Host": "localhost:4000"}, "foreign_origin"),
         ({"Origin": EVIL, "Host": "evil.example"}, "foreign_host"),  # its name leads here meanwhile
-        ({"Host": "evil.example:4000"}, "foreign_host"),
     ],
 )
 def test_pages_elsewhere_change_nothing(nexus, client, headers, code):
@@ -47,7 +46,9 @@ def test_pages_elsewhere_change_nothing(nexus, client, headers, code):
     assert (circuit["forced"], circuit["paused"]) == (False, False)
 
 
-@pytest.mark.parametrize("headers", [{}, {"Host": "localhost:4000", "Origin": "http://localhost:4000"}])
+@pytest.mark.parametrize(
+    "headers", [{}, {"Host": "nexus.example"}, {"Host": "localhost:4000", "Origin": "http://localhost:4000"}]
+)
 def test_programs_and_the_servers_own_pages_get_there(nexus, client, headers):
     until(lambda: nexus.stream("inference"), "the models")
     for path, body in REQUESTS:
