@@ -70,7 +70,10 @@
   const same = (a, b) => a === b || String(a) === String(b);
   function settle(name) {
     const wish = pending[name];
-    if (!wish) return;
+    if (!wish) {
+      if (name in draft && same(draft[name], truth(name))) delete draft[name]; // nothing is left to apply
+      return;
+    }
     const source = setting(name).source;
     const seen = wish.value === null ? source === "environment" : same(truth(name), wish.value);
     if (seen || performance.now() > wish.until) delete pending[name];
@@ -191,6 +194,7 @@
     editSetting: function (value) {
       const name = clicked();
       if (!name || !nexus.live.feed || (same(value, truth(name)) && !(name in draft))) return; // the feed sets it too
+      if (pending[name] && same(value, pending[name].value)) return; // the field tells once more what was just applied
       delete refused[name];
       if (same(value, truth(name))) delete draft[name]; else draft[name] = value;
       given.delete(document.getElementById(name));
