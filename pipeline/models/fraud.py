@@ -26,6 +26,8 @@ NAMES = (
     "payer's fraud rate",
     "0 to 6 h UTC",
 )
+_FIRST = {name: NAMES.index(name) for name in NAMES}  # the plain one
+_DEVIATES = _FIRST[_DEVIATION]
 LABELS_NEEDED = 20  # reported frauds before the model is trusted over the habit rule
 PRESUMED_PER_FRAUD = 8  # recent payments taken as legitimate for each reported fraud: nobody reports those
 HALF_LIFE_MS = 7 * 86_400_000  # of what is remembered of frauds: an account is taken over for days, not for ever
@@ -107,19 +109,19 @@ class Fraud(msgspec.Struct):
     def score(self, x: list[float]) -> float:
         """0 to 1, a rank and no probability: comparable among payments scored by the same version."""
         if not self.ready:
-            return 1.0 - math.exp(-max(0.0, x[NAMES.index(_DEVIATION)]) / 2.0)
+            return 1.0 - math.exp(-max(0.0, x[_DEVIATES]) / 2.0)
         return _sigmoid(self._linear(x))
 
     def reasons(self, x: list[float]) -> list[str]:
         """The inputs that raised the score most, strongest first."""
         if not self.ready:
-            deviation = x[NAMES.index(_DEVIATION)]
+            deviation = x[_DEVIATES]
             return [f"{_DEVIATION} {deviation:.2g}"] if deviation > 0.5 else []
         shares: dict[str, float] = {}
         for name, weight, value in zip(NAMES, self.weights[1:], x, strict=True):
             shares[name] = shares.get(name, 0.0) + weight * value
         strongest = sorted(shares.items(), key=lambda share: -share[1])[:3]
-        return [f"{name} {x[NAMES.index(name)]:.2g}" for name, share in strongest if share > 0.1]
+        return [f"{name} {x[_FIRST[name]]:.2g}" for name, share in strongest if share > 0.1]
 
     def seen(self, x: list[float]) -> None:
         """Remember a payment among the recent ones, which stand for the legitimate."""

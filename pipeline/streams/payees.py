@@ -60,8 +60,9 @@ class Payees:
         asked = {t for i in reports if (t := transaction_of(batch.data(i))) is not None}
         found: dict[str, Paid] = {}
         for paid in (*self._kept.values(), *self._writing.values()):
-            for transaction in asked.intersection(paid):
-                found[transaction] = max(found.get(transaction, paid[transaction]), paid[transaction], key=Paid.latest)
+            for transaction in asked:  # few, of many that are kept
+                if (one := paid.get(transaction)) is not None:
+                    found[transaction] = max(found.get(transaction, one), one, key=Paid.latest)
         if wanted := sorted(asked.difference(found)):
             today = batch.arrivals[-1] // _DAY_MS
             days = range(today + 1, today - self._retention_ms // _DAY_MS - 2, -1)
