@@ -54,7 +54,7 @@ from pipeline.sync import synchronise
 from pipeline.turns import turn_passed_on
 
 VERSION = "0.1.0"
-YOUNG = 5_000  # new objects between two collections: one takes a few ms
+YOUNG = 1_000  # new objects between two collections: one takes a ms
 SWITCH_INTERVAL_S = 0.0005  # default 5 ms: a request would wait that long behind the pipeline's thread
 _FREEZE_S = 5.0
 _CAUGHT_UP_S = 0.5  # who asks what another stream has waits so long for what the features have already

@@ -110,7 +110,7 @@ class Fold:
         self._untyped = self._counter(None) if any(f.event_type is None for f in users.families) else None
         self._until = max((family.until for family in families), default=0)
         self.payees = Payees(store, retention_ms, over=not suffix)
-        self._cutting: list[tuple[Table, str, Entity]] = []  # what the present checkpoint has yet to write
+        self._cutting: list[tuple[Table, dict[str, Entity]]] = []  # what the present checkpoint has yet to write
         self.ordinal = 0
         self.newest: dict[str, int] = {}  # event type -> the latest event time (ms) that was counted
 
@@ -270,14 +270,19 @@ class Fold:
     def chunks(self, now: int) -> Iterator[list[Command]]:
         """What brings the store up to the entities that are dirty now; empty once another call has overtaken it."""
         for table in self.tables.values():
-            self._cutting += [(table, owner, entity) for owner, entity in table.dirty.items()]
+            self._cutting.append((table, table.dirty))  # as they are: a copy of thousands would be a pause for all threads
             table.dirty = {}
         return self._chunks(now)
 
     def _chunks(self, now: int) -> Iterator[list[Command]]:
-        while some := [self._cutting.pop() for _ in range(min(_CHUNK, len(self._cutting)))]:
+        while self._cutting:
+            table, dirty = self._cutting[-1]
             commands: list[Command] = []
-            for table, owner, entity in some:
+            for _ in range(min(_CHUNK, len(dirty))):
+                owner, entity = dirty.popitem()
                 entity.position = max(entity.position, self.ordinal)
                 commands += table.windows.dump(entity, table.prefix + owner, now)
-            yield commands
+            if not dirty:
+                self._cutting.pop()
+            if commands:
+                yield commands
