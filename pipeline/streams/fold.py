@@ -270,7 +270,8 @@ class Fold:
     def chunks(self, now: int) -> Iterator[list[Command]]:
         """What brings the store up to the entities that are dirty now; empty once another call has overtaken it."""
         for table in self.tables.values():
-            self._cutting.append((table, table.dirty))  # as they are: a copy of thousands would be a pause for all threads
+            # As they are: a copy of thousands would be a pause for all threads.
+            self._cutting.append((table, table.dirty))
             table.dirty = {}
         return self._chunks(now)
 
