@@ -416,6 +416,19 @@ def test_report_that_is_repeated_counts_once_and_one_that_is_withdrawn_not_at_al
     assert (stream.model.frauds, stream.model.legitimate, payee(store, "m").frauds) == (1, 0, 1)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_history_that_is_brought_in_later_fades_by_its_own_time(store, apart):
+    then, stream = NOON - 60 * DAY_MS, Inference(store)
+    paid = [payment(f"t{i}", data={"merchant_id": "m"}, timestamp=then) for i in range(3)]
+    late = {**report("t0"), "timestamp": then + 7 * DAY_MS}
+    for some in [paid, [late]] if apart else [[*paid, late]]:
+        stream.process(batch_of(store, some, NOON), NOON)
+        write(store, stream.cut(NOON))
+        stream = Inference(store) if apart else stream
+    record = payee(store, "m")
+    assert (record.count, record.frauds, record.at) == pytest.approx((1.5, 1.0, then + 7.0 * DAY_MS))
+
+
 def payee(store, name: str) -> fraud.Payee:
     return msgspec.msgpack.decode(store.call("GET", keys.PAYEE + name), type=fraud.Payee)
 

@@ -101,8 +101,9 @@ class Inference(Stream):
         self._payees = _Table(store, keys.PAYEE, fraud.Payee)
         self._scores: dict[str, Score] = {}
         self._labels: dict[str, int] = {}
-        # Reports of payments that are not in memory, with the label before them where that is: each checkpoint asks for all at once.
-        self._late: list[tuple[str, bool, int | None]] = []
+        # Reports of payments that are not in memory, with their time, and the label before them where that is: each checkpoint asks for
+        # all at once.
+        self._late: list[tuple[str, bool, int, int | None]] = []
         self._requests: Unwritten[Counter[tuple[str, int]]] = Unwritten(Counter)
         self._writing: tuple[dict[str, Score], dict[str, int]] = ({}, {})
 
@@ -171,26 +172,26 @@ class Inference(Stream):
         self._labels[transaction] = int(is_fraud)
         score = self._scores.get(transaction) or self._writing[0].get(transaction)
         if score is None:
-            self._late.append((transaction, bool(is_fraud), before))
+            self._late.append((transaction, bool(is_fraud), batch.ts[index], before))
         else:
             self._load_of([score])
-            self._learn(transaction, score, bool(is_fraud), before)
+            self._learn(transaction, score, bool(is_fraud), batch.ts[index], before)
 
     def _learn_late(self) -> None:
         """Learn from the reports whose payments are in the store, if at all: else they are unknown, or older than what is
         retained, and only the label is kept."""
         late, self._late = self._late, []
         # Arrival never runs backwards: no payment before these reports is of a later day.
-        days, transactions = _days_before(self._arrived, self._days), [transaction for transaction, _, _ in late]
+        days, transactions = _days_before(self._arrived, self._days), [transaction for transaction, *_ in late]
         scores = [_score(raw) for raw in self.store.find([f"{keys.SCORES}{day}" for day in days], transactions)]
         labels = self.store.find([f"{keys.LABELS}{day}" for day in days], transactions)
         self._load_of([score for score in scores if score is not None])
-        for (transaction, is_fraud, before), score, stored in zip(late, scores, labels, strict=True):
+        for (transaction, is_fraud, ts, before), score, stored in zip(late, scores, labels, strict=True):
             if score is not None:
                 known = int(stored) if before is None and stored is not None else before
-                self._learn(transaction, score, is_fraud, known)
+                self._learn(transaction, score, is_fraud, ts, known)
 
-    def _learn(self, transaction: str, score: Score, is_fraud: bool, before: int | None) -> None:
+    def _learn(self, transaction: str, score: Score, is_fraud: bool, ts: int, before: int | None) -> None:
         """Learn a label; one that repeats the label `before` it tells nothing, one that differs takes its place."""
         if before == is_fraud:
             return
@@ -201,7 +202,7 @@ class Inference(Stream):
         if is_fraud or before:
             payee = self._payees[score.payee] if score.payee else fraud.Payee()
             habit = self._habits[score.payer] if score.payer else fraud.Habit()
-            fraud.reported(self._arrived, habit, payee, 1 if is_fraud else -1)
+            fraud.reported(ts, habit, payee, 1 if is_fraud else -1)
             self._payees.dirty.update({score.payee} - {""})
             self._habits.dirty.update({score.payer} - {""})
 
