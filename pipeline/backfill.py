@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple, replace
 from typing import Protocol
@@ -22,7 +22,7 @@ from pipeline.definitions import Feature
 from pipeline.families import Family, pack_definitions
 from pipeline.frames import PER_FRAME, REDRIVE, SHIFT, Frame, Position
 from pipeline.log import Log
-from pipeline.store import Store
+from pipeline.store import Command, Store
 from pipeline.streams.fold import PREFIXES, Fold
 from pipeline.streams.stream import Batch
 from pipeline.windows import Windows
@@ -48,7 +48,7 @@ class Host(Protocol):
     @property
     def ordinal(self) -> int: ...
 
-    def hand_out(self) -> None: ...
+    def chunks(self, now: int) -> Iterator[list[Command]]: ...
 
     def serve(self, features: Sequence[Feature], families: Sequence[Family], after: Fold | None = None) -> None: ...
 
@@ -167,9 +167,8 @@ class Backfill:
             self._write(position, now)
             target = [replace(f, until=until) if f in self.families else f for f in self._target]
             definitions = pack_definitions(self._features, target, self.mark)
-            stream.hand_out()
             stream.torn = True  # until all of it is known to be in the store
-            for chunk in stream.fold.chunks(now):
+            for chunk in stream.chunks(now):
                 checkpoints.commit(stream.store, self._epoch(), chunk)
             checkpoints.commit(
                 stream.store, self._epoch(), [("SET", keys.DEFINITIONS, definitions), ("DEL", keys.BACKFILL)]

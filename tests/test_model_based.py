@@ -80,7 +80,7 @@ def commit_the_position_without_effects(store: Store, patch: pytest.MonkeyPatch)
 
     def forgetful(self: Storage, now: int) -> object:
         made = cut(self, now)
-        made.final.clear()
+        made.final = ()
         return made
 
     patch.setattr(Storage, "cut", forgetful)

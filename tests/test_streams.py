@@ -14,6 +14,7 @@ from pipeline.frames import ALL_STREAMS, CANARY, record
 from pipeline.labelled import examples
 from pipeline.log import Log, Request
 from pipeline.models import fraud
+from pipeline.store import Call
 from pipeline.streams.aggregates import OTHER, Aggregates
 from pipeline.streams.features import Features
 from pipeline.streams.inference import CITY, Inference, find_labels, find_scores
@@ -81,7 +82,7 @@ def test_cut_without_anything_new_writes_nothing(store, kind):
     stream.process(batch_of(store, [response(), payment("t")], NOON), NOON)
     write(store, stream.cut(NOON))
     again = stream.cut(NOON)
-    assert [command for chunk in again.chunks for command in chunk] + again.final == []
+    assert [command for chunk in again.chunks for command in chunk] + [*again.final] == []
 
 
 # features
@@ -110,6 +111,48 @@ def test_response_time_that_is_no_number_is_dead_and_changes_nothing(store):
     assert [index for index, _ in outcome.dead] == [0]
     assert "response_time" in outcome.dead[0][1]
     assert stream.values(["driver_1"], NOON) == {}
+
+
+def test_users_payees_and_zones_of_a_batch_are_all_asked_for_before_an_answer_is_waited_for(store, monkeypatch):
+    stream = Features(store)
+    at = {"lat": 40.7, "lng": -73.9}
+    batch = batch_of(
+        store,
+        [
+            payment("t", data={"merchant_id": "m"}),
+            report("earlier"),
+            event("ride_request", location=at, timestamp=NOON),
+        ],
+        NOON,
+    )
+    seen: list[str] = []
+    begin, result = store.begin, Call.result
+
+    def begun(script: str, *words: Any) -> Call:
+        seen.append(script)
+        made: Call = begin(script, *words)
+        return made
+
+    def answered(call: Call) -> Any:
+        seen.append("answer")
+        return result(call)
+
+    monkeypatch.setattr(store, "begin", begun)
+    monkeypatch.setattr(Call, "result", answered)
+    stream.process(batch, NOON)
+    assert seen == ["vectors", "vectors", "vectors", "find", *["answer"] * 4]
+
+
+def test_checkpoint_gives_users_to_the_publisher_some_at_a_time_and_all_before_it_is_through(store):
+    stream = Features(store)
+    users = [f"driver_{n}" for n in range(100)]
+    stream.process(batch_of(store, [response(user, timestamp=NOON) for user in users], NOON), NOON)
+    cut, waiting = stream.cut(NOON), [0]
+    for _ in cut.chunks:
+        waiting.append(len(stream.outbox))
+    assert waiting == sorted(waiting)
+    assert len({*waiting} - {0, 100}) > 0
+    assert sorted(stream.outbox.first(999)) == sorted(stream.active) == sorted(users)
 
 
 # storage

@@ -62,7 +62,8 @@ class Features(Stream):
         self.torn = False  # rows that it takes for written may not be in the store: it has to be made anew
         self.active: dict[str, None] = {}  # users with events since the last feature sync
         self.outbox = Outbox()  # the publisher takes from it
-        self._outboxed = 0  # the ordinal up to which whose events were counted came into it
+        self._handed_out = 0  # whoever has events up to this ordinal came into it
+        self._cut = 0  # and up to this one with the checkpoint that is under way, or was the latest
         self.serve(self.wanted, plan(self.wanted))
 
     @property
@@ -82,7 +83,7 @@ class Features(Stream):
 
     def serve(self, features: Sequence[Feature], families: Sequence[Family], after: Fold | None = None) -> None:
         """Count in these families from here on, and answer these features; `after` is the fold that did so before."""
-        fold = Fold(self.store, features, families, self._retention_ms)
+        fold = Fold(self.store, features, families, self._retention_ms, changed=self._hand_out)
         if after is not None:
             fold.take_over(after)
         self.served, self.fold, self._unsaved = tuple(features), fold, None
@@ -108,7 +109,7 @@ class Features(Stream):
             users = {user_of(record[8:]) for frame in sound for record in frame.records}
             self.outbox.add((named(user) for user in users if user), behind.ordinal)
             behind = frames[-1].after()
-        self._outboxed = reached.ordinal
+        self._handed_out = self._cut = reached.ordinal
 
     def adopt(self, stored: bytes | None, fresh: bool) -> None:
         """Serve what the store has tiles for, and see what has to be filled for definitions that are new."""
@@ -159,12 +160,11 @@ class Features(Stream):
         with self.lock:
             self._check_whole()
             fold, self.writing = self.fold, True
-            self.hand_out()
             # Before the rows: what a definition that was dropped has in them is deleted there, and must not be served again.
             definitions: list[Command] = [("SET", keys.DEFINITIONS, self._unsaved)] if self._unsaved is not None else []
             self._unsaved = None
-            chunks = self._locked(chain([definitions] if definitions else [], fold.chunks(now)))
-            final = list(fold.payees.cut())
+            chunks = self._locked(chain([definitions] if definitions else [], self.chunks(now)))
+            final = fold.payees.cut()
 
         def written() -> None:
             with self.lock:
@@ -180,14 +180,17 @@ class Features(Stream):
         if self.torn:
             raise StoreUnavailable("the rows of a finished backfill did not reach the store")
 
-    def hand_out(self) -> None:
-        """Give the users with events that are not written yet to the publisher and the feature sync. With the lock held, and before
-        the commit: a publisher that sees the new checkpoint must find them."""
-        dirty = self.fold.tables["user"].dirty
-        self.outbox.add(dirty, self._outboxed)
-        self._outboxed = self.fold.ordinal
+    def chunks(self, now: int) -> Iterator[list[Command]]:
+        """What brings the store up to the entities that have something to write; with the lock held."""
+        self._handed_out, self._cut = self._cut, self.fold.ordinal
+        return self.fold.chunks(now)
+
+    def _hand_out(self, users: Sequence[str]) -> None:
+        """Give users with events that were not written yet to the publisher and the feature sync. With the lock held, and before
+        the commit: a publisher that sees the new checkpoint must find them. Some at a time: all at once would be a pause."""
+        self.outbox.add(users, self._handed_out)
         if len(self.active) < self._cached_users:
-            self.active.update(dict.fromkeys(dirty))
+            self.active.update(dict.fromkeys(users))
 
     def _locked(self, chunks: Iterator[list[Command]]) -> Iterator[list[Command]]:
         while True:

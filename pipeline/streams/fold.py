@@ -6,7 +6,7 @@ The features stream folds what arrives, backfill what was stored before a defini
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,7 +22,7 @@ from pipeline.families import Family
 from pipeline.frames import REDRIVE
 from pipeline.read_lately import ReadLately
 from pipeline.store import Call, Command, Store, as_hash
-from pipeline.streams.payees import Made, Payees, merchant_of
+from pipeline.streams.payees import Made, Paid, Payees, merchant_of
 from pipeline.streams.stream import UNDECODABLE, Batch, Outcome
 from pipeline.tiles import Entity
 from pipeline.windows import Windows
@@ -43,28 +43,43 @@ class Table:
         self.read_lately = ReadLately(windows)
         self._store = store
 
-    def load(self, ids: Iterable[str]) -> None:
-        """Have these in memory, the unknown ones empty."""
+    def loading(self, ids: Iterable[str]) -> Generator[None]:
+        """Have these in memory, the unknown ones empty: asked for in the first step, taken in in the second."""
         absent = [i for i in ids if i not in self.entities]
-        if absent:
-            for i, flat in zip(absent, self.hashes(absent), strict=True):
-                self.entities[i] = self.windows.load(flat) if flat else self.windows.new()
+        asking = self.asking(absent)
+        next(asking)
+        yield
+        for i, flat in zip(absent, next(asking), strict=True):
+            self.entities[i] = self.windows.load(flat) if flat else self.windows.new()
+
+    def load(self, ids: Iterable[str]) -> None:
+        """loading() at once."""
+        for _ in self.loading(ids):
+            pass
 
     def hashes(self, ids: Sequence[str]) -> list[Hash]:
+        """What the store has of these; empty for the unknown ones."""
+        asking = self.asking(ids)
+        next(asking)
+        return next(asking)
+
+    def asking(self, ids: Sequence[str]) -> Iterator[list[Hash]]:
+        """Nothing yet once the first ones are asked for, then all."""
         found: list[Hash] = []
         under_way: deque[Call] = deque()  # the store is at the next ones while this process takes the answer of one in
         try:
             for at in range(0, len(ids), _CHUNK):  # a command for each would cost this process five times as much
-                some = [self.prefix + i for i in ids[at : at + _CHUNK]]
-                under_way.append(self._store.begin("vectors", some, [0]))
                 if len(under_way) == _CALLS:
                     found += map(as_hash, under_way.popleft().result())
+                some = [self.prefix + i for i in ids[at : at + _CHUNK]]
+                under_way.append(self._store.begin("vectors", some, [0]))
+            yield []
             while under_way:
                 found += map(as_hash, under_way.popleft().result())
+            yield found
         finally:
             for call in under_way:
                 call.close()
-        return found
 
     def evict(self, most: int) -> None:
         """Let go of the longest known beyond `most`, but of none that has something to write."""
@@ -82,11 +97,15 @@ class Counter:
     kinds: tuple[Kind, ...]
 
 
+Work = tuple[str, Counter, list[int]]  # a type, how its events are counted, which they are
+
+
 class Fold:
     """Counts each event once in every entity it is of.
 
     `suffix` tells the fields that guard this in an entity's hash apart from those of another fold over the same hashes.
-    What one of the `judges` cannot take is not counted at all.
+    What one of the `judges` cannot take is not counted at all. `changed` is told of the users that a checkpoint writes, some at
+    a time, before it is through.
     """
 
     def __init__(
@@ -97,6 +116,7 @@ class Fold:
         retention_ms: int,
         suffix: bytes = b"",
         judges: Sequence[Windows] = (),
+        changed: Callable[[Sequence[str]], None] = lambda users: None,
     ) -> None:
         self._store, self._judges = store, judges
         self.families = tuple(families)
@@ -111,6 +131,7 @@ class Fold:
         self._until = max((family.until for family in families), default=0)
         self.payees = Payees(store, retention_ms, over=not suffix)
         self._cutting: list[tuple[Table, dict[str, Entity]]] = []  # what the present checkpoint has yet to write
+        self._changed = changed
         self.ordinal = 0
         self.newest: dict[str, int] = {}  # event type -> the latest event time (ms) that was counted
 
@@ -148,10 +169,11 @@ class Fold:
         if upto is not None:
             size = min(size, max(0, upto - first))
         dead: Dead = [(index, UNDECODABLE) for index in batch.undecodable if index < size]
-        earlier = self.payees.before(batch, batch.by_type.get(REPORT, ())) if self._joins else {}
-        filled = self._first_places(batch) if batch.to & REDRIVE and self._until else None
         work = self._work(batch, size)
-        owners = self._owners(batch, work, {paid.merchant for paid in earlier.values()})
+        ids: dict[Kind, Any] = {"user": batch.users, "merchant": self._payees_of(batch, work), "zone": batch.zones}
+        earlier = self._load(batch, ids, work)
+        owners: dict[Kind, Owners] = {k: Owners(ids[k], table.entities, {}) for k, table in self.tables.items()}
+        filled = self._first_places(batch) if batch.to & REDRIVE and self._until else None
         payments: list[Made] = []
         reported: list[Made] = []
         for event_type, counter, indexes in work:
@@ -183,7 +205,7 @@ class Fold:
             self.newest[""] = max(self.newest.get("", 0), min(max(batch.ts), now))  # of any type
         return Outcome(size - len(dead), sorted(dead))
 
-    def _work(self, batch: Batch, size: int) -> list[tuple[str, Counter, list[int]]]:
+    def _work(self, batch: Batch, size: int) -> list[Work]:
         """The events to be counted, by type: payments before the reports that may be about them."""
         work = []
         for event_type, indexes in batch.by_type.items():
@@ -193,25 +215,38 @@ class Fold:
                 work.append((event_type, counter, chosen))
         return sorted(work, key=lambda of_type: of_type[0] != PAYMENT)
 
-    def _owners(
-        self, batch: Batch, work: Sequence[tuple[str, Counter, list[int]]], merchants: set[str]
-    ) -> dict[Kind, Owners]:
-        """Whose the events are. Those not in memory are fetched, in one round trip for each kind, before anything is counted."""
-        payees = {i: merchant_of(batch.data(i)) for kind, _, indexes in work if kind == PAYMENT for i in indexes}
-        ids: dict[Kind, Any] = {"user": batch.users, "merchant": payees, "zone": batch.zones}
-        named: dict[Kind, set[Any]] = {
-            "user": {*batch.users},
-            "merchant": {*payees.values(), *merchants},
-            "zone": {*batch.zones},
-        }
+    def _load(self, batch: Batch, ids: Mapping[Kind, Any], work: Sequence[Work]) -> dict[str, Paid]:
+        """Have in memory whose the events are. Answers the payments from before the batch that reports are about."""
+        loading = [self.tables[kind].loading(absent) for kind, absent in self._absent(ids, work).items()]
+        try:
+            for part in loading:  # all is asked for before the first answer is waited for
+                next(part)
+            earlier = self.payees.before(batch, batch.by_type.get(REPORT, ())) if self._joins else {}
+            for part in loading:
+                next(part, None)
+        finally:
+            for part in loading:
+                part.close()
+        self.tables["merchant"].load({paid.merchant for paid in earlier.values()})
+        return earlier
+
+    def _payees_of(self, batch: Batch, work: Sequence[Work]) -> dict[int, str | None]:
+        """By index the payees of payments."""
+        return {i: merchant_of(batch.data(i)) for kind, _, indexes in work if kind == PAYMENT for i in indexes}
+
+    def _absent(self, ids: Mapping[Kind, Any], work: Sequence[Work]) -> dict[Kind, set[str]]:
+        """Whose events they are, of those that are not in memory."""
+        found: dict[Kind, set[str]] = {}
         for kind, table in self.tables.items():
-            absent = named[kind].difference(table.entities)
+            named = ids[kind].values() if kind == "merchant" else ids[kind]
+            absent = {*named}.difference(table.entities)
             absent.discard(None)
             if absent and kind != "merchant":  # only then it matters whose events are counted
                 counted = [indexes for _, counter, indexes in work if kind in counter.kinds]
                 absent.intersection_update([ids[kind][index] for indexes in counted for index in indexes])
-            table.load(absent)
-        return {kind: Owners(ids[kind], table.entities, {}) for kind, table in self.tables.items()}
+            if absent:
+                found[kind] = absent
+        return found
 
     def _judged(self, batch: Batch, indexes: Sequence[int], dead: Dead) -> list[int]:
         """Those that each of the judges can take."""
@@ -279,11 +314,15 @@ class Fold:
         while self._cutting:
             table, dirty = self._cutting[-1]
             commands: list[Command] = []
+            owners: list[str] = []
             for _ in range(min(_CHUNK, len(dirty))):
                 owner, entity = dirty.popitem()
+                owners.append(owner)
                 entity.position = max(entity.position, self.ordinal)
                 commands += table.windows.dump(entity, table.prefix + owner, now)
             if not dirty:
                 self._cutting.pop()
+            if table is self.tables["user"]:
+                self._changed(owners)
             if commands:
                 yield commands

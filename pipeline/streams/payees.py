@@ -104,6 +104,9 @@ class Payees:
     def cut(self) -> Iterator[Command]:
         """What keeps them, to be written with the checkpoint; written() once it was."""
         self._writing, self._kept = self._kept, {}
+        return self._commands()
+
+    def _commands(self) -> Iterator[Command]:
         for key, pairs in self._writing.items():
             plain = "HSET" if self._over else "HSETNX"
             for command, some in (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar, TypeVar
@@ -203,7 +203,7 @@ class Cut:
     """
 
     chunks: Iterator[list[Command]] = field(default_factory=lambda: iter(()))
-    final: list[Command] = field(default_factory=list)
+    final: Iterable[Command] = ()
     done: Callable[[], None] = lambda: None
 
 
