@@ -11,6 +11,7 @@ NexusError                500  anything that Nexus raises on purpose
 │   ├── StoreUnavailable       away, loading, read-only; `lost`: the write may have happened
 │   ├── StoreFull              it takes no more (memory limit, disk): nothing was written
 │   └── StoreRefused           a script or a key is not what it should be: not to be mended by waiting
+│       └── StoreWrongType     one key, so that others need not care
 ├── Fenced                503  the writer lost the lease: drop what it holds, read the checkpoint again
 └── PartnerError          502  the Python service
     ├── PartnerTimeout    504  no whole answer in time
@@ -117,6 +118,10 @@ class StoreFull(StoreError):
 
 class StoreRefused(StoreError):
     default_code = "store_refused"
+
+
+class StoreWrongType(StoreRefused):
+    """One key holds what it should not: the trouble of who asked for it, and of nobody else."""
 
 
 class Fenced(_Busy):

@@ -13,7 +13,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from pipeline.errors import Fenced, StoreFull, StoreRefused, StoreUnavailable
+from pipeline.errors import Fenced, StoreFull, StoreRefused, StoreUnavailable, StoreWrongType
 from pipeline.keys import HEAD
 from pipeline.pool import Pool, spoke
 
@@ -218,7 +218,8 @@ def translate(error: Exception) -> Exception:
         return StoreFull(f"the store takes no more writes: {text}")
     refused = isinstance(error, redis.exceptions.ResponseError) and not isinstance(error, _AWAY)
     if refused and not text.startswith(_AWAY_WORDS):
-        return StoreRefused(f"the store refuses what was asked: {text}")
+        kind = StoreWrongType if "WRONGTYPE" in text else StoreRefused
+        return kind(f"the store refuses what was asked: {text}")
     return StoreUnavailable(f"the store does not answer: {text}", lost=_broke(error))
 
 

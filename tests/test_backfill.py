@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -141,6 +143,18 @@ def test_first_start_needs_no_backfill(store, lease):
     worker = Worker(store, lease, OLD)
     assert worker.stream.backfill is None
     assert set(worker.stream.states().values()) == {"ready"}
+
+
+def test_stream_that_is_made_anew_amid_a_backfill_is_gone_without_the_cycle_collector(store, lease):
+    worker = grown(store, lease)
+    assert worker.stream.backfill is not None
+    before = weakref.ref(worker.stream)
+    gc.disable()
+    try:
+        worker.stream = Features(store, NEW)
+        assert before() is None
+    finally:
+        gc.enable()
 
 
 def test_old_version_serves_until_the_new_one_has_caught_up(store, lease):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,25 @@ def test_store_that_is_killed_and_comes_back_is_survived_without_a_restart(own_s
     until(lambda: client.post("/api/ml/events/ingest", json=more).status_code == 202, "ingest again")
     settled(nexus)
     assert_counted_once(get_of(nexus), posted + more, now())
+
+
+def test_streams_of_before_a_crash_of_the_store_are_gone_though_they_were_frozen(own_server, start_own):
+    """What has been frozen, as all that lives for long is, is never looked at by the cycle collector again."""
+    nexus = start_own(ENABLE_PYTHON_BRIDGE="false")
+    post(nexus, traffic())
+    settled(nexus)
+    before = [weakref.ref(nexus.stream(name)) for name in LOCAL]
+    gc.freeze()
+    for _ in range(3):
+        post(nexus, traffic())  # so that a commit may be on its way
+        own_server.kill()
+        until(lambda: nexus.runner.state == "restarting", "the crash to be noticed")
+        own_server.start()
+        until(lambda: nexus.runner.state == "running" and nexus.stream("inference"), "running again")
+        before += [weakref.ref(nexus.stream(name)) for name in LOCAL]
+        gc.freeze()
+    live = [nexus.stream(name) for name in LOCAL]
+    until(lambda: all(stream() is None or stream() in live for stream in before), "the streams of before to be gone")
 
 
 def test_store_that_is_emptied_is_begun_anew_without_a_restart(own_server, start_own, partner: FakePartner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from pipeline.labelled import examples
 from pipeline.log import Log, Request
 from pipeline.models import fraud
 from pipeline.store import Call
+from pipeline.streams import fold
 from pipeline.streams.aggregates import OTHER, Aggregates
 from pipeline.streams.features import Features
 from pipeline.streams.inference import CITY, Inference, find_labels, find_scores
@@ -153,6 +155,19 @@ def test_checkpoint_gives_users_to_the_publisher_some_at_a_time_and_all_before_i
     assert waiting == sorted(waiting)
     assert len({*waiting} - {0, 100}) > 0
     assert sorted(stream.outbox.first(999)) == sorted(stream.active) == sorted(users)
+
+
+def test_checkpoint_that_takes_long_goes_on_in_larger_steps(store, monkeypatch):
+    stream, seconds = Features(store), [0.0]
+    monkeypatch.setattr(fold, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    users = [f"driver_{n}" for n in range(600)]
+    stream.process(batch_of(store, [response(user, timestamp=NOON) for user in users], NOON), NOON)
+    sizes, before = [], 0
+    for _ in stream.cut(NOON).chunks:
+        sizes.append(len(stream.outbox) - before)
+        before = len(stream.outbox)
+        seconds[0] += 1.0
+    assert [size for size in sizes if size] == [40, 80, 120, 160, 200]
 
 
 # storage

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoints
+from pipeline import checkpoints, keys
 from pipeline.checkpoints import Progress
 from pipeline.errors import Fenced
 from pipeline.events import Event, Stored
@@ -211,11 +211,27 @@ def test_worker_that_wakes_after_it_was_given_up_writes_nothing(nexus, trouble, 
     trouble.at, trouble.hangs, trouble.times = lambda found: found.event_id == "e2", True, 1
     post(nexus, *[f"e{n}" for n in range(5)])
     until(lambda: done(nexus, *LOCAL), "the end of the work")
+    hung = [thread for thread in threading.enumerate() if thread.name in ("pipeline", "straggler-storage")]
     trouble.gate.set()
+    until(lambda: sum(thread.is_alive() for thread in hung) <= 1, "the end of whoever hung")
     post(nexus, "after")
     until(lambda: done(nexus, *LOCAL), "the end of the work")
     assert sorted(stored_ids(nexus)) == ["after", "e0", "e1", "e2", "e3", "e4"]
     assert all(account.processed == 6 for name, account in audit(nexus).items() if name in LOCAL)
+
+
+def test_commit_that_is_on_its_way_when_its_worker_is_given_up_is_refused(nexus, trouble, monkeypatch):
+    monkeypatch.setattr("pipeline.streams.runner.HANG_S", 0.3)
+    trouble.at, trouble.hangs, trouble.times = lambda found: found.event_id == "e2", True, 1
+    hung = nexus.runner._group
+    assert hung is not None
+    post(nexus, *[f"e{n}" for n in range(5)])
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    with pytest.raises(Fenced):
+        checkpoints.begin(nexus.store, hung.epoch, checkpoints.pack([("SET", "ml:{p}:mark", "1")])).result()
+    group = nexus.runner._group
+    assert group is not None
+    checkpoints.begin(nexus.store, group.epoch, checkpoints.pack([("DEL", "ml:{p}:mark")])).result()
 
 
 def test_failure_of_a_worker_that_was_given_up_is_nobodys(group: Group) -> None:
@@ -229,6 +245,36 @@ def test_failure_of_a_worker_that_was_given_up_is_nobodys(group: Group) -> None:
     group.streams["storage"].process = wakes  # type: ignore[method-assign,assignment]
     with pytest.raises(Fenced):
         group._give(Batch(frames(group.shared.log)), ["storage"])
+
+
+def test_live_position_passes_an_event_that_is_given_up_and_what_is_read_on_the_way_into_the_group(
+    group: Group,
+) -> None:
+    told: dict[str, int] = {}
+    group.shared.applied = told.__setitem__
+    log = group.shared.log
+    append(log, [event() for _ in range(2)], NOON)
+    append(log, [event()], NOON)
+    first, second = frames(log)
+    straggler = Straggler(group.shared, "storage", lambda _: False, careful=True)
+    straggler.load("storage", Position())
+    straggler.attempts[0], straggler.condemned[0] = (MAX_ATTEMPTS, NOON, "odd"), "failed"
+    assert straggler._try(Batch([first], 0, single=True))
+    assert told == {"storage": 1}
+    group.position = group.front = second.after()
+    group._admit("aggregates")
+    assert told["aggregates"] == 3
+
+
+def test_key_of_the_wrong_type_is_the_trouble_of_its_event_alone(nexus):
+    nexus.store.call("SET", keys.USER + "odd", "no hash")
+    events = [event(user="odd", event_id="odd"), *(event(user=f"u{n}") for n in range(5))]
+    nexus.ingest.post(json.dumps(events).encode(), "", "", {})
+    until(lambda: done(nexus, *LOCAL), "the end of the work")
+    assert [(x["stream"], x["event"]["event_id"], "WRONGTYPE" in x["reason"]) for x in letters(nexus)] == [
+        ("features", "odd", True)
+    ]
+    until(lambda: {state for state, _ in nexus.runner.states().values()} == {"running"}, "the stream to join")
 
 
 @pytest.mark.parametrize("index", [1, 5])

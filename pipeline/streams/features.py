@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -83,7 +84,7 @@ class Features(Stream):
 
     def serve(self, features: Sequence[Feature], families: Sequence[Family], after: Fold | None = None) -> None:
         """Count in these families from here on, and answer these features; `after` is the fold that did so before."""
-        fold = Fold(self.store, features, families, self._retention_ms, changed=self._hand_out)
+        fold = Fold(self.store, features, families, self._retention_ms)
         if after is not None:
             fold.take_over(after)
         self.served, self.fold, self._unsaved = tuple(features), fold, None
@@ -130,7 +131,8 @@ class Features(Stream):
         kept = [family for family in families if family in target or (new and needed.intersection(provides(family)))]
         self.serve(chosen, kept)
         if new and self._epoch is not None:
-            self.backfill = Backfill(self, self.wanted, target, new, self._retention_ms, self._epoch)
+            # Weakly: a cycle would outlive both, once it is frozen.
+            self.backfill = Backfill(weakref.proxy(self), self.wanted, target, new, self._retention_ms, self._epoch)
             new = list(self.backfill.families)
         if (self._epoch is not None or not new) and (features, families) != (self.served, self.fold.families):
             self._unsaved = pack_definitions(self.served, self.fold.families, filled)
@@ -183,7 +185,7 @@ class Features(Stream):
     def chunks(self, now: int) -> Iterator[list[Command]]:
         """What brings the store up to the entities that have something to write; with the lock held."""
         self._handed_out, self._cut = self._cut, self.fold.ordinal
-        return self.fold.chunks(now)
+        return self.fold.chunks(now, self._hand_out)
 
     def _hand_out(self, users: Sequence[str]) -> None:
         """Give users with events that were not written yet to the publisher and the feature sync. With the lock held, and before

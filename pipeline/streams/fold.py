@@ -5,6 +5,7 @@ The features stream folds what arrives, backfill what was stored before a defini
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from pipeline.windows import Windows
 PAYMENT, REPORT = "payment", "fraud_report"
 PREFIXES: Mapping[Kind, str] = {"user": keys.USER, "merchant": keys.MERCHANT, "zone": keys.ZONE}
 _CHUNK, _CALLS = 40, 8  # entities of a call, and calls under way at once
+_LARGER = 8  # times as many entities in a step of a checkpoint that takes seconds
 Hash = Mapping[bytes, bytes]
 
 
@@ -104,8 +106,7 @@ class Fold:
     """Counts each event once in every entity it is of.
 
     `suffix` tells the fields that guard this in an entity's hash apart from those of another fold over the same hashes.
-    What one of the `judges` cannot take is not counted at all. `changed` is told of the users that a checkpoint writes, some at
-    a time, before it is through.
+    What one of the `judges` cannot take is not counted at all.
     """
 
     def __init__(
@@ -116,7 +117,6 @@ class Fold:
         retention_ms: int,
         suffix: bytes = b"",
         judges: Sequence[Windows] = (),
-        changed: Callable[[Sequence[str]], None] = lambda users: None,
     ) -> None:
         self._store, self._judges = store, judges
         self.families = tuple(families)
@@ -131,7 +131,6 @@ class Fold:
         self._until = max((family.until for family in families), default=0)
         self.payees = Payees(store, retention_ms, over=not suffix)
         self._cutting: list[tuple[Table, dict[str, Entity]]] = []  # what the present checkpoint has yet to write
-        self._changed = changed
         self.ordinal = 0
         self.newest: dict[str, int] = {}  # event type -> the latest event time (ms) that was counted
 
@@ -302,27 +301,31 @@ class Fold:
             asked = list(before)
         return places
 
-    def chunks(self, now: int) -> Iterator[list[Command]]:
-        """What brings the store up to the entities that are dirty now; empty once another call has overtaken it."""
+    def chunks(self, now: int, told: Callable[[Sequence[str]], None] | None = None) -> Iterator[list[Command]]:
+        """What brings the store up to the entities that are dirty now; empty once another call has overtaken it. `told` is told
+        of the users in it, some at a time, before those are through."""
         for table in self.tables.values():
             # As they are: a copy of thousands would be a pause for all threads.
             self._cutting.append((table, table.dirty))
             table.dirty = {}
-        return self._chunks(now)
+        return self._chunks(now, told)
 
-    def _chunks(self, now: int) -> Iterator[list[Command]]:
+    def _chunks(self, now: int, told: Callable[[Sequence[str]], None] | None) -> Iterator[list[Command]]:
+        began = time.monotonic()
         while self._cutting:
             table, dirty = self._cutting[-1]
             commands: list[Command] = []
             owners: list[str] = []
-            for _ in range(min(_CHUNK, len(dirty))):
+            # In larger steps the longer it has taken: while events keep coming, others become dirty meanwhile.
+            most = _CHUNK * min(1 + int(time.monotonic() - began), _LARGER)
+            for _ in range(min(most, len(dirty))):
                 owner, entity = dirty.popitem()
                 owners.append(owner)
                 entity.position = max(entity.position, self.ordinal)
                 commands += table.windows.dump(entity, table.prefix + owner, now)
             if not dirty:
                 self._cutting.pop()
-            if table is self.tables["user"]:
-                self._changed(owners)
+            if told is not None and table is self.tables["user"]:
+                told(owners)
             if commands:
                 yield commands

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline import checkpoints
-from pipeline.errors import Fenced, StoreError
 from pipeline.follower import POLL_S, Follower
 from pipeline.frames import Frame, Position
 from pipeline.streams.stream import Batch
-from pipeline.streams.worker import IDLE_CHECKPOINT_S, Shared, Worker
+from pipeline.streams.worker import IDLE_CHECKPOINT_S, Shared, Worker, its_own
 
 LEADER = "features"
 PASS_EVENTS = 300  # and the frame that goes beyond: a few ms, which is how long what comes behind waits
@@ -159,9 +158,9 @@ class Group(Worker):
                 continue  # joined ahead of the group
             try:
                 self.feed(name, batch)
-            except (StoreError, Fenced):
-                raise
-            except Exception as error:  # noqa: BLE001  whatever it throws, it leaves the group
+            except Exception as error:  # whatever it throws, it leaves the group
+                if not its_own(error):
+                    raise
                 self.left_alone(name, error)
                 continue
             self.shared.applied(name, end)
@@ -190,8 +189,9 @@ class Group(Worker):
                     return
                 try:
                     self.feed(name, Batch([frame], self.at[name].index))
-                except (StoreError, Fenced):
-                    raise
-                except Exception as error:  # noqa: BLE001  whatever it throws, it leaves the group
+                except Exception as error:
+                    if not its_own(error):
+                        raise
                     self.left_alone(name, error)
                     return
+                self.shared.applied(name, frame.ordinal + len(frame.records))

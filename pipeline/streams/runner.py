@@ -27,7 +27,7 @@ from pipeline.streams.awaited import Awaited, looks_s
 from pipeline.streams.group import Failed, Group
 from pipeline.streams.straggler import Straggler
 from pipeline.streams.stream import Stream
-from pipeline.streams.worker import Counters, Shared, Worker
+from pipeline.streams.worker import Counters, Shared, Worker, its_own
 
 STARTING = "starting"
 HANG_S = 30.0
@@ -216,7 +216,8 @@ class Runner:
                 self._start_straggler(self._failures.pop().stream, careful=True)
             group = self._group
             if group is not None and not self._threads[group].is_alive():
-                raise group.error or StoreError("the pipeline ended")
+                error, group.error = group.error, None
+                raise error or StoreError("the pipeline ended")
             for name, straggler in list(self._stragglers.items()):
                 if not self._threads[straggler].is_alive():
                     self._retire(straggler, name)
@@ -224,15 +225,16 @@ class Runner:
 
     def _retire(self, straggler: Straggler, name: str) -> None:
         del self._stragglers[name]
+        error = straggler.error
         self._forget(straggler)
-        if isinstance(straggler.error, Fenced):
-            raise straggler.error
-        if straggler.done and straggler.error is None and self._group is not None:
+        if isinstance(error, Fenced):
+            raise error
+        if straggler.done and error is None and self._group is not None:
             self._group.join(name)
         else:
             self._start_straggler(name, careful=straggler.careful)
-            if straggler.error is not None and not isinstance(straggler.error, StoreError):
-                self._stragglers[name].trouble = f"{type(straggler.error).__name__}: {straggler.error}"
+            if error is not None and its_own(error):
+                self._stragglers[name].trouble = f"{type(error).__name__}: {error}"
 
     def _watch(self) -> None:
         """Replace a worker whose stream hangs: its thread cannot be ended, but it never commits again."""
@@ -282,6 +284,7 @@ class Runner:
 
     def _forget(self, worker: Worker) -> None:
         self._threads.pop(worker, None)
+        worker.error = None
         for name, counters in worker.counters.items():
             self._totals[name].processed += counters.processed
             self._totals[name].dead += counters.dead

@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from pipeline import checkpoints
-from pipeline.errors import Fenced, StoreError
 from pipeline.frames import CANARY, Frame, Position
 from pipeline.streams.stream import Batch
-from pipeline.streams.worker import Shared, Worker
+from pipeline.streams.worker import Shared, Worker, its_own
 
 MAX_ATTEMPTS = 3
 MAX_BAD_IN_A_ROW = 5  # beyond this the stream itself is suspected, and events are held rather than dead-lettered
@@ -87,15 +86,16 @@ class Straggler(Worker):
             if not batch.to & CANARY:  # which counts nowhere
                 self.count(name, 0, [self.letter(name, batch, 0, reason, attempts, first_at)])
             self.at[name] = self._progress[name].position = batch.after
+            self.shared.applied(name, ordinal + 1)
             self._bad_in_a_row += 1
             return True
         if ordinal in self.attempts:
             self.checkpoint()  # what is good before a bad event must not be done again with it
         try:
             self.feed(name, batch)
-        except (StoreError, Fenced):
-            raise
-        except Exception as error:  # noqa: BLE001  whatever it throws is this event's failure
+        except Exception as error:  # whatever it throws is this event's failure
+            if not its_own(error):
+                raise
             self._failed_at(ordinal, f"{type(error).__name__}: {error}", single)
             self._reload()
             return False

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from pipeline import checkpoints
 from pipeline.checkpoints import DeadLetter, Progress
-from pipeline.errors import Fenced, StoreError
+from pipeline.errors import Fenced, StoreError, StoreWrongType
 from pipeline.frames import CANARY, Position
 from pipeline.keys import STREAMS
 from pipeline.lease import Lease
@@ -79,6 +79,11 @@ class _Pace:
     steps: Iterator[bool] | None = None
 
 
+def its_own(error: Exception) -> bool:
+    """Whether the trouble is the stream's that it came out of. The store's and the lease's are all streams'."""
+    return isinstance(error, StoreWrongType) or not isinstance(error, (StoreError, Fenced))
+
+
 class Worker(ABC):
     """The common part: streams, their positions, and checkpoints in steps between which processing goes on.
 
@@ -95,7 +100,7 @@ class Worker(ABC):
         self.abandoned = False
         self.busy: Busy | None = None
         self.delays_s: dict[str, float] = {}  # from an event's arrival until the stream had processed it, the latest
-        self.error: Exception | None = None
+        self.error: Exception | None = None  # whoever looks at it takes it away: see run()
         self._progress: dict[str, Progress] = {}
         self._committed: dict[str, Position] = {}
         self._paces: dict[str, _Pace] = {}  # those whose turn it is first
@@ -103,13 +108,18 @@ class Worker(ABC):
         self._fed = time.monotonic()  # the latest batch
 
     def run(self) -> None:
-        """The thread's body; what ended it is in `error`, None after a clean stop."""
+        """The thread's body; what ended it is in `error`, None after a clean stop.
+
+        An error holds on to this worker, by its traceback, and that to the streams with all their users: a cycle that is never
+        collected once it is frozen. So nobody keeps one.
+        """
         try:
             self.work()
             if not self.abandoned:
                 self.checkpoint()
         except Exception as error:
-            self.error = error
+            if not self.abandoned:
+                self.error = error
             if not isinstance(error, (StoreError, Fenced)):
                 log.exception("worker failed", extra={"streams": sorted(self.streams)})
         finally:
@@ -249,10 +259,8 @@ class Worker(ABC):
         self.busy = Busy(name, self.at[name].ordinal, time.monotonic())
         try:
             return part()
-        except (StoreError, Fenced):
-            raise
         except Exception as error:
-            if self.abandoned or not self.left_alone(name, error):
+            if not its_own(error) or self.abandoned or not self.left_alone(name, error):
                 raise
             return None
         finally:
