@@ -89,6 +89,12 @@ def commit(store: Store, epoch: int, commands: Iterable[Command]) -> None:
     begin(store, epoch, pack(commands)).result()
 
 
+def write(store: Store, commands: Iterable[Command]) -> None:
+    """The same for what any instance may write, whoever holds the lease: people's orders, statistics. Like a commit it passes
+    where the store is over its memory limit, which refuses such commands by themselves."""
+    store.run("write", (keys.OWNER,), (pack(commands),))
+
+
 def begin(store: Store, epoch: int, packed: bytes) -> Call:
     """commit() in two parts: it is on its way, and its result() raises what commit() does."""
     return store.begin("commit", (keys.OWNER,), (epoch, packed))

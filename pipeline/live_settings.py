@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline import keys
+from pipeline import checkpoints, keys
 from pipeline.errors import SettingError, StoreError, Unprocessable
 from pipeline.events import rfc3339
 from pipeline.settings import RUNTIME, SPECS, Settings, masked
@@ -99,7 +99,7 @@ class LiveSettings:
             }
             commands.append(("LPUSH", keys.AUDIT, _encode(entry)))
         if commands:
-            self._store.many([*commands, ("LTRIM", keys.AUDIT, 0, AUDIT_LENGTH - 1)])
+            checkpoints.write(self._store, [*commands, ("LTRIM", keys.AUDIT, 0, AUDIT_LENGTH - 1)])
         self._overrides = {
             **{name: value for name, value in self._overrides.items() if name not in parsed},
             **{name: value for name, value in parsed.items() if value is not None},

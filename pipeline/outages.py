@@ -163,7 +163,7 @@ class Ledger:
             at, skip = frame.after(), 0
             outage.start = (at.segment, at.offset, at.index, at.ordinal)
         if users:
-            self._store.call("PFADD", keys.OUTAGE_USERS, *users)
+            checkpoints.write(self._store, [("PFADD", keys.OUTAGE_USERS, *users)])
         return True
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from pipeline import keys
+from pipeline import checkpoints, keys
 from pipeline.circuit import Circuit
 from pipeline.live_settings import LiveSettings
 from pipeline.store import Command, Store
@@ -54,7 +54,7 @@ class Gate:
 
     def decide(self, action: str) -> None:
         """Keep in the store what a person decided: pause, resume, reset_circuit or open_circuit. From any thread."""
-        self._store.many(_COMMANDS[action])
+        checkpoints.write(self._store, _COMMANDS[action])
 
     def look(self, load: bool) -> None:
         """Take over what was decided at whichever instance; to `load`, the whole circuit."""
