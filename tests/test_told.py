@@ -123,3 +123,19 @@ def test_circuit_that_opens_and_closes_is_told_once_each_whatever_is_probed_betw
 
     assert told(caplog, "circuit is") == [("WARNING", "circuit is open"), ("INFO", "circuit is closed")]
     assert "500" in reasons(caplog, "circuit is open")[0]
+
+
+def test_bridge_that_cannot_work_is_told_once_with_why_and_that_it_goes_on(
+    start_own: Start, own_server: Valkey, partner: FakePartner, caplog: pytest.LogCaptureFixture
+) -> None:
+    nexus = start_own(PYTHON_EVENT_API_URL=partner.url)
+    until(lambda: nexus.bridge.state == "running", "the bridge to run")
+    own_server.kill()
+    until(lambda: nexus.bridge.state == "restarting", "the bridge to notice")
+    first = nexus.bridge.detail
+    until(lambda: nexus.bridge.detail != first or "connecting" in str(first), "a further attempt")
+    own_server.start()
+    until(lambda: told(caplog, "bridge goes on"), "the bridge to go on")
+
+    assert told(caplog, "bridge") == [("WARNING", "bridge is restarting"), ("INFO", "bridge goes on")]
+    assert "the store does not answer" in reasons(caplog, "bridge is restarting")[0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from pipeline.streams.delivery import Ahead, Window, truncated
 from pipeline.streams.gate import Gate
 from pipeline.streams.linger import Linger
 from pipeline.streams.sender import Sender
+from pipeline.streams.trouble import Trouble
 from pipeline.streams.watch import Watch
 from pipeline.throttle import Throttle
 from pipeline.turns import turn_passed_on
@@ -40,10 +40,8 @@ from pipeline.turns import turn_passed_on
 DEPTH = 3  # windows in memory: one under way, one to follow at once, one being read
 DAMAGED = "damaged: the log's frame cannot be decoded"
 _COMMIT_S = 0.02  # at most this often while there is more to send
-_IDLE_S, _POLL_S = 0.25, 0.5
-_GRACE_S = 2.0
+_IDLE_S, _POLL_S, _GRACE_S = 0.25, 0.5, 2.0
 _LOOK_S = 0.25  # who waits looks so often whether anything is sent at all
-log = logging.getLogger(__name__)
 
 
 class Bridge:
@@ -81,6 +79,7 @@ class Bridge:
         self._linger = Linger(precedence)
         self._hungry = False  # it has looked for events since it was last woken
         self._polled = 0.0
+        self._trouble = Trouble(self.name)
         self._uncertain = 0  # the epoch under which the store last failed
         self._stop: Callable[[], bool] = lambda: False
         self._begin(0, Position())
@@ -158,12 +157,10 @@ class Bridge:
             while not stop():
                 try:
                     await self._run_epoch()
-                except (StoreError, Fenced) as error:
-                    self.state, self.detail = "restarting", error.message
-                    self._uncertain = self._uncertain or self._epoch
-                except Exception as error:
-                    log.exception("bridge failed")
-                    self.state, self.detail = "restarting", f"{type(error).__name__}: {error}"
+                except Exception as error:  # noqa: BLE001  told
+                    self.state, self.detail = "restarting", self._trouble.goes_on(error)
+                    if isinstance(error, (StoreError, Fenced)):
+                        self._uncertain = self._uncertain or self._epoch
                 if not stop():
                     await self._rest(_POLL_S)
         finally:
@@ -206,6 +203,7 @@ class Bridge:
             self._notes, self.sender.attempts = [], []  # whoever runs it keeps what is to be kept
             self.watch.kept()
             await self._look()
+            self._trouble.is_over()
             return
         self._begin(epoch, checkpoints.read(self._store, [self.name])[self.name])
         await self._look(load=True)
@@ -214,6 +212,7 @@ class Bridge:
         try:
             while not self._stop() and self._lease.epoch == epoch and self.sender.crashed is None:
                 await self._step()
+                self._trouble.is_over()
             if self.sender.crashed is not None:
                 raise self.sender.crashed
             await self._finish()
