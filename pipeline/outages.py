@@ -8,6 +8,7 @@ with.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ KEPT = 1_000
 LATEST = 5
 PIECE_BYTES = 1 << 18  # of the log, looked through for users at a time: some ms
 _BRIDGE = keys.STREAMS.index("bridge")
+log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -138,6 +140,7 @@ class Ledger:
         outage, self.current = self.current, None
         assert outage is not None
         outage.users = int(self._store.call("PFCOUNT", keys.OUTAGE_USERS))
+        log.info("outage is over", extra={**_row(outage), "away_s": _seconds(outage.began, outage.ended)})
         return [
             ("LPUSH", keys.OUTAGES, _encode(outage)),
             ("LTRIM", keys.OUTAGES, 0, KEPT - 1),
@@ -192,7 +195,7 @@ def _read(store: Store, limit: int) -> list[Any]:
 
 
 def _row(outage: Outage) -> dict[str, Any]:
-    took_s = None if outage.caught_up is None or outage.ended is None else (outage.caught_up - outage.ended) / 1000
+    took_s = _seconds(outage.ended, outage.caught_up)
     rate = None if not took_s else round((outage.delivered + outage.dead) / took_s, 1)
     return {
         "began": rfc3339(outage.began),
@@ -208,6 +211,10 @@ def _row(outage: Outage) -> dict[str, Any]:
         "relapses": outage.relapses,
         "unexplained": outage.unexplained if outage.caught_up is not None else None,
     }
+
+
+def _seconds(since: int | None, until: int | None) -> float | None:
+    return None if since is None or until is None else (until - since) / 1000
 
 
 def _moment(ms: int | None) -> str | None:

@@ -13,6 +13,7 @@ from pipeline.store import Store
 from tests.conftest import Start, client_of, runtimes
 from tests.faults import INGEST
 from tests.helpers import FakePartner, Valkey, event, until
+from tests.misbehaving import Misbehaving
 
 
 @pytest.fixture
@@ -119,10 +120,40 @@ def test_circuit_that_opens_and_closes_is_told_once_each_whatever_is_probed_betw
     probes = len(partner.requests)
     until(lambda: len(partner.requests) > probes + 2, "further probes")
     partner.status = 200
-    until(lambda: nexus.bridge.circuit.state == "closed", "the circuit to close")
+    until(lambda: told(caplog, "outage is over"), "the outage to be over")
 
     assert told(caplog, "circuit is") == [("WARNING", "circuit is open"), ("INFO", "circuit is closed")]
     assert "500" in reasons(caplog, "circuit is open")[0]
+    assert told(caplog, "partner") == [
+        ("INFO", "partner is online"),
+        ("WARNING", "partner is degraded"),
+        ("INFO", "partner is online"),
+    ]
+    [over] = [vars(r) for r in caplog.records if r.getMessage() == "outage is over"]
+    assert (over["queued"], over["delivered"], over["dead"], over["users"]) == (1, 1, 0, 1)
+    assert over["away_s"] > 0
+    assert "500" in over["reason"]
+
+
+def test_partner_that_fails_without_traffic_is_told_when_it_goes_and_when_it_is_back(
+    start_nexus: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    server = Misbehaving()
+    server.supports = None  # no canaries either
+    nexus = start_nexus(PYTHON_EVENT_API_URL=server.url)
+    until(lambda: nexus.partner_status()["status"] == "online", "the partner online")
+    server.leave()
+    until(lambda: nexus.partner_status()["status"] == "offline", "the partner offline")
+    nexus.in_bridge(nexus.bridge.check_health())
+    nexus.in_bridge(nexus.bridge.check_health())
+    server.listen()
+    until(lambda: nexus.partner_status()["status"] == "online", "the partner online again")
+    server.close()
+
+    online, offline = ("INFO", "partner is online"), ("WARNING", "partner is offline")
+    assert told(caplog, "partner") == [online, offline, online]
+    assert reasons(caplog, "partner is offline")[0]
 
 
 def test_bridge_that_cannot_work_is_told_once_with_why_and_that_it_goes_on(

@@ -34,7 +34,7 @@ class Gate:
         self.circuit = Circuit()
         self.dirty = False  # the store has yet to learn of a change
         self.closing = False
-        self._told_open = False
+        self._open_since: int | None = None  # as it was told
         self._news = asyncio.Event()  # replaced each time it is set: lanes that wait look again
 
     @property
@@ -62,7 +62,7 @@ class Gate:
         if load:
             self.circuit = msgspec.json.decode(raw, type=Circuit) if raw else Circuit()
             self.circuit.probe_until = 0  # whoever made that probe will not report any more
-            self._told_open = self.circuit.state != "closed"  # by whoever opened it
+            self._open_since = self._since()  # told by whoever opened it
         circuit, before = self.circuit, (self.circuit.paused, self.circuit.forced, self.circuit.resets)
         circuit.paused = paused == b"1"
         if int(resets or 0) != circuit.resets or (circuit.forced and forced != b"1"):
@@ -90,12 +90,15 @@ class Gate:
 
     def _tell(self) -> None:
         """A line in the log when the circuit opens and when it closes; what is probed between is none of it."""
-        is_open = self.circuit.state != "closed"
-        if is_open and not self._told_open:
+        since = self._since()
+        if since is not None and self._open_since is None:
             log.warning("circuit is open", extra={"reason": self.circuit.reason})
-        elif self._told_open and not is_open:
-            log.info("circuit is closed")
-        self._told_open = is_open
+        elif since is None and self._open_since is not None:
+            log.info("circuit is closed", extra={"after_s": (self._clock() - self._open_since) / 1000})
+        self._open_since = since
+
+    def _since(self) -> int | None:
+        return None if self.circuit.state == "closed" else self.circuit.opened_at or self._clock()
 
     def open(self) -> None:
         """For a new epoch."""

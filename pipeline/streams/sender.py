@@ -227,7 +227,7 @@ class Sender:
         self.errors.appendleft({"at": now, "kind": kind, "status": status, "detail": error.message})
         self.errors_total += 1
         self._watch.failed("offline" if status is None else "degraded", error.message)
-        log.warning("partner failed", extra={"kind": kind, "status": status, "events": events, "detail": error.message})
+        log.debug("partner failed", extra={"kind": kind, "status": status, "events": events, "detail": error.message})
         if first and status is None:
             self._watch.check_soon()
         self._gate.changed()

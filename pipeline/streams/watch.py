@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -21,6 +22,7 @@ _CHANGES = 20
 _MOST_NOTES = 200
 _JUST_MS = 500
 _LOOK_S = 0.25
+log = logging.getLogger(__name__)
 
 
 class Watch:
@@ -164,6 +166,8 @@ class Watch:
             self.changes = [entry, *self.changes[: _CHANGES - 1]]
             if at is None:
                 self._note(replace(health, checked_at=self.since))
+            level = logging.INFO if health.status == "online" else logging.WARNING
+            log.log(level, "partner is %s", health.status, extra={"reason": health.reason})
         self.health = health
 
     def _note(self, health: Health) -> None:
