@@ -43,6 +43,7 @@ class Circuit(msgspec.Struct):
     retry_at: int = 0
     forced: bool = False
     paused: bool = False
+    paused_at: int | None = None
     reason: str | None = None
     failing_since: int | None = None
     asked_until: int = 0  # the partner's own Retry-After: nothing shortens it

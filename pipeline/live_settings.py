@@ -1,9 +1,11 @@
-"""The settings that change while Nexus runs: the environment gives the first value, the store keeps the later ones."""
+"""The settings that change while Nexus runs: the environment gives the first value, the store keeps the later ones. And the
+audit of all that people order."""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,6 +18,7 @@ from pipeline.store import Command, Store
 
 AUDIT_LENGTH = 1_000
 MAX_REASON = 500
+log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -81,29 +84,35 @@ class LiveSettings:
 
     def _write(self, parsed: Mapping[str, Any], reason: str | None, by: str) -> None:
         commands: list[Command] = []
+        changes: list[tuple[str, Any, Any]] = []
         for name, value in parsed.items():
             before = self[name]
             after = self._environment[name] if value is None else value
             commands.append(
                 ("HDEL", keys.SETTINGS, name) if value is None else ("HSET", keys.SETTINGS, name, _encode(value))
             )
-            if after == before:
-                continue
-            entry = {
-                "at": rfc3339(self._clock()),
-                "name": name,
-                "from": _shown(before),
-                "to": _shown(after),
-                "reason": reason,
-                "by": by,
-            }
-            commands.append(("LPUSH", keys.AUDIT, _encode(entry)))
+            if after != before:
+                changes.append((name, _shown(before), _shown(after)))
         if commands:
-            checkpoints.write(self._store, [*commands, ("LTRIM", keys.AUDIT, 0, AUDIT_LENGTH - 1)])
+            self.keep(commands, changes, reason, by)
         self._overrides = {
             **{name: value for name, value in self._overrides.items() if name not in parsed},
             **{name: value for name, value in parsed.items() if value is not None},
         }
+
+    def keep(
+        self, commands: list[Command], changes: Sequence[tuple[str, Any, Any]], reason: str | None, by: str
+    ) -> None:
+        """Write what a person ordered, and in the same step its record in the audit; then tell it in the log. `changes` are
+        names with what was and what is."""
+        at = rfc3339(self._clock())
+        told = {name: {"from": was, "to": now, "reason": reason, "by": by} for name, was, now in changes}
+        audit: list[Command] = [
+            ("LPUSH", keys.AUDIT, _encode({"at": at, "name": name, **what})) for name, what in told.items()
+        ]
+        checkpoints.write(self._store, [*commands, *audit, ("LTRIM", keys.AUDIT, 0, AUDIT_LENGTH - 1)])
+        for name, what in told.items():
+            log.info("%s was changed", name, extra=what)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Each setting with its value, bounds and where the value comes from. `environment` is what null goes back to: the

@@ -132,7 +132,7 @@ def _routes(nexus: Runtime) -> Blueprint:
             status, found = nexus.actions.test_integration()
         elif action in ACTIONS:
             require_own_page(nexus)
-            nexus.bridge.control(action)
+            nexus.bridge.control(action, by=request.remote_addr or "unknown")
             status, found = 200, {"action": action, **nexus.bridge_health()}
         else:
             message = f"action is {action!r}; POST takes {', '.join(ACTIONS)}"

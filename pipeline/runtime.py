@@ -237,6 +237,7 @@ class Runtime:
                 "opened_at": None if circuit.opened_at is None else rfc3339(circuit.opened_at),
                 "failures": circuit.failures,
                 "paused": circuit.paused,
+                "paused_at": None if circuit.paused_at is None else rfc3339(circuit.paused_at),
                 "forced": circuit.forced,
                 "reason": circuit.reason,
             },

@@ -146,6 +146,24 @@ def test_paused_keeps_the_backlog_and_resume_delivers_it(start_nexus, server):
     assert len(server.applied) == 3
 
 
+def test_since_when_it_is_paused_is_told_by_every_instance_and_after_a_restart(start_nexus, server, tmp_path):
+    first = start(start_nexus, server)
+    assert first.bridge_health()["circuit"]["paused_at"] is None
+    before = wall_clock()
+    first.bridge.control("pause")
+    since = first.bridge_health()["circuit"]["paused_at"]
+    assert rfc3339(before) <= since <= rfc3339(wall_clock())
+    first.bridge.control("pause")  # it has been all the time
+    assert first.bridge_health()["circuit"]["paused_at"] == since
+    standby = start_nexus(wait_for="standby", folder=tmp_path / "second", PYTHON_EVENT_API_URL=server.url)
+    until(lambda: standby.bridge_health()["circuit"]["paused_at"] == since, "the standby's view")
+    first.stop()
+    again = start(start_nexus, server)
+    until(lambda: again.bridge_health()["circuit"]["paused_at"] == since, "paused since before the restart")
+    again.bridge.control("resume")
+    assert again.bridge_health()["circuit"]["paused_at"] is None
+
+
 def test_an_idle_circuit_closes_by_a_health_check(start_nexus, server):
     nexus = start(start_nexus, server)
     server.refuse = lambda _: True

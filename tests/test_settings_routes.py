@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from typing import Any
@@ -85,6 +86,31 @@ def test_changes_are_audited_newest_first_with_reason_and_author(client):
     assert (latest["from"], latest["to"], latest["reason"]) == (60, 90, None)
     assert first["by"]
     assert len(client.get(f"{SETTINGS}/audit?limit=1").json["changes"]) == 1
+
+
+def test_orders_to_the_bridge_are_in_the_audit_too(client):
+    for action in ("pause", "resume", "open_circuit", "reset_circuit"):
+        assert client.post("/api/ml/bridge/python", json={"action": action}).status_code == 200
+    changes = client.get(f"{SETTINGS}/audit").json["changes"]
+    assert [(c["name"], c["from"], c["to"], c["reason"]) for c in reversed(changes)] == [
+        ("bridge", "running", "paused", None),
+        ("bridge", "paused", "running", None),
+        ("circuit", "closed", "open", None),
+        ("circuit", "open", "closed", None),
+    ]
+    assert all(c["by"] == "127.0.0.1" and c["at"] for c in changes)
+
+
+def test_changes_and_orders_are_told_in_the_log_without_a_password(client, caplog):
+    caplog.set_level(logging.INFO)
+    change(client, "moved", PYTHON_EVENT_API_URL="http://user:secret@127.0.0.1:1")
+    client.post("/api/ml/bridge/python", json={"action": "pause"})
+    told = {r.getMessage(): vars(r) for r in caplog.records if r.name == "pipeline.live_settings"}
+    address, pause = told["PYTHON_EVENT_API_URL was changed"], told["bridge was changed"]
+    assert (address["levelname"], address["reason"], address["by"]) == ("INFO", "moved", "127.0.0.1")
+    assert address["to"] == "http://user:***@127.0.0.1:1"
+    assert (pause["from"], pause["to"], pause["by"]) == ("running", "paused", "127.0.0.1")
+    assert "secret" not in str(address)
 
 
 def test_value_that_is_set_again_is_no_change(client):

@@ -171,9 +171,9 @@ class Bridge:
         """Ask the partner now."""
         return await self.watch.check()
 
-    def control(self, action: str) -> None:
+    def control(self, action: str, by: str = "unknown") -> None:
         """pause, resume, reset_circuit or open_circuit; kept in the store, for all instances."""
-        self.gate.decide(action)
+        self.gate.decide(action, by)
         if self._loop is not None and self._loop.is_running():
             looked = asyncio.run_coroutine_threadsafe(self._look(), self._loop)
             with turn_passed_on():

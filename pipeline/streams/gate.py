@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from pipeline import checkpoints, keys
+from pipeline import keys
 from pipeline.circuit import Circuit
 from pipeline.live_settings import LiveSettings
 from pipeline.store import Command, Store
@@ -17,12 +17,6 @@ from pipeline.store import Command, Store
 _LOOK_S = 0.25
 log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
-_COMMANDS: dict[str, list[Command]] = {
-    "pause": [("HSET", keys.CIRCUIT, "paused", 1)],
-    "resume": [("HSET", keys.CIRCUIT, "paused", 0)],
-    "reset_circuit": [("HSET", keys.CIRCUIT, "forced", 0), ("HINCRBY", keys.CIRCUIT, "resets", 1)],
-    "open_circuit": [("HSET", keys.CIRCUIT, "forced", 1)],
-}
 
 
 class Gate:
@@ -52,19 +46,34 @@ class Gate:
             self.circuit.another(url)
             self.changed()
 
-    def decide(self, action: str) -> None:
+    def decide(self, action: str, by: str) -> None:
         """Keep in the store what a person decided: pause, resume, reset_circuit or open_circuit. From any thread."""
-        checkpoints.write(self._store, _COMMANDS[action])
+        key, paused, state = keys.CIRCUIT, "paused" if self.circuit.paused else "running", self.told.state
+        orders: dict[str, tuple[list[Command], tuple[str, str, str]]] = {
+            "pause": (
+                [("HSET", key, "paused", 1), ("HSETNX", key, "paused_at", self._clock())],
+                ("bridge", paused, "paused"),
+            ),
+            "resume": ([("HSET", key, "paused", 0), ("HDEL", key, "paused_at")], ("bridge", paused, "running")),
+            "reset_circuit": (
+                [("HSET", key, "forced", 0), ("HINCRBY", key, "resets", 1)],
+                ("circuit", state, "closed"),
+            ),
+            "open_circuit": ([("HSET", key, "forced", 1)], ("circuit", state, "open")),
+        }
+        commands, change = orders[action]
+        self._live.keep(commands, [change], None, by)
 
     def look(self, load: bool) -> None:
         """Take over what was decided at whichever instance; to `load`, the whole circuit."""
-        raw, paused, forced, resets = self._store.call("HMGET", keys.CIRCUIT, "state", "paused", "forced", "resets")
+        fields = ("state", "paused", "paused_at", "forced", "resets")
+        raw, paused, paused_at, forced, resets = self._store.call("HMGET", keys.CIRCUIT, *fields)
         if load:
             self.circuit = msgspec.json.decode(raw, type=Circuit) if raw else Circuit()
             self.circuit.probe_until = 0  # whoever made that probe will not report any more
             self._open_since = self._since()  # told by whoever opened it
         circuit, before = self.circuit, (self.circuit.paused, self.circuit.forced, self.circuit.resets)
-        circuit.paused = paused == b"1"
+        circuit.paused, circuit.paused_at = paused == b"1", int(paused_at) if paused_at else None
         if int(resets or 0) != circuit.resets or (circuit.forced and forced != b"1"):
             circuit.resets = int(resets or 0)
             circuit.reset()

@@ -105,6 +105,7 @@ class Circuit(TypedDict):
     state: Literal["closed", "open", "half_open"]
     opened_at: str | None
     failures: int
+    paused_at: str | None
 
 
 class Backlog(TypedDict):
