@@ -3,6 +3,7 @@ together."""
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ JOURNAL_LENGTH = 20_000  # commits remembered per stream: hours at one a second,
 _JOURNAL = struct.Struct("<QQ")
 _SIZE = struct.Struct("<I")
 _MOST_WORDS = 6_000  # a multiple of 2: fields stay with their values
+log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -137,6 +139,8 @@ def advance(progress: Progress, now: int) -> list[Command]:
         commands.append(("HINCRBY", key, "processed", progress.processed))
     if progress.dead:
         commands.append(("HINCRBY", key, "dead", len(progress.dead)))
+        told = {"stream": progress.stream, "events": len(progress.dead), "reason": progress.dead[0].reason}
+        log.warning("events are dead letters", extra=told)
         for letter in progress.dead:
             commands += bury(letter)
     return commands

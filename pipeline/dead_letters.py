@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline.lookups import Lookups, event_object
 from pipeline.store import Store
 
 _AT_ONCE = 200
+log = logging.getLogger(__name__)
 _decode = msgspec.json.Decoder().decode
 
 
@@ -48,7 +50,9 @@ class DeadLetters:
                 at, offset = at + 1, 0
         return {"dead_letters": found, "cursor": None}
 
-    def redrive(self, ids: Sequence[str] | None, stream: str | None, reason: str | None, now: int) -> dict[str, Any]:
+    def redrive(
+        self, ids: Sequence[str] | None, stream: str | None, reason: str | None, now: int, by: str = "unknown"
+    ) -> dict[str, Any]:
         """Send again those named, or all of a stream (of all where none is given) whose reason contains a text.
 
         Answers how many were sent, and which were not and why. Each leaves the dead letters in the same step in which it
@@ -72,6 +76,8 @@ class DeadLetters:
                     if not done:
                         failed.append({"id": letter_id, "reason": "it is no longer a dead letter"})
                 some = []
+        told = {"stream": stream, "reason": reason, "events": sent, "failed": len(failed), "by": by}
+        log.info("dead letters were sent again", extra=told)
         return {"redriven": sent, "failed": failed}
 
     def _named(self, ids: Sequence[str], failed: list[dict[str, str]]) -> Iterator[dict[str, Any]]:

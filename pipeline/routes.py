@@ -227,7 +227,7 @@ def _routes(nexus: Runtime) -> Blueprint:
         for name, value in (("stream", stream), ("reason", reason)):
             if value is not None and not isinstance(value, str):
                 raise BadRequest(f"invalid_{name}", f"{name} is a text, or absent")
-        report = nexus.dead_letters.redrive(ids, stream, reason, nexus.clock())
+        report = nexus.dead_letters.redrive(ids, stream, reason, nexus.clock(), by=request.remote_addr or "unknown")
         nexus.taken()
         return answer(report)
 

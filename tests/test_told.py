@@ -170,3 +170,21 @@ def test_bridge_that_cannot_work_is_told_once_with_why_and_that_it_goes_on(
 
     assert told(caplog, "bridge") == [("WARNING", "bridge is restarting"), ("INFO", "bridge goes on")]
     assert "the store does not answer" in reasons(caplog, "bridge is restarting")[0]
+
+
+def test_dead_letters_are_told_once_for_a_checkpoint_and_so_is_sending_them_again(
+    start_nexus: Start, partner: FakePartner, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    partner.refuse = lambda event: "unknown driver" if event["user_id"] == "bad" else None
+    nexus = start_nexus(PYTHON_EVENT_API_URL=partner.url)
+    client = client_of(nexus)
+    client.post(INGEST, json=[event(user=user) for user in ("bad", "good", "bad")])
+    until(lambda: nexus.bridge.processed == 1, "the events through")
+    client.post("/api/ml/dead-letters/redrive", json={"stream": "bridge"})
+
+    dead, again = [vars(r) for r in caplog.records if "dead letters" in r.getMessage()][:2]
+    assert (dead["levelname"], dead["message"]) == ("WARNING", "events are dead letters")
+    assert (dead["stream"], dead["events"], dead["reason"]) == ("bridge", 2, "refused: unknown driver")
+    assert (again["levelname"], again["message"]) == ("INFO", "dead letters were sent again")
+    assert (again["stream"], again["events"], again["failed"], again["by"]) == ("bridge", 2, 0, "127.0.0.1")
