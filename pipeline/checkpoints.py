@@ -19,6 +19,8 @@ JOURNAL_LENGTH = 20_000  # commits remembered per stream: hours at one a second,
 _JOURNAL = struct.Struct("<QQ")
 _SIZE = struct.Struct("<I")
 _MOST_WORDS = 6_000  # a multiple of 2: fields stay with their values
+_TELL_EVERY_MS = 10_000
+_told: dict[str, tuple[int, int]] = {}  # stream -> when (epoch ms) dead letters were told of, and how many came since
 log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
@@ -126,6 +128,17 @@ def _pieces(command: Command) -> list[Command]:
     return [(*command[:2], *command[at : at + _MOST_WORDS]) for at in range(2, len(command), _MOST_WORDS)]
 
 
+def _tell(progress: Progress, now: int) -> None:
+    """A line for the first dead letters of a stream, then one every ten seconds at most: a client can make thousands."""
+    at, untold = _told.get(progress.stream, (0, 0))
+    untold += len(progress.dead)
+    if now - at >= _TELL_EVERY_MS or now < at:
+        extra = {"stream": progress.stream, "events": untold, "reason": progress.dead[0].reason}
+        log.warning("events are dead letters", extra=extra)
+        at, untold = now, 0
+    _told[progress.stream] = at, untold
+
+
 def advance(progress: Progress, now: int) -> list[Command]:
     """The commands that move a stream's checkpoint and account."""
     key, at = keys.CHECKPOINT + progress.stream, progress.position
@@ -139,8 +152,7 @@ def advance(progress: Progress, now: int) -> list[Command]:
         commands.append(("HINCRBY", key, "processed", progress.processed))
     if progress.dead:
         commands.append(("HINCRBY", key, "dead", len(progress.dead)))
-        told = {"stream": progress.stream, "events": len(progress.dead), "reason": progress.dead[0].reason}
-        log.warning("events are dead letters", extra=told)
+        _tell(progress, now)
         for letter in progress.dead:
             commands += bury(letter)
     return commands

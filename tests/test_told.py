@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import checkpoints
+from pipeline.checkpoints import DeadLetter, Progress
+from pipeline.frames import Position
 from pipeline.lease import Lease
 from pipeline.store import Store
 from tests.conftest import Start, client_of, runtimes
 from tests.faults import INGEST
-from tests.helpers import FakePartner, Valkey, event, until
+from tests.helpers import NOON, FakePartner, Valkey, event, until
 from tests.misbehaving import Misbehaving
 
 
@@ -172,10 +175,22 @@ def test_bridge_that_cannot_work_is_told_once_with_why_and_that_it_goes_on(
     assert "the store does not answer" in reasons(caplog, "bridge is restarting")[0]
 
 
-def test_dead_letters_are_told_once_for_a_checkpoint_and_so_is_sending_them_again(
-    start_nexus: Start, partner: FakePartner, caplog: pytest.LogCaptureFixture
+def test_dead_letters_of_thousands_of_checkpoints_are_told_in_a_few_lines_that_count_them_all(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpoints, "_told", {})
+    letter = DeadLetter("storage-1", "storage", 1, "odd", 3, NOON, NOON, "test", NOON, b"{}")
+    for n in range(1_000):  # one in ten milliseconds
+        checkpoints.advance(Progress("storage", Position(), dead=[letter]), NOON + 10 * n)
+    checkpoints.advance(Progress("storage", Position(), dead=[letter]), NOON + 10_000)
+    assert [vars(r)["events"] for r in caplog.records] == [1, 1_000]
+
+
+def test_dead_letters_are_told_and_so_is_sending_them_again(
+    start_nexus: Start, partner: FakePartner, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(checkpoints, "_told", {})
     partner.refuse = lambda event: "unknown driver" if event["user_id"] == "bad" else None
     nexus = start_nexus(PYTHON_EVENT_API_URL=partner.url)
     client = client_of(nexus)
