@@ -18,6 +18,7 @@ from pipeline.errors import NexusError, StoreRefused
 
 PIPELINE, HEALTH_CHECK = "pipeline", "health check"
 _SECOND_US = 1_000_000
+_SET_S = 1.0  # a clock that moves by more than the time that passed was set
 log = logging.getLogger(__name__)
 logging.getLogger("apscheduler").setLevel(logging.ERROR)  # it warns at each refused turn of a job that still runs
 
@@ -65,6 +66,27 @@ class Every(IntervalTrigger):
         return at + timedelta(microseconds=(self._part_us - at.microsecond) % _SECOND_US) if self._whole else at
 
 
+class Steady(BackgroundScheduler):
+    """Goes by the time that passes: where the wall clock, which APScheduler goes by, is set, all turns are moved along with it."""
+
+    _ahead_s = 0.0  # of the wall clock before the monotonic one, when turns were last in step with it
+
+    def follow_clock(self) -> None:
+        with self._jobstores_lock:
+            ahead_s = datetime.now(UTC).timestamp() - time.monotonic()
+            moved_s = ahead_s - self._ahead_s
+            if abs(moved_s) < _SET_S:
+                return
+            self._ahead_s = ahead_s
+            for job in self.get_jobs():
+                job.modify(next_run_time=job.next_run_time + timedelta(seconds=moved_s))
+
+    def _process_jobs(self) -> float | None:
+        self.follow_clock()
+        wait_s: float | None = super()._process_jobs()
+        return None if wait_s is None else min(wait_s, _SET_S)  # the clock may be set while it works out how long
+
+
 class Scheduler:
     """One BackgroundScheduler for the process, with the table of jobs."""
 
@@ -72,7 +94,7 @@ class Scheduler:
         self.jobs = {job.name: job for job in jobs}
         # A long job (the pipeline, which runs until stop) holds a thread of its own: the pool has one for each job.
         self._pool = ThreadPoolExecutor(len(jobs) + 1)
-        self._scheduler = BackgroundScheduler(
+        self._scheduler = Steady(
             executors={"default": self._pool},
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
             timezone=UTC,
@@ -80,6 +102,7 @@ class Scheduler:
         self._scheduler.add_listener(self._late, EVENT_JOB_SUBMITTED | EVENT_JOB_MAX_INSTANCES)
 
     def start(self) -> None:
+        self._scheduler.follow_clock()
         for job in self.jobs.values():
             self._scheduler.add_job(
                 job, self._trigger(job), id=job.name, name=job.name, next_run_time=datetime.now(UTC)
@@ -88,6 +111,7 @@ class Scheduler:
 
     def reschedule(self) -> None:
         """Take over intervals that were changed."""
+        self._scheduler.follow_clock()  # or turns by the new clock would be moved with those by the old one
         for job in self.jobs.values():
             scheduled = self._scheduler.get_job(job.name)
             if scheduled is not None and scheduled.trigger.interval.total_seconds() != job.every_s():

@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
+import apscheduler.schedulers.base
+import apscheduler.triggers.interval
 import dash
 import pytest
 from flask.testing import FlaskClient
 
+import pipeline.jobs
 from app import create_app
 from pipeline.log import Log
 from pipeline.runtime import Runtime
@@ -42,6 +46,21 @@ def store(store_server: Valkey) -> Iterator[Store]:
 @pytest.fixture
 def log(store: Store) -> Log:
     return Log(store)
+
+
+@pytest.fixture
+def scheduler_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """By how many seconds, its first entry, the wall clock that jobs go by is off."""
+    off = [0.0]
+
+    class Shifted(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Any:
+            return datetime.fromtimestamp(datetime.now(tz).timestamp() + off[0], tz)
+
+    for module in (apscheduler.schedulers.base, apscheduler.triggers.interval, pipeline.jobs):
+        monkeypatch.setattr(module, "datetime", Shifted)
+    return off
 
 
 @pytest.fixture

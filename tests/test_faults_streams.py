@@ -12,6 +12,7 @@ import pytest
 
 from pipeline import keys
 from pipeline.frames import ALL_STREAMS, CANARY
+from pipeline.jobs import PIPELINE
 from pipeline.log import Log
 from pipeline.runtime import Runtime, wall_clock
 from pipeline.store import Store
@@ -22,7 +23,7 @@ from pipeline.streams.storage import ROW, Storage
 from pipeline.streams.stream import Outcome
 from tests.conftest import Start, client_of, quick
 from tests.faults import HEALTH, INGEST, Fault, Load, Send, recount, routes, settled, stored_events
-from tests.helpers import DAY_MS, HOUR_MS, LOCAL, Valkey, append, event, payment, report, until
+from tests.helpers import LOCAL, Valkey, append, event, payment, report, until
 
 Record = Callable[[str, object], None]
 
@@ -222,10 +223,12 @@ def test_garbage_that_somebody_appends_to_the_log_hides_no_event(
 
 
 @pytest.fixture
-def jumpy(store_server: Valkey, store: Store, tmp_path: Path) -> Iterator[tuple[Runtime, list[int]]]:
-    """A Nexus whose clock is off by the first entry of a list, ms."""
-    off = [0]
-    nexus = Runtime(quick(store_server.url, tmp_path), lambda: wall_clock() + off[0])
+def jumpy(
+    store_server: Valkey, store: Store, tmp_path: Path, scheduler_clock: list[float]
+) -> Iterator[tuple[Runtime, list[float]]]:
+    """A Nexus whose clock, its scheduler's too, is off by the first entry of a list, in seconds."""
+    off = scheduler_clock
+    nexus = Runtime(quick(store_server.url, tmp_path), lambda: wall_clock() + int(off[0] * 1000))
     nexus.start()
     until(lambda: nexus.runner.state == "running", "the pipeline to run")
     yield nexus, off
@@ -233,14 +236,14 @@ def jumpy(store_server: Valkey, store: Store, tmp_path: Path) -> Iterator[tuple[
 
 
 def test_clock_that_jumps_back_and_forward_loses_nothing(
-    jumpy: tuple[Runtime, list[int]], record_property: Record
+    jumpy: tuple[Runtime, list[float]], record_property: Record
 ) -> None:
     nexus, off = jumpy
     send = routes(client_of(nexus))
     began = time.monotonic()
     with Load(send) as load:
-        for jump in (-3 * HOUR_MS, 2 * HOUR_MS, -HOUR_MS, 3 * HOUR_MS):
-            off[0] = jump
+        for hours in (-3, 2, -1, 3):
+            off[0] = hours * 3600.0
             load.more(100)
             settled(send)
             assert send("GET", HEALTH, None)[1]["unexplained"] == 0
@@ -254,10 +257,19 @@ def test_clock_that_jumps_back_and_forward_loses_nothing(
     Fault(record_property).seen("the clock jumps by hours", shows, time.monotonic() - began, lost, doubled)
 
 
-def test_payment_is_found_after_the_clock_was_days_ahead_for_a_moment(jumpy: tuple[Runtime, list[int]]) -> None:
+@pytest.mark.parametrize("hours", [-3, 3])
+def test_clock_that_jumps_stops_no_job(hours: int, jumpy: tuple[Runtime, list[float]]) -> None:
+    nexus, off = jumpy
+    jobs = [job for job in nexus.scheduler.jobs.values() if job.every_s() <= 1 and job.name != PIPELINE]
+    off[0] = hours * 3600.0
+    wanted = [job.runs + 2 for job in jobs]
+    until(lambda: all(job.runs >= runs for job, runs in zip(jobs, wanted, strict=True)), "further turns of all")
+
+
+def test_payment_is_found_after_the_clock_was_days_ahead_for_a_moment(jumpy: tuple[Runtime, list[float]]) -> None:
     nexus, off = jumpy
     send = routes(client_of(nexus))
-    off[0] = 3 * DAY_MS
+    off[0] = 3 * 86_400.0
     assert send("POST", INGEST, {"events": [event()]})[0] == 202
     off[0] = 0
     assert send("POST", INGEST, {"events": [payment("t-9")]})[0] == 202

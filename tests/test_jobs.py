@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -45,6 +46,37 @@ def test_job_that_is_still_running_is_not_run_beside_itself_and_its_turn_counts_
     until(lambda: scheduler.jobs["slow"].runs >= 2, "the turn after the late ones")
     scheduler.stop()
     assert most == 1
+
+
+@pytest.mark.parametrize("hours", [-1, 1, 24 * 366])
+def test_clock_that_is_set_neither_stops_a_job_nor_brings_its_turn_forward(hours, scheduler_clock):
+    often, seldom = Job("often", lambda: 0.05, lambda: None), Job("seldom", lambda: 1800.0, lambda: None)
+    scheduler = Scheduler([often, seldom])
+    scheduler.start()
+    until(lambda: often.runs >= 3, "the turns before")
+    scheduler_clock[0] = hours * 3600.0
+    before = often.runs
+    until(lambda: often.runs >= before + 20, "the turns after")  # a second's: more than one wait
+    upcoming: Any = row(scheduler, "seldom")["next_in_s"]
+    scheduler.stop()
+    assert seldom.runs == 1
+    assert 1800 - DEADLINE_S < upcoming <= 1801
+    assert (often.late, seldom.late) == (0, 0)
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_interval_changed_just_after_the_clock_was_set_counts_from_then(hours, scheduler_clock):
+    every = [3600.0]
+    scheduler = Scheduler([Job("job", lambda: every[0], lambda: None)])
+    scheduler.start()
+    until(lambda: scheduler.jobs["job"].runs == 1, "the first run")
+    scheduler_clock[0] = hours * 3600.0
+    every[0] = 1000.0
+    scheduler.reschedule()
+    scheduler._scheduler._process_jobs()  # as in the second after
+    upcoming: Any = row(scheduler, "job")["next_in_s"]
+    scheduler.stop()
+    assert 1000 - DEADLINE_S < upcoming <= 1001
 
 
 def test_job_that_was_late_is_told_as_late_until_a_turn_is_on_time(gate):
