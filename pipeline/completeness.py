@@ -29,8 +29,9 @@ class Backlog:
         self.truncated = False
 
     def note(self, batch: Batch) -> None:
-        """A batch that the features stream has counted."""
-        self._add(batch.first_ordinal, array("I", batch.user_hashes))
+        """A batch that the features stream has come past, whomever it is addressed to."""
+        if batch.to & BRIDGE_ONLY:
+            self._add(batch.first_ordinal, array("I", batch.user_hashes))
 
     def _add(self, first: int, users: array[int]) -> None:
         done = self._delivered()

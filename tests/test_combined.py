@@ -25,7 +25,7 @@ from pipeline.events import rfc3339
 from pipeline.feature_health import FeatureHealth
 from pipeline.feature_store import FeatureStore
 from pipeline.foreign import read_moment
-from pipeline.frames import BRIDGE_ONLY, Position, record
+from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, Position, record
 from pipeline.lease import Lease
 from pipeline.log import Log, Request
 from pipeline.publisher import LEAST_SHARE, MOST_SHARE, Publisher
@@ -50,6 +50,7 @@ from tests.helpers import (
     parsed,
     payment,
     response,
+    until,
     write,
 )  # fmt: skip
 
@@ -307,6 +308,20 @@ def test_completeness_counts_the_users_events_behind_the_bridges_position(store)
     assert (backlog.behind("a"), backlog.behind("b")) == (2, 0)
     delivered = 4
     assert backlog.behind("a") == 0
+
+
+def test_completeness_counts_what_is_addressed_to_the_bridge_whoever_else_it_is_for(start_nexus):
+    nexus = start_nexus(HEALTH_CHECK_INTERVAL=600)
+    nexus.bridge.control("pause")
+    for addressees in (ALL_STREAMS, BRIDGE_ONLY, ALL_STREAMS - BRIDGE_ONLY, BRIDGE_ONLY):
+        append(nexus.log, [event(user="a"), event(user="b")], nexus.clock(), to=addressees)
+    nexus.taken()
+    until(lambda: nexus.runner.ordinal("features") == nexus.log.head().ordinal, "the features to be past them")
+    assert nexus.backlog.behind("a") == 3
+
+    again = Backlog(lambda: nexus.bridge.ordinal)
+    again.load(nexus.log, checkpoints.read(nexus.store, ["bridge"])["bridge"], nexus.log.head().ordinal)
+    assert again.behind("a") == 3
 
 
 def test_completeness_of_an_earlier_process_is_read_from_the_log(store):

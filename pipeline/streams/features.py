@@ -37,7 +37,7 @@ class Features(Stream):
     """Tiles of the entities at work, in memory; the store has the rest, and is brought up to date by each checkpoint.
 
     `epoch` gives the lease's epoch, which backfill commits under; without it nothing is backfilled. `backlog` is told of every
-    event, so that it can say how far the Python service is behind for a user.
+    batch, so that it can say how far the Python service is behind for a user.
     """
 
     name = "features"
@@ -154,9 +154,12 @@ class Features(Stream):
         with self.lock:
             self._check_whole()
             outcome = self.fold.process(batch, now)
+        self.pass_over(batch)
+        return outcome
+
+    def pass_over(self, batch: Batch) -> None:
         if self._backlog is not None:
             self._backlog.note(batch)
-        return outcome
 
     def cut(self, now: int) -> Cut:
         with self.lock:

@@ -234,6 +234,9 @@ class Stream(ABC):
         """Take in a batch; `now` is the clock in epoch ms. An exception undoes nothing: the runner drops this
         stream."""
 
+    def pass_over(self, batch: Batch) -> None:  # noqa: B027  most streams have no use for it
+        """Know of a batch that is addressed to others alone."""
+
     @abstractmethod
     def cut(self, now: int) -> Cut:
         """What to write for everything processed up to this moment."""

@@ -165,6 +165,8 @@ class Worker(ABC):
                 dead = [self.letter(name, batch, index, reason, 1) for index, reason in outcome.dead]
                 self.count(name, outcome.done, dead)
             self.delays_s[name] = max(0.0, (self.shared.clock() - batch.arrivals[-1]) / 1000)
+        else:
+            self.streams[name].pass_over(batch)
         self.at[name] = self._progress[name].position = batch.after
 
     def count(self, name: str, processed: int, dead: list[DeadLetter]) -> None:
