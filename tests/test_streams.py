@@ -453,25 +453,65 @@ def test_label_that_came_while_the_clock_was_ahead_gives_way_to_a_later_one(stor
     assert find_labels(store, ["t"], NOON + DAY_MS) == [0]
 
 
+def taken(store, stream: Inference, apart: bool, *events: dict[str, Any]) -> Inference:
+    """`apart`: each in a batch and a checkpoint of its own, and a restart after it, so that all is in the store by then."""
+    for some in [[e] for e in events] if apart else [list(events)]:
+        stream.process(batch_of(store, some, NOON), NOON)
+        write(store, stream.cut(NOON))
+        stream = Inference(store) if apart else stream
+        stream.load(NOON)
+    return stream
+
+
+def learned(store, stream: Inference, merchant: str = "m") -> tuple[int, int, float]:
+    """Frauds and legitimate payments that the model has learned, and the payee's frauds."""
+    return stream.model.frauds, stream.model.legitimate, payee(store, merchant).frauds
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_report_that_is_repeated_counts_once_and_one_that_is_withdrawn_not_at_all(store, apart):
-    """`apart`: each in a batch and a checkpoint of its own, so that the payment and its label are in the store by then."""
-
-    def take(stream: Inference, *events: dict[str, Any]) -> Inference:
-        for some in [[e] for e in events] if apart else [list(events)]:
-            stream.process(batch_of(store, some, NOON), NOON)
-            write(store, stream.cut(NOON))
-            stream = Inference(store) if apart else stream
-            stream.load(NOON)
-        return stream
-
     paid = payment("t", data={"merchant_id": "m"})
-    stream = take(Inference(store), paid, report("t"), report("t"), report("t"))
-    assert (stream.model.frauds, payee(store, "m").frauds) == (1, 1)
-    stream = take(stream, report("t", 0), report("t", 0))
-    assert (stream.model.frauds, stream.model.legitimate, payee(store, "m").frauds) == (0, 1, 0)
-    stream = take(stream, report("t", 1))
-    assert (stream.model.frauds, stream.model.legitimate, payee(store, "m").frauds) == (1, 0, 1)
+    stream = taken(store, Inference(store), apart, paid, report("t"), report("t"), report("t"))
+    assert learned(store, stream) == (1, 0, 1)
+    stream = taken(store, stream, apart, report("t", 0), report("t", 0))
+    assert learned(store, stream) == (0, 1, 0)
+    stream = taken(store, stream, apart, report("t", 1))
+    assert learned(store, stream) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_report_that_came_before_its_payment_is_not_learned_and_taking_it_back_takes_nothing_away(store, apart):
+    known = [e for i in range(3) for e in (payment(f"f{i}", data={"merchant_id": "m"}), report(f"f{i}"))]
+    stream = taken(store, Inference(store), apart, *known)
+    stream = taken(store, stream, apart, report("x"), report("x"), payment("x", data={"merchant_id": "m"}))
+    assert learned(store, stream) == (3, 0, 3)
+    stream = taken(store, stream, apart, report("x", 0))
+    assert learned(store, stream) == (3, 1, 3)
+    assert find_labels(store, ["x"], NOON) == [0]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_report_that_came_before_its_payment_is_learned_when_it_is_repeated(store, apart):
+    paid = payment("t", data={"merchant_id": "m"})
+    stream = taken(store, Inference(store), apart, report("t"), paid, report("t"), report("t"))
+    assert learned(store, stream) == (1, 0, 1)
+    stream = taken(store, stream, apart, report("t", 0), report("t", 0))
+    assert learned(store, stream) == (0, 1, 0)
+
+
+def test_report_that_came_before_its_payment_is_a_label_to_all_who_ask(store):
+    stream = taken(store, Inference(store), False, report("t"), payment("t"))
+    stream.process(batch_of(store, [report("u")], NOON), NOON)
+    assert stream.unwritten_labels() == {"u": 1}
+    assert find_labels(store, ["t"], NOON) == [1]
+    assert [(e.transaction, e.y) for e in examples(store, NOON, 7)] == [("t", 1)]
+
+
+def test_label_of_an_earlier_version_is_taken_for_learned(store):
+    stream = taken(store, Inference(store), True, payment("t", data={"merchant_id": "m"}), report("t"))
+    store.call("HSET", f"{keys.LABELS}{NOON // DAY_MS}", "t", 1)  # as it was written then
+    assert learned(store, taken(store, stream, True, report("t"))) == (1, 0, 1)
+    assert learned(store, taken(store, stream, True, report("t", 0))) == (0, 1, 0)
 
 
 @pytest.mark.parametrize("apart", [False, True])

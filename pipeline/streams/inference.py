@@ -6,7 +6,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -55,6 +55,17 @@ class Promoted:
     known: frozenset[str] = field(default_factory=frozenset)
 
 
+class _Late(NamedTuple):
+    """A report of a payment that was not in memory, or that came after such a one; with the label that stood there before, and the
+    payment that has come since."""
+
+    transaction: str
+    is_fraud: bool
+    ts: int
+    before: bytes | None
+    score: Score | None
+
+
 class Malformed(ValueError):
     """A payment, report or request lacks what the models need."""
 
@@ -100,12 +111,10 @@ class Inference(Stream):
         self._habits = _Table(store, keys.HABIT, fraud.Habit)
         self._payees = _Table(store, keys.PAYEE, fraud.Payee)
         self._scores: dict[str, Score] = {}
-        self._labels: dict[str, int] = {}
-        # Reports of payments that are not in memory, with their time, and the label before them where that is: each checkpoint asks for
-        # all at once.
-        self._late: list[tuple[str, bool, int, int | None]] = []
+        self._labels: dict[str, bytes] = {}  # as they are stored, see _label()
+        self._late: list[_Late] = []  # each checkpoint asks the store for all at once
         self._requests: Unwritten[Counter[tuple[str, int]]] = Unwritten(Counter)
-        self._writing: tuple[dict[str, Score], dict[str, int]] = ({}, {})
+        self._writing: tuple[dict[str, Score], dict[str, bytes]] = ({}, {})
 
     def load(self, now: int) -> None:
         self.model, self.demand = stored_fraud(self.store), stored_demand(self.store)
@@ -168,31 +177,37 @@ class Inference(Stream):
         transaction, is_fraud = _text(data, "transaction_id"), data.get("is_fraud")
         if is_fraud not in (0, 1):
             raise Malformed(f"data.is_fraud is {is_fraud!r:.80}; it takes 0 or 1")
-        before = self._labels.get(transaction, self._writing[1].get(transaction))
-        self._labels[transaction] = int(is_fraud)
+        latest = self._labels.get(transaction)
+        before = latest or self._writing[1].get(transaction)
+        self._labels[transaction] = _label(is_fraud, learned=False)
         score = self._scores.get(transaction) or self._writing[0].get(transaction)
-        if score is None:
-            self._late.append((transaction, bool(is_fraud), batch.ts[index], before))
+        if score is None or (latest is not None and _learned(latest) is None):  # or one that is late goes before it
+            self._late.append(_Late(transaction, bool(is_fraud), batch.ts[index], before, score))
         else:
             self._load_of([score])
-            self._learn(transaction, score, bool(is_fraud), batch.ts[index], before)
+            self._learn(transaction, score, bool(is_fraud), batch.ts[index], _learned(before))
 
     def _learn_late(self) -> None:
         """Learn from the reports whose payments are in the store, if at all: else they are unknown, or older than what is
         retained, and only the label is kept."""
         late, self._late = self._late, []
+        if not late:
+            return
         # Arrival never runs backwards: no payment before these reports is of a later day.
-        days, transactions = _days_before(self._arrived, self._days), [transaction for transaction, *_ in late]
-        scores = [_score(raw) for raw in self.store.find([f"{keys.SCORES}{day}" for day in days], transactions)]
-        labels = self.store.find([f"{keys.LABELS}{day}" for day in days], transactions)
+        days, transactions = _days_before(self._arrived, self._days), [report.transaction for report in late]
+        stored = [_score(raw) for raw in _find(self.store, keys.SCORES, days, transactions)]
+        scores = [score or report.score for score, report in zip(stored, late, strict=True)]
+        labels = _find(self.store, keys.LABELS, days, transactions)
         self._load_of([score for score in scores if score is not None])
-        for (transaction, is_fraud, ts, before), score, stored in zip(late, scores, labels, strict=True):
+        known: dict[str, int] = {}
+        for (transaction, is_fraud, ts, before, _), score, label in zip(late, scores, labels, strict=True):
             if score is not None:
-                known = int(stored) if before is None and stored is not None else before
-                self._learn(transaction, score, is_fraud, ts, known)
+                self._learn(transaction, score, is_fraud, ts, known.get(transaction, _learned(before or label)))
+                known[transaction] = int(is_fraud)
 
     def _learn(self, transaction: str, score: Score, is_fraud: bool, ts: int, before: int | None) -> None:
-        """Learn a label; one that repeats the label `before` it tells nothing, one that differs takes its place."""
+        """Learn a label; one that repeats what was learned `before` it tells nothing, one that differs takes its place."""
+        self._labels[transaction] = _label(is_fraud, learned=True)
         if before == is_fraud:
             return
         self.model.learn(score.inputs, is_fraud)
@@ -275,7 +290,7 @@ class Inference(Stream):
         return {**self._scores, **self._writing[0]}
 
     def unwritten_labels(self) -> dict[str, int]:
-        return {**self._writing[1], **self._labels}
+        return {transaction: int(label) for transaction, label in {**self._writing[1], **self._labels}.items()}
 
     def unwritten_requests(self, zone: str) -> list[tuple[int, dict[int, float]]]:
         """(first ordinal, requests by step) of what is not in the store as long as the position there is not beyond that."""
@@ -307,12 +322,12 @@ def _stored(store: Store, key: str, row: type[T]) -> T:
 
 def find_scores(store: Store, transactions: list[str], now: int, days: int = DAYS) -> list[Score | None]:
     """The stored scores of transactions, None where there is none within the `days` of the retention."""
-    return [_score(raw) for raw in _find(store, keys.SCORES, transactions, now, days)]
+    return [_score(raw) for raw in _find(store, keys.SCORES, days_kept(store, now, days), transactions)]
 
 
 def find_labels(store: Store, transactions: list[str], now: int, days: int = DAYS) -> list[int | None]:
     """The stored labels of transactions, the latest of each, None where none arrived."""
-    found = _find(store, keys.LABELS, transactions, now, days)
+    found = _find(store, keys.LABELS, days_kept(store, now, days), transactions)
     return [int(raw) if raw is not None else None for raw in found]
 
 
@@ -328,8 +343,18 @@ def _days_before(at: int, days: int) -> list[int]:
     return [at // DAY_MS - i for i in range(days + 2)]
 
 
-def _find(store: Store, prefix: str, transactions: list[str], now: int, days: int) -> list[bytes | None]:
-    return store.find([f"{prefix}{day}" for day in days_kept(store, now, days)] if transactions else [], transactions)
+def _find(store: Store, prefix: str, days: list[int], transactions: list[str]) -> list[bytes | None]:
+    return store.find([f"{prefix}{day}" for day in days], transactions)
+
+
+def _label(is_fraud: bool, learned: bool) -> bytes:
+    """A label as it is stored: a number, with a sign where the model has not learned it, since its payment was not known then."""
+    return b"%d" % is_fraud if learned else b"+%d" % is_fraud
+
+
+def _learned(label: bytes | None) -> int | None:
+    """What the model has learned of a label."""
+    return None if label is None or label.startswith(b"+") else int(label)
 
 
 def _score(raw: bytes | None) -> Score | None:
