@@ -334,6 +334,16 @@ def test_each_payment_gets_a_score_once_and_the_first_one_stands(store):
     assert find_scores(store, ["t1"], NOON) == first[:1]
 
 
+def test_first_score_of_a_payment_stands_over_midnight(store):
+    stream = scored(store, "t", NOON)
+    first = find_scores(store, ["t"], NOON)
+    later = NOON + 13 * HOUR_MS
+    append(Log(store), [payment("t", 9000)], later)
+    stream.process(Batch([frames(Log(store))[-1]]), later)
+    write(store, stream.cut(later))
+    assert find_scores(store, ["t"], later) == first
+
+
 def test_payment_far_from_a_payers_habit_scores_higher(store):
     stream = inferred(store, [payment(f"t{n}", 100 + n % 3) for n in range(30)] + [payment("odd", 50_000)])
     scores = stream.unwritten_scores()

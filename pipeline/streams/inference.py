@@ -180,7 +180,7 @@ class Inference(Stream):
         latest = self._labels.get(transaction)
         before = latest or self._writing[1].get(transaction)
         self._labels[transaction] = _label(is_fraud, learned=False)
-        score = self._scores.get(transaction) or self._writing[0].get(transaction)
+        score = self._writing[0].get(transaction) or self._scores.get(transaction)
         if score is None or (latest is not None and _learned(latest) is None):  # or one that is late goes before it
             self._late.append(_Late(transaction, bool(is_fraud), batch.ts[index], before, score))
         else:
@@ -195,7 +195,7 @@ class Inference(Stream):
             return
         # Arrival never runs backwards: no payment before these reports is of a later day.
         days, transactions = _days_before(self._arrived, self._days), [report.transaction for report in late]
-        stored = [_score(raw) for raw in _find(self.store, keys.SCORES, days, transactions)]
+        stored = [_score(raw) for raw in _find(self.store, keys.SCORES, days[::-1], transactions)]
         scores = [score or report.score for score, report in zip(stored, late, strict=True)]
         labels = _find(self.store, keys.LABELS, days, transactions)
         self._load_of([score for score in scores if score is not None])
@@ -321,8 +321,8 @@ def _stored(store: Store, key: str, row: type[T]) -> T:
 
 
 def find_scores(store: Store, transactions: list[str], now: int, days: int = DAYS) -> list[Score | None]:
-    """The stored scores of transactions, None where there is none within the `days` of the retention."""
-    return [_score(raw) for raw in _find(store, keys.SCORES, days_kept(store, now, days), transactions)]
+    """The stored scores of transactions, the first of each, None where there is none within the `days` of the retention."""
+    return [_score(raw) for raw in _find(store, keys.SCORES, days_kept(store, now, days)[::-1], transactions)]
 
 
 def find_labels(store: Store, transactions: list[str], now: int, days: int = DAYS) -> list[int | None]:
