@@ -10,10 +10,11 @@ import pytest
 
 from pipeline import attempts, checkpoints, keys
 from pipeline.errors import StoreUnavailable
+from pipeline.runtime import Runtime, wall_clock
 from tests import misbehaving as partners
 from tests.bridging import run, settled, take
-from tests.conftest import client_of
-from tests.helpers import event, until
+from tests.conftest import client_of, quick
+from tests.helpers import HOUR_MS, event, until
 from tests.misbehaving import Misbehaving
 
 
@@ -127,12 +128,53 @@ def test_an_event_behind_one_that_fails_has_not_been_tried(start_nexus, server):
 
 def test_an_older_call_that_ended_later_does_not_hide_an_events_own(store):
     body = b'{"event_id":"a","event_type":"t","user_id":"u1"}'
-    own = attempts.Attempt(1005, 3, 200, 1.0, None, 5, 9)
-    slow = attempts.Attempt(990, 3, None, 5000.0, "timeout", 0, 4)
-    older = attempts.Attempt(900, 3, 200, 99.0, None, 5, 9)
+    own = attempts.Attempt(1005, 3, 200, 1.0, None, 55, 59)
+    slow = attempts.Attempt(990, 3, None, 5000.0, "timeout", 50, 54)
+    older = attempts.Attempt(900, 3, 200, 99.0, None, 0, 4)
     store.many(attempts.keep([older, own, slow]))  # in the order in which they ended
     store.many(attempts.keep([own]))  # kept once more: the first commit's answer was lost
-    assert attempts.of_event(store, 5, body, 1000) == ([own], True)
+    assert attempts.of_event(store, 55, body, 1000) == ([own], True)
+
+
+def test_events_own_attempt_is_found_though_its_arrival_was_later_by_a_clock_that_was_ahead(store):
+    body = b'{"event_id":"a","event_type":"t","user_id":"u1"}'
+    mine = attempts.lane_of(body, 2)
+    before = [attempts.Attempt(at, 1, 200, 1.0, None, at, at) for at in range(100)]
+    own = attempts.Attempt(200, 5, 200, 1.0, None, 110, 119, mine, 2)
+    beside = attempts.Attempt(199, 5, 200, 3.0, None, 100, 109, 1 - mine, 2)  # the window before, of another lane
+    after = [attempts.Attempt(at, 1, 200, 1.0, None, at, at) for at in range(201, 211)]
+    store.many(attempts.keep([*before, own, beside, *after]))
+    assert attempts.of_event(store, 115, body, 3_600_000) == ([own], True)
+
+
+def test_no_more_attempts_are_read_than_lie_before_an_events_arrival(store, monkeypatch):
+    store.many(attempts.keep([attempts.Attempt(at, 1, 200, 1.0, None, at, at) for at in range(2_000)]))
+    pages: list[Any] = []
+    call = store.call
+
+    def counted(*words: Any) -> Any:
+        pages.append(words)
+        return call(*words)
+
+    monkeypatch.setattr(store, "call", counted)
+    found, complete = attempts.of_event(store, 1_990, b'{"user_id":"u1"}', 1_990)
+    assert ([a.first for a in found], complete, len(pages)) == ([1_990], True, 1)
+
+
+def test_a_receipt_tells_the_partners_answer_after_the_clock_was_ahead(store_server, store, tmp_path, server):
+    off = [0]
+    nexus = Runtime(quick(store_server.url, tmp_path, PYTHON_EVENT_API_URL=server.url), lambda: wall_clock() + off[0])
+    nexus.start()
+    try:
+        told = []
+        for ahead in (0, HOUR_MS, 0):
+            off[0] = ahead
+            [sent] = take(nexus, event())
+            settled(nexus)
+            told.append(nexus.lookups.receipt(sent["event_id"])["streams"]["bridge"])
+    finally:
+        nexus.stop()
+    assert [(state["state"], state["attempts"], state["result"]["status"]) for state in told] == [("done", 1, 200)] * 3
 
 
 def test_what_a_commit_that_fails_was_to_keep_is_in_the_next_one(start_nexus, server, monkeypatch):
