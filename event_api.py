@@ -56,7 +56,7 @@ from fastapi.responses import HTMLResponse
 from msgspec import Meta
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError
+from redis.exceptions import MovedError, NoScriptError, OutOfMemoryError, RedisClusterException, RedisError
 from starlette.exceptions import HTTPException
 
 VERSION = "1.0.0"
@@ -532,13 +532,16 @@ class Service:
             yield
         except OutOfMemoryError as error:
             raise ApiError(503, "store_full", "the store is at its memory limit; nothing was taken") from error
-        except (RedisError, OSError) as error:
+        except (RedisError, RedisClusterException, OSError) as error:  # the second is none of the first
             self.forget()
             if "NOTOWNER" in str(error):
                 raise NotOwner from error
-            self.failed_at, self.trouble = time.monotonic(), str(error) or type(error).__name__
+            self.failed_at = time.monotonic()
+            self.trouble = f"the store does not answer: {str(error) or type(error).__name__}"
+            if isinstance(error, MovedError):
+                self.trouble = "the store is a node of a Cluster: set REDIS_CLUSTER=true"
             await self.client.aclose()  # open connections may lead to what is a replica now
-            raise ApiError(503, "store_unavailable", f"the store does not answer: {self.trouble}") from error
+            raise ApiError(503, "store_unavailable", self.trouble) from error
         except BaseException:
             self.forget()
             raise
@@ -548,7 +551,7 @@ class Service:
         if self.token:
             return
         if time.monotonic() - self.failed_at < 0.2:  # requests in a queue must not wait for a time-out each
-            raise ApiError(503, "store_unavailable", f"the store does not answer: {self.trouble}")
+            raise ApiError(503, "store_unavailable", self.trouble)
         async with self.store():
             token = os.urandom(8).hex()
             frames = await self.run(CLAIM, [OWNER, JOURNAL], [token])

@@ -216,6 +216,8 @@ def translate(error: Exception) -> Exception:
         return Fenced("another instance holds the lease")
     if isinstance(error, redis.exceptions.OutOfMemoryError) or "OOM" in text or "MISCONF" in text:
         return StoreFull(f"the store takes no more writes: {text}")
+    if isinstance(error, redis.exceptions.MovedError):
+        return StoreRefused("the store is a node of a Cluster: set REDIS_CLUSTER=true")
     refused = isinstance(error, redis.exceptions.ResponseError) and not isinstance(error, _AWAY)
     if refused and not text.startswith(_AWAY_WORDS):
         kind = StoreWrongType if "WRONGTYPE" in text else StoreRefused

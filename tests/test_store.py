@@ -152,6 +152,24 @@ def cluster(tmp_path: Path) -> Iterator[Store]:
     server.kill()
 
 
+def test_node_of_a_cluster_that_is_not_told_to_be_one_is_refused_with_the_remedy(tmp_path):
+    server = Cluster(tmp_path, 2)
+    connection = Store(server.url)  # of the first node; Nexus's keys are on the second
+    try:
+        server.start()
+        for ask in (
+            lambda: connection.call("EXISTS", keys.HEAD),
+            lambda: connection.many([("EXISTS", keys.HEAD)], atomic=True),
+            lambda: connection.run("lease", (keys.OWNER,), ("take", "one", 1, 1, 0)),
+        ):
+            with pytest.raises(StoreRefused) as told:
+                ask()
+            assert told.value.message == "the store is a node of a Cluster: set REDIS_CLUSTER=true"
+    finally:
+        connection.close()
+        server.kill()
+
+
 def test_commands_of_one_step_are_answered_as_of_one_moment(store):
     done = threading.Event()
 
