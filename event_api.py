@@ -937,7 +937,8 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     def setting(name: str, default: str, pattern: str, takes: str) -> str:
         value = env.get(name, "").strip() or default
         if not re.fullmatch(pattern, value, re.IGNORECASE):
-            raise ValueError(f"{name} is {value!r}; it takes {takes}")
+            shown = re.sub(r"^((?:\w+://)?[^:@/]*):.*@", r"\1:***@", value)  # without a password
+            raise ValueError(f"{name} is {shown!r}; it takes {takes}")
         return value
 
     def port(name: str, default: str) -> int:
@@ -954,7 +955,8 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     some_origins = "origins such as http://localhost:4000, comma separated"
     origins = setting("CORS_ORIGINS", "http://localhost:4000", rf"{origin}(\s*,\s*{origin})*", some_origins)
     cluster = setting("REDIS_CLUSTER", "false", "true|false|1|0|yes|no|on|off", "true or false").lower()
-    url = setting("REDIS_URL", "", r"(rediss?|unix)://\S+|", "a URL that begins with redis://, rediss:// or unix://")
+    some_store = "a URL that begins with redis://, rediss:// or unix://, its path a socket's or a database's number"
+    url = setting("REDIS_URL", "", r"rediss?://[^\s/?#]+(/[0-9]*)?([?#]\S*)?|unix://\S+|", some_store)
     redis_host, redis_port = host("REDIS_HOST", ""), port("REDIS_PORT", "6379")
     if not url and redis_host:
         url = f"redis://{f'[{redis_host}]' if ':' in redis_host else redis_host}:{redis_port}"

@@ -202,6 +202,8 @@ def _redis_url(value: object) -> str | None:
     _, slashes, rest = str(value).strip().partition("://")
     if not slashes or not (parts.path if parts.scheme == "unix" else parts.hostname):
         return None
+    if parts.scheme != "unix" and not re.fullmatch("(/[0-9]*)?", parts.path):  # the client would take database 0
+        return None
     return f"{parts.scheme}://{rest}"  # not geturl(): it drops the slashes of unix:// where no host follows
 
 
@@ -245,7 +247,10 @@ def total_memory() -> int:
 
 
 _HTTP = "a URL that begins with http:// or https://, such as http://localhost:8000"
-_REDIS = "a URL that begins with redis://, rediss:// or unix://, such as redis://localhost:6379"
+_REDIS = (
+    "a URL that begins with redis://, rediss:// or unix://, such as redis://localhost:6379"
+    " or, with a database's number, redis://localhost:6379/0"
+)
 _TRUE = "true or false"
 _HOST = "a host name or an IP address"
 _MEMORY = "a size such as 536870912, 512mb, 2gb or 40% (of the RAM),"

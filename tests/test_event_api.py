@@ -730,6 +730,8 @@ def test_sigterm_publishes_what_is_pending_and_exits_0(service: Service, store: 
         ("API_PORT", "70000"),
         ("REDIS_PORT", "-1"),
         ("REDIS_URL", "localhost:6379"),
+        ("REDIS_URL", "redis://localhost:6379/abc"),
+        ("REDIS_URL", "rediss://localhost/0/1?ssl_ca_certs=/etc/ca.crt"),
         ("REDIS_CLUSTER", "maybe"),
         ("CORS_ORIGINS", "localhost"),
         ("API_HOST", "two words"),
@@ -745,6 +747,13 @@ def test_a_bad_setting_is_one_line_and_exit_2(name: str, value: str) -> None:
     assert name in done.stderr
     assert value in done.stderr
     assert "it takes" in done.stderr
+
+
+@pytest.mark.parametrize("url", ["redis://nexus:secret@host/abc", "redis://:sec/secret@host", "nexus:secret@host"])
+def test_a_password_is_not_shown_where_its_url_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"REDIS_URL is '[^']*:\*\*\*@host") as told:
+        api.read_settings({"REDIS_URL": url})
+    assert "sec" not in str(told.value)
 
 
 def test_the_store_is_found_by_url_then_host_then_data_folder(tmp_path: Path) -> None:
