@@ -35,6 +35,7 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -976,6 +977,14 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     return Settings(*where, [each.strip() for each in origins.split(",")], url, clustered)
 
 
+def require_free_port(host: str, port: int) -> None:
+    """Raises OSError where somebody listens. The server itself would find out only when it has claimed the store."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections just closed do not count
+        probe.bind(address)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="The reference Python feature service.")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
@@ -985,6 +994,13 @@ def main() -> int:
     except ValueError as error:
         print(f"event_api: {error}", file=sys.stderr)
         return 2
+    host, port = settings.host, settings.port
+    try:
+        require_free_port(host, port)
+    except OSError as error:
+        where = f"port {port} on {host} is not free ({error.strerror})"
+        print(f"event_api: {where}; stop what listens there, or set API_PORT", file=sys.stderr)
+        return 1
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises its signal again once all is answered and flushed
         signal.signal(stop, lambda *_: sys.exit(0))
@@ -992,8 +1008,8 @@ def main() -> int:
     gc.set_threshold(20_000, 20, 100)
     uvicorn.run(
         create_app(settings),
-        host=settings.host,
-        port=settings.port,
+        host=host,
+        port=port,
         loop="uvloop",
         http="httptools",
         ws="none",

@@ -720,6 +720,17 @@ def test_sigterm_publishes_what_is_pending_and_exits_0(service: Service, store: 
     assert store.client.xlen(api.JOURNAL) == 0
 
 
+def test_a_taken_port_is_one_line_and_exit_1_before_the_store_is_claimed(service: Service, store: Store) -> None:
+    service.post(answer("a"))
+    owner = store.client.get(api.OWNER)
+    command, env = [sys.executable, str(SOURCE)], {**clean(), **service.settings}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    port = f"port {service.port} on 127.0.0.1 is not free (Address already in use)"
+    assert done.stderr == f"event_api: {port}; stop what listens there, or set API_PORT\n"
+    assert store.client.get(api.OWNER) == owner
+
+
 # ------------------------------------------------------------------------------------------- settings
 
 
