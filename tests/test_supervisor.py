@@ -442,6 +442,28 @@ def test_demo_posts_to_the_nexus_that_the_settings_name(monkeypatch):
     assert started[0][-2:] == ["--url", "http://localhost:4555"]
 
 
+@pytest.mark.parametrize(
+    ("given", "handed"),
+    [
+        ({}, "http://localhost:8123"),
+        ({"PYTHON_EVENT_API_URL": " "}, "http://localhost:8123"),
+        ({"API_HOST": "0.0.0.0"}, "http://localhost:8123"),
+        ({"PYTHON_EVENT_API_URL": "https://ml.example"}, "https://ml.example"),
+    ],
+)
+def test_nexus_is_handed_the_address_of_the_service_that_is_started_unless_another_is_set(monkeypatch, given, handed):
+    started = {}
+    monkeypatch.setattr(
+        "pipeline.supervisor.spawn", lambda words, environ, **_: started.update({words[1]: load(environ)})
+    )
+    monkeypatch.delenv("PYTHON_EVENT_API_URL", raising=False)
+    for name, value in {"API_PORT": "8123", "REDIS_URL": "redis://elsewhere", **given}.items():
+        monkeypatch.setenv(name, value)
+    for part in parts_of(load(), None, False):
+        part.spawn()
+    assert started["app.py"].python_event_api_url == handed
+
+
 def test_external_store_is_not_among_the_parts():
     settings = load({"REDIS_URL": "redis://elsewhere"})
     assert [part.name for part in parts_of(settings, None, False)] == ["Python service", "Nexus"]
