@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
+from pipeline.errors import SettingError
 from pipeline.post import SLICE, Outbox, Poster, Refused, Unanswered
+from pipeline.settings import load
 
 Event = dict[str, Any]
 Place = tuple[float, float]  # lat, lng
@@ -331,7 +333,7 @@ def run(
     speedup: float | None = None,
     clock: Callable[[], float] = time.time,
     sleep: Callable[[float], None] = time.sleep,
-) -> None:
+) -> NoReturn:
     """Post what happens in the city, until interrupted: first what lies before now, then as it happens.
 
     Posting holds the simulation up, so that while Nexus is away no more than a batch or two is held in memory; the
@@ -353,15 +355,14 @@ def run(
             sleep(SLICE)
     finally:
         outbox.abandon()
-        planned = f"planned: {city.planned['duplicate']:,} duplicates, {city.planned['bad']:,} bad"
-        taken = f"accepted {outbox.accepted:,} + duplicates {outbox.duplicates:,}"
-        say(f"{taken} + rejected {outbox.rejected:,} ({planned})")
+        taken = f"accepted {outbox.accepted:,} + duplicates {outbox.duplicates:,} + rejected {outbox.rejected:,}"
+        say(f"{taken} (planned: {city.planned['duplicate']:,} duplicates, {city.planned['bad']:,} bad)")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m pipeline.demo", description=__doc__)
     add = parser.add_argument
-    add("--url", default="http://localhost:4000", help="where Nexus listens")
+    add("--url", help="where Nexus listens; default as the settings say")
     add("--rate", type=float, default=20.0, help="events per second, the mean over a day")
     add("--riders", type=int, default=2_000)
     add("--drivers", type=int, default=400)
@@ -382,16 +383,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"demo: {text}", file=sys.stderr, flush=True)
 
     city = City(args.seed, time.time() - args.history, args.rate, args.riders, args.drivers)
-    say(f"{args.riders:,} riders and {args.drivers:,} drivers of Manila, {args.rate:g} events/s, to {args.url}")
     try:
+        url = args.url or load().nexus_url
+        say(f"{args.riders:,} riders and {args.drivers:,} drivers of Manila, {args.rate:g} events/s, to {url}")
         # One request at a time keeps the order of a ride's events.
-        with Poster(args.url, "simulator", timeout=5.0, in_flight=1, on_change=say) as poster:
+        with Poster(url, "simulator", timeout=5.0, in_flight=1, on_change=say) as poster:
             run(city, poster, say, args.speedup)
     except KeyboardInterrupt:
         return 0
-    except (Refused, Unanswered) as error:
+    except (Refused, Unanswered, SettingError) as error:
         say(str(error))
-    return 1
+        return 2 if isinstance(error, SettingError) else 1
 
 
 if __name__ == "__main__":

@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does: the setting is put back
     try:
         settings = load()
-        drill = Drill(given.nexus or f"http://{settings.nexus_host}:{settings.nexus_port}", given.rate, say)
+        drill = Drill(given.nexus or settings.nexus_url, given.rate, say)
         try:
             if given.fault == "store-restart":
                 report = drill.store(given.fault, settings)

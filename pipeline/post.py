@@ -177,7 +177,7 @@ class Poster:
                 trouble = f"an answer that cannot be read ({error})"
             # Full jitter: clients that lost the same server do not come back in step.
             pause = at_least + random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(tries, 10)))
-            self._change(away=True, text=f"Nexus does not take events ({trouble}); trying until it does")
+            self._change(away=True, text=f"Nexus does not take events at {self._url} ({trouble}); trying until it does")
             spent = time.monotonic() - began
             if self._give_up_after is not None and spent + pause > self._give_up_after:
                 raise Unanswered(f"{trouble}; given up after {tries + 1} tries in {spent:.0f} s")

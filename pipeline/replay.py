@@ -20,6 +20,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
+from pipeline.errors import SettingError
 from pipeline.post import Outbox, Pace, Poster, Refused, Rejection, Unanswered
 from pipeline.recorded import (
     TYPES,
@@ -36,6 +37,7 @@ from pipeline.recorded import (
     read_ndjson,
     with_labels,
 )
+from pipeline.settings import load
 
 SHOWN = 20  # problems printed one by one; further ones are counted, and all of them go to --rejects
 TARGET = re.compile(r"(event_id|app_version|device_type|data(?:\.[^.:=]+)+)(?::(str|int|float|bool))?=(.+)")
@@ -148,7 +150,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m pipeline.replay", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="CSV with a header line, or NDJSON with one event a line; .gz too")
-    add("--url", default="http://localhost:4000", help="where Nexus listens")
+    add("--url", help="where Nexus listens; default as the settings say")
     add("--source", default="replay", help="the name the events are counted under")
     add("--speed", type=_speed, metavar="X", help="times the recorded pace (60: an hour a minute), or max (default)")
     add("--batch", type=_positive, default=500, help="events in a request")
@@ -201,6 +203,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def replay(args: argparse.Namespace) -> bool:
     """Send the file; true when Nexus has every row of it."""
+    url = args.url or load().nexus_url
     identity, lines = identify(args.file)
     read = read_csv if args.format == "csv" else read_ndjson
     items = with_labels(islice(read(args.file, args, args.id_prefix or identity[:32]), args.limit))
@@ -212,7 +215,7 @@ def replay(args: argparse.Namespace) -> bool:
         rejects = stack.enter_context(args.rejects.open("wb")) if args.rejects else None
         poster = stack.enter_context(
             Poster(
-                args.url,
+                url,
                 args.source,
                 in_flight=args.in_flight,
                 give_up_after=args.give_up_after,
@@ -242,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     try:
         return 0 if replay(args) else 1
-    except (UsageError, OSError) as error:
+    except (UsageError, SettingError, OSError) as error:
         print(f"replay: {error}", file=sys.stderr)
         return 2
 

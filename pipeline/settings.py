@@ -105,6 +105,10 @@ class Settings:
         return Path(tempfile.gettempdir()) / f"nexus-{os.getuid()}-{digest}" / "valkey.sock"
 
     @property
+    def nexus_url(self) -> str:
+        return address(self.nexus_host, self.nexus_port)
+
+    @property
     def store_url(self) -> str:
         return self.redis_url or f"unix://{quote(str(self.socket_path))}"
 
@@ -144,6 +148,12 @@ def child_environment(settings: Settings, **more: str) -> dict[str, str]:
     """What a process started by this one inherits: all of this one's environment, both folders absolute, and `more`."""
     folders = {"NEXUS_DATA_DIR": str(settings.data_dir), "NEXUS_LOG_DIR": str(settings.log_dir)}
     return {**os.environ, **folders, **more}
+
+
+def address(host: str, port: int, path: str = "") -> str:
+    """Where a person or a program of this machine finds what listens there."""
+    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else bracketed(host)
+    return f"http://{shown}:{port}{path}"
 
 
 def bracketed(host: str) -> str:

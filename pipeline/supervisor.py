@@ -23,7 +23,7 @@ from pathlib import Path
 from pipeline.embedded import EmbeddedStore, is_serving, spawn
 from pipeline.errors import AlreadyRunning, NexusError, SettingError
 from pipeline.processes import tie_to_parent
-from pipeline.settings import Settings, bracketed, child_environment, load, make_folders
+from pipeline.settings import Settings, address, child_environment, load, make_folders
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S, _HEALTHY_AFTER_S = 0.2, 10.0, 3.0
@@ -222,12 +222,6 @@ def answers(host: str, port: int, path: str, only_200: bool = False) -> bool:
         connection.close()
 
 
-def address(host: str, port: int, path: str = "") -> str:
-    """Where a person of this machine finds what listens there."""
-    shown = "localhost" if host in ("127.0.0.1", "0.0.0.0", "::", "::1") else bracketed(host)
-    return f"http://{shown}:{port}{path}"
-
-
 def parts_of(settings: Settings, store: EmbeddedStore | None, demo: bool) -> list[Part]:
     """The parts of the whole system, in the order of the start; without `store` the settings name an external one."""
     environment = child_environment(settings)
@@ -256,8 +250,9 @@ def parts_of(settings: Settings, store: EmbeddedStore | None, demo: bool) -> lis
     if store is not None:
         parts.insert(0, Part("store", store.start, has_store, grace=30, lost=store.lost, why=store.trouble))
     if demo:
-        url = address(settings.nexus_host, settings.nexus_port)
-        parts.append(Part("demo", python("-m", "pipeline.demo", "--url", url), after=nexus_serves, grace=5))
+        parts.append(
+            Part("demo", python("-m", "pipeline.demo", "--url", settings.nexus_url), after=nexus_serves, grace=5)
+        )
     return parts
 
 

@@ -18,8 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import demo
 from pipeline.demo import CATCH_UP, City, demand, is_weekend, run
 from pipeline.post import Poster
+from tests.helpers import clean_environment
 
 ROOT = Path(__file__).parents[1]
 TUESDAY = datetime.fromisoformat("2024-03-05T00:00:00+08:00").timestamp()
@@ -282,6 +284,25 @@ def sink() -> Any:
     server = Sink()
     yield server
     server.close()
+
+
+def test_without_an_address_it_posts_to_where_the_settings_have_nexus_listen(sink: Sink) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.demo", "--history", "2m"],
+        cwd=ROOT,
+        env=clean_environment(PYTHONPATH=str(ROOT), NEXUS_HOST="0.0.0.0", NEXUS_PORT=str(sink.server.server_port)),
+    )
+    sink.until(lambda: sink.events)
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+def test_a_wrong_setting_is_one_line_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NEXUS_PORT", "four")
+    assert demo.main([]) == 2
+    assert capsys.readouterr().err == "demo: NEXUS_PORT holds 'four'; it takes a whole number from 1 to 65535\n"
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])

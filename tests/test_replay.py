@@ -242,7 +242,7 @@ def test_a_change_of_state_is_told_once(nexus: FakeNexus) -> None:
         poster.post(encoded(1))
         poster.post(encoded(2))
     assert len(told) == 2
-    assert "503" in told[0]
+    assert told[0] == f"Nexus does not take events at {nexus.url}/api/ml/events/ingest (HTTP 503); trying until it does"
     assert "again" in told[1]
 
 
@@ -554,6 +554,23 @@ def test_options_that_do_not_fit_end_it_with_one_line_and_code_2(
     assert code == 2
     assert not nexus.bodies
     assert "replay: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_an_address_the_rows_go_to_where_the_settings_have_nexus_listen(
+    nexus: FakeNexus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEXUS_HOST", "0.0.0.0")
+    monkeypatch.setenv("NEXUS_PORT", str(nexus.server.server_port))
+    assert replay.main([str(write(tmp_path, PICKUPS)), *PICKUP_FLAGS]) == 0
+    assert len(nexus.stored) == 3
+
+
+def test_a_wrong_setting_is_one_line_and_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NEXUS_PORT", "four")
+    assert replay.main([str(write(tmp_path, PICKUPS)), *PICKUP_FLAGS]) == 2
+    assert capsys.readouterr().err == "replay: NEXUS_PORT holds 'four'; it takes a whole number from 1 to 65535\n"
 
 
 def test_at_a_chosen_speed_an_event_is_sent_when_its_recorded_time_has_come(nexus: FakeNexus) -> None:

@@ -211,6 +211,20 @@ def test_redis_host_and_port_make_the_url(host, url):
     assert load({"REDIS_HOST": host, "REDIS_PORT": "7000"}).redis_url == url
 
 
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://localhost:4001"),
+        ("0.0.0.0", "http://localhost:4001"),
+        ("::", "http://localhost:4001"),
+        ("192.0.2.7", "http://192.0.2.7:4001"),
+        ("2001:db8::1", "http://[2001:db8::1]:4001"),
+    ],
+)
+def test_nexus_is_found_at_its_host_or_at_localhost_where_it_listens_there_or_everywhere(host, url):
+    assert load({"NEXUS_HOST": host, "NEXUS_PORT": "4001"}).nexus_url == url
+
+
 def test_redis_port_alone_leaves_the_store_embedded():
     assert load({"REDIS_PORT": "7000"}).embedded
 
