@@ -21,6 +21,7 @@ from pipeline.hot_route import HotRoute, SharedReads, takes_long
 from pipeline.routes import register
 from pipeline.runtime import Runtime
 from pipeline.settings import Settings
+from pipeline.supervisor import banner, say
 
 CONNECTIONS = 512  # each may hold a thread, which is there only as long as it is needed
 TURNS = 16  # requests that are worked on at a time
@@ -54,13 +55,17 @@ def worker() -> Flask:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Nexus: the dashboard, the routes, the jobs and the pipeline.")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    level = parser.parse_args().log_level
+    parser.add_argument("--no-banner", action="store_true", help="print no addresses: who starts it has done so")
+    given = parser.parse_args()
+    level = given.log_level
     try:
         chosen = settings.load()
         settings.make_folders(chosen)
         logs.configure(chosen.log_dir, level)
         processes.require_free_port(chosen.nexus_host, chosen.nexus_port, "NEXUS_PORT")
         with processes.own_store(chosen):
+            if not given.no_banner:
+                say(banner(chosen, sys.stdout.isatty(), alone=True))
             serve(chosen, level)
     except NexusError as error:
         print(f"nexus: {error.message}", file=sys.stderr)

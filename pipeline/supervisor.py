@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
@@ -29,6 +30,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S, _HEALTHY_AFTER_S = 0.2, 10.0, 3.0
 _PROBE_EVERY_S = 0.05
 _LOOK_EVERY_S = 1.0
+_SETTLES_S = 2.0  # within which a part that is ready has come to do its work
+_PATIENCE_S = 4.0  # with an answer that may have to wait for the store
 _HURRIED_GRACE_S = 1.0
 _AFTER_KILL_S = 15.0  # how long the processes of an owner that was killed may keep their ports
 _WRONG_SETTING = 2  # the exit code of a program that takes exception to a variable; it has said so in one line
@@ -48,7 +51,8 @@ class Part:
     """One supervised process: how it starts, when it counts as ready, what must hold before it starts, its grace in s.
 
     `spawn` starts a process in a session of its own; embedded.spawn() is such a function. `lost` tells why a process that
-    runs cannot be reached any more and has to be started again, `why` for what trouble it has ended.
+    runs cannot be reached any more and has to be started again, `why` for what trouble it has ended, `idle` why it is ready
+    and yet cannot do its work: told once, since starting it again would not help.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Part:
     grace: float = 10.0
     lost: Callable[[], str | None] = _nothing
     why: Callable[[], str | None] = _nothing
+    idle: Callable[[], str | None] = _nothing
 
 
 class _Refused(Exception):
@@ -76,6 +81,7 @@ class _Run:
         self._was_ready = self.ready = False
         self._ending: float | None = None  # since when it is to end, having been lost
         self._told: str | None = None  # why it ended the last time
+        self._settled: float | None = None  # by when it is to do its work; None: it does, or has said why not
 
     def step(self, now: float) -> None:
         """Start it when due, notice that it is ready, notice that it has ended. Raises _Refused."""
@@ -88,14 +94,24 @@ class _Run:
         elif not self.ready:
             if self.part.ready():
                 self._was_ready = self.ready = True
+                self._settled = now + _SETTLES_S
                 self._say(f"{self.part.name} is ready after {time.monotonic() - self._began:.1f} s")
         elif self._ending is None:
             if lost := self.part.lost():
                 self._say(f"{self.part.name} cannot be reached: {lost}; it is started again")
                 self._process.send_signal(signal.SIGTERM)
                 self._ending = now
+            elif self._settled is not None:
+                self._look(now, self._settled)
         elif now - self._ending > self.part.grace:
             self._process.send_signal(signal.SIGKILL)
+
+    def _look(self, now: float, settled: float) -> None:
+        idle = self.part.idle()
+        if idle is None or now >= settled:
+            self._settled = None
+            if idle is not None:
+                self._say(f"{self.part.name} cannot serve yet: {idle}")
 
     def stop(self, wait: Callable[[float], bool], hurried: bool) -> None:
         """SIGTERM, and SIGKILL when the grace is over. `wait(s)` waits for a signal; True means: hurry."""
@@ -124,7 +140,7 @@ class _Run:
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
-        self._process, self.ready, self._ending = None, False, None
+        self._process, self.ready, self._ending, self._settled = None, False, None, None
         return code
 
     def _schedule(self, now: float, code: int, healthy: bool) -> None:
@@ -151,7 +167,7 @@ class _Run:
             return max(self._due - now, _PROBE_EVERY_S)
         if not self.ready:
             return _PROBE_EVERY_S
-        return None if self.part.lost is _nothing else _LOOK_EVERY_S
+        return None if self.part.lost is _nothing and self._settled is None else _LOOK_EVERY_S
 
 
 class Supervisor:
@@ -209,15 +225,16 @@ def _cause(code: int) -> str:
     return f"with code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
 
 
-def answers(host: str, port: int, path: str, only_200: bool = False) -> bool:
-    """An HTTP GET is answered within a second, with any status or with 200 alone."""
+def get(host: str, port: int, path: str, patience_s: float = 1.0) -> tuple[int, bytes] | None:
+    """What an HTTP GET is answered with: status and body; None without an answer."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    connection = http.client.HTTPConnection(host.strip("[]"), port, timeout=1.0)
+    connection = http.client.HTTPConnection(host.strip("[]"), port, timeout=patience_s)
     try:
         connection.request("GET", path)
-        return connection.getresponse().status == 200 or not only_200
+        answer = connection.getresponse()
+        return answer.status, answer.read()
     except (OSError, http.client.HTTPException):
-        return False
+        return None
     finally:
         connection.close()
 
@@ -235,17 +252,24 @@ def parts_of(settings: Settings, store: EmbeddedStore | None, demo: bool) -> lis
         return store is None or is_serving(settings)
 
     def service_up() -> bool:
-        return answers(settings.api_host, settings.api_port, "/health")
+        return get(settings.api_host, settings.api_port, "/health") is not None
 
     def nexus_up() -> bool:
-        return answers(settings.nexus_host, settings.nexus_port, "/healthz")
+        return get(settings.nexus_host, settings.nexus_port, "/healthz") is not None
+
+    def nexus_idle() -> str | None:
+        answer = get(settings.nexus_host, settings.nexus_port, "/readyz", _PATIENCE_S)
+        if answer is None or answer[0] not in (200, 503):
+            return "GET /readyz is not answered"
+        return None if answer[0] == 200 else str(json.loads(answer[1])["why"])
 
     def nexus_serves() -> bool:
-        return answers(settings.nexus_host, settings.nexus_port, "/readyz", only_200=True)
+        answer = get(settings.nexus_host, settings.nexus_port, "/readyz")
+        return answer is not None and answer[0] == 200
 
     parts = [
         Part("Python service", python("event_api.py"), service_up, has_store, grace=10),
-        Part("Nexus", python("app.py"), nexus_up, has_store, grace=30),
+        Part("Nexus", python("app.py", "--no-banner"), nexus_up, has_store, grace=30, idle=nexus_idle),
     ]
     if store is not None:
         parts.insert(0, Part("store", store.start, has_store, grace=30, lost=store.lost, why=store.trouble))
@@ -288,8 +312,8 @@ def _listen(held: contextlib.ExitStack, host: str, port: int) -> str | None:
     return None
 
 
-def banner(settings: Settings, colour: bool) -> str:
-    """The addresses to know, one a line."""
+def banner(settings: Settings, colour: bool, alone: bool = False) -> str:
+    """The addresses to know, one a line; without the Python service's where Nexus is started `alone`."""
 
     nexus = settings.nexus_host, settings.nexus_port
     rows = [
@@ -304,6 +328,8 @@ def banner(settings: Settings, colour: bool) -> str:
         ),
         ("Log", str(settings.log_dir / "nexus-ai.log")),
     ]
+    if alone:
+        del rows[1]
     bold, plain = ("\033[1;36m", "\033[0m") if colour else ("", "")
     return "\n".join(f"  {bold}{name:<15}{plain} {value}" for name, value in rows)
 

@@ -17,7 +17,7 @@ import redis
 
 from pipeline.embedded import EmbeddedStore, alive, is_serving
 from pipeline.settings import load
-from pipeline.supervisor import banner, parts_of
+from pipeline.supervisor import banner, get, parts_of
 from tests.helpers import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -477,6 +477,38 @@ def test_banner_shows_the_addresses_the_store_and_the_log():
     assert "redis-cli -s /srv/nexus/valkey.sock\n" in text
     assert text.endswith("/srv/log/nexus-ai.log")
     assert "\033" not in text
+
+
+def test_nexus_started_alone_prints_the_addresses_that_hold_for_it_and_beside_a_supervisor_none(tmp_path):
+    settings = load(environment(tmp_path, NEXUS_PORT=str(free_port())))
+    environ = environment(tmp_path, NEXUS_PORT=str(settings.nexus_port))
+    for words, said in (([], banner(settings, colour=False, alone=True) + "\n"), (["--no-banner"], "")):
+        started = Supervised(tmp_path, ["app.py", *words], environ)
+        try:
+            assert until(lambda: get("127.0.0.1", settings.nexus_port, "/healthz"))
+            assert started.said() == said
+        finally:
+            started.process.terminate()
+            assert started.process.wait(30) == 0
+    assert "Python service" not in banner(settings, colour=False, alone=True)
+
+
+def test_store_that_cannot_be_used_is_told_once_after_the_start(tmp_path, own_server):
+    own_server.client.config_set("requirepass", "secret")
+    ports = {"NEXUS_PORT": str(free_port()), "API_PORT": str(free_port())}
+    for user, told in ((":wrong@", 1), (":secret@", 0)):
+        environ = environment(tmp_path, **ports, REDIS_URL=f"unix://{user}{own_server.socket}")
+        supervised = Supervised(tmp_path, ["-m", "pipeline.supervisor"], environ)
+        try:
+            assert supervised.says("all ready")
+            if told:
+                assert supervised.says("nexus: Nexus cannot serve yet: the store does not answer: ")
+            else:
+                assert until(lambda: (get("127.0.0.1", int(ports["NEXUS_PORT"]), "/readyz") or [0])[0] == 200)
+        finally:
+            supervised.process.terminate()
+            assert supervised.process.wait(30) == 0
+        assert supervised.said().count("cannot serve") == told, supervised.said()
 
 
 def make_environment() -> dict[str, str]:
