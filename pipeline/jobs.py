@@ -51,6 +51,7 @@ class Job:
             log.exception("job failed", extra={"job": self.name})
         self.last_ms = (time.perf_counter() - began) * 1000
         self.runs += 1
+        log.debug("job ran", extra={"job": self.name, "ms": round(self.last_ms, 2), "error": self.error})
 
 
 class Every(IntervalTrigger):

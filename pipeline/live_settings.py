@@ -43,6 +43,7 @@ class LiveSettings:
             changed = found != self._overrides
             self._overrides = found
         if changed:
+            log.debug("settings taken over: %s", "; ".join(self.overridden()) or "none overrides the environment")
             self._tell()
 
     def _read(self) -> dict[str, Any]:

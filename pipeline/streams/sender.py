@@ -138,7 +138,9 @@ class Sender:
         part, in the stead of whose suspect the call may have been made."""
         start, stop = part.next(delivery.events)
         first, last = window.ordinal(part.indexes[start]), window.ordinal(part.indexes[stop - 1])
-        self.attempts.append(attempts.made(delivery, first, last, part.lane, part.lanes))
+        made = attempts.made(delivery, first, last, part.lane, part.lanes)
+        self.attempts.append(made)
+        log.debug("partner called", extra={"events": made.events, "status": made.status, "ms": made.latency_ms})
         error, alone = delivery.error, stop - start == 1
         if delivery.url != self._partner.url:  # it was at another address until just now: no news of who is at this one
             if error is None:

@@ -239,6 +239,7 @@ class Worker(ABC):
 
     def _checkpoint(self, name: str) -> Iterator[bool]:
         """A stream's checkpoint, in steps, False where the store has yet to answer; given up where the stream has left."""
+        began = time.monotonic()
         cut = self._of(name, partial(self.streams[name].cut, self.shared.clock()))
         if cut is None:
             return
@@ -255,6 +256,8 @@ class Worker(ABC):
         yield from self._commit(b"".join(packed))
         cut.done()
         self._committed[name] = progress.position
+        ms, ordinal = round((time.monotonic() - began) * 1000, 2), progress.position.ordinal
+        log.debug("checkpoint made", extra={"stream": name, "ordinal": ordinal, "ms": ms})
 
     def _of(self, name: str, part: Callable[[], T]) -> T | None:
         """A stream's part in what is done for all; where it throws or hangs, the trouble is the stream's own."""
