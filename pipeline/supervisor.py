@@ -243,7 +243,7 @@ def parts_of(settings: Settings, store: EmbeddedStore | None, demo: bool) -> lis
     """The parts of the whole system, in the order of the start; without `store` the settings name an external one."""
     environment = child_environment(settings)
     if not environment.get("PYTHON_EVENT_API_URL", "").strip():  # Nexus is to find the service that is started here
-        environment["PYTHON_EVENT_API_URL"] = f"http://localhost:{settings.api_port}"
+        environment["PYTHON_EVENT_API_URL"] = address(settings.api_host, settings.api_port)
 
     def python(*words: str) -> Callable[[], subprocess.Popen[bytes]]:
         return lambda: spawn([sys.executable, *words], environment, cwd=_ROOT)
