@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
 JSON = "application/json"
+_LONGEST = 128  # characters of an id or a name
 INTERNAL = {"error": {"code": "internal", "message": "this should not happen; the log has the details", "details": {}}}
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
@@ -85,6 +86,14 @@ def strings(body: dict[str, Any], name: str, most: int) -> list[str]:
     values = body.get(name)
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
         raise BadRequest(f"no_{name}", f"{name} is an array of strings")
+    return few_and_short(name, values, most)
+
+
+def few_and_short(name: str, values: list[str], most: int) -> list[str]:
+    """The values, which an answer may repeat many times over. Raises TooLarge, BadRequest."""
     if len(values) > most:
         raise TooLarge(f"too_many_{name}", f"{name} has {len(values)} entries; at most {most}")
+    if (longest := max(map(len, values), default=0)) > _LONGEST:
+        message = f"{name} has an entry of {longest} characters; each has at most {_LONGEST}"
+        raise BadRequest(f"invalid_{name}", message, details={"field": name})
     return values

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Response, request
 
 from pipeline.aggregations import error
-from pipeline.answers import answer, json_object, require_own_page, strings
+from pipeline.answers import answer, few_and_short, json_object, require_own_page, strings
 from pipeline.definitions import Entity
-from pipeline.errors import BadRequest, NotFound, PartnerError
+from pipeline.errors import BadRequest, NotFound, PartnerError, TooLarge
 from pipeline.events import rfc3339
 from pipeline.feature_store import Combined
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
-MAX_USERS = 500
+MAX_USERS, MAX_NAMES = 500, 1_000
+MAX_VALUES = 50_000  # users times names in one answer
 _WHERE_SET = ("share", "quantile", "half_life_s")
 
 
@@ -32,7 +34,10 @@ def feature_routes(nexus: Runtime) -> Blueprint:
     def features_of_many() -> Response:
         body = json_object()
         users = strings(body, "user_ids", MAX_USERS)
-        names = frozenset(strings(body, "names", 1000)) if body.get("names") is not None else None
+        names = frozenset(strings(body, "names", MAX_NAMES)) if body.get("names") is not None else None
+        if names is not None and len(users) * len(names) > MAX_VALUES:
+            asked = f"{len(users)} users and {len(names)} names ask for {len(users) * len(names)} values"
+            raise TooLarge("too_many_values", f"{asked}; at most {MAX_VALUES}: ask for fewer users at a time")
         found = nexus.features.combine(users, names)
         rows = {user: {"features": c.combined, "meta": c.meta, **c.notes()} for user, c in found.items()}
         return answer({"users": rows})
@@ -70,7 +75,7 @@ def describe(nexus: Runtime) -> list[dict[str, Any]]:
 
 
 def vector(nexus: Runtime, user_id: str, query: Mapping[str, str]) -> dict[str, Any]:
-    """The answer of GET /api/ml/features/{user_id}, by its query parameters. Raises BadRequest, NotFound, StoreError."""
+    """The answer of GET /api/ml/features/{user_id}, by its query parameters. Raises BadRequest, TooLarge, NotFound, StoreError."""
     text, known, names = query.get("as_of"), query.get("known_at"), names_in(query)
     now = nexus.clock()
     if (entity := query.get("entity", "user")) != "user":
@@ -95,9 +100,14 @@ def vector(nexus: Runtime, user_id: str, query: Mapping[str, str]) -> dict[str, 
 
 
 def names_in(query: Mapping[str, str]) -> frozenset[str] | None:
-    """The features that are asked for, None for all."""
+    """The features that are asked for, None for all. Raises BadRequest, TooLarge."""
     wanted = query.get("names")
-    return frozenset(map(str.strip, wanted.split(","))) if wanted else None
+    return _names(wanted) if wanted else None
+
+
+@lru_cache(maxsize=500)  # who asks for some features asks for the same ones again
+def _names(text: str) -> frozenset[str]:
+    return frozenset(few_and_short("names", [name.strip() for name in text.split(",")], MAX_NAMES))
 
 
 def vector_of_now(nexus: Runtime, user_id: str, found: Combined, now: int) -> dict[str, Any]:

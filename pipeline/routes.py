@@ -274,7 +274,11 @@ def features_responses(nexus: Runtime, asked: Sequence[tuple[str, dict[str, Any]
     """The same for several users as of now, each with its environ: they share a trip to the store."""
     now, failed = nexus.clock(), None
     try:
-        found = nexus.features.combine_each([(user_id, names_in(query_of(environ))) for user_id, environ in asked])
+        wanted = [(user_id, names_in(query_of(environ))) for user_id, environ in asked]
+    except (BadRequest, TooLarge):  # one of them: then each by itself
+        return [features_response(nexus, environ, user_id) for user_id, environ in asked]
+    try:
+        found = nexus.features.combine_each(wanted)
     except Exception as error:  # noqa: BLE001  each of them is told
         failed = error
 

@@ -21,7 +21,7 @@ from pipeline.footprint import Footprint
 from pipeline.log import Log
 from pipeline.openapi import document
 from pipeline.posted import MAX_BODY_BYTES
-from pipeline.routes import ingest_response
+from pipeline.routes import features_responses, ingest_response
 from pipeline.runtime import Runtime
 from pipeline.store import Store
 from tests import misbehaving
@@ -670,6 +670,45 @@ def test_features_of_many_users_in_one_call(client):
     assert_error(client.post("/api/ml/features", json={"user_ids": [str(n) for n in range(501)]}), 413)
     assert_error(client.post("/api/ml/features", json={"user_ids": "driver_1"}), 400)
     assert_error(client.post("/api/ml/features", json={"user_ids": [1]}), 400)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("features", {"user_ids": ["driver_1"], "names": ["x" * 129]}, "names"),
+        ("features", {"user_ids": ["x" * 129]}, "user_ids"),
+        ("predictions/fraud", {"transaction_ids": ["x" * 129]}, "transaction_ids"),
+        ("dead-letters/redrive", {"ids": ["x" * 129]}, "ids"),
+    ],
+)
+def test_text_longer_than_any_such_name_is_400_that_says_in_which_list(client, path, body, named):
+    answer = client.post(f"/api/ml/{path}", json=body)
+    assert_error(answer, 400, f"invalid_{named}")
+    assert named in answer.json["error"]["message"]
+    assert "x" * 129 not in answer.get_data(as_text=True)
+
+
+def test_answer_about_many_users_is_bounded_by_users_times_names(client):
+    post(client, response("driver_1"))
+    users, names = [f"driver_{n}" for n in range(500)], [f"n{n}" for n in range(101)]
+    answer = client.post("/api/ml/features", json={"user_ids": users, "names": names})
+    assert_error(answer, 413, "too_many_values")
+    assert "50000" in answer.json["error"]["message"]
+    for some in ({"user_ids": users, "names": names[:100]}, {"user_ids": users[:49], "names": names}):
+        assert client.post("/api/ml/features", json=some).status_code == 200
+    assert client.post("/api/ml/features", json={"user_ids": users, "names": ["n1"] * 1000}).status_code == 200
+
+
+def test_names_beyond_measure_are_refused_without_those_who_read_at_the_same_time(nexus, client):
+    post(client, response("driver_1"))
+    asked = [
+        ("driver_1", {"QUERY_STRING": "names=event_count_1h"}),
+        ("driver_1", {"QUERY_STRING": "names=" + "x" * 129}),
+        ("driver_1", {"QUERY_STRING": "names=" + ",".join(f"n{n}" for n in range(1001))}),
+    ]
+    assert [status for status, _, _ in features_responses(nexus, asked)] == [200, 400, 413]
+    for entity in ("user", "merchant"):
+        assert_error(client.get(f"/api/ml/features/driver_1?entity={entity}&names=" + "x" * 129), 400, "invalid_names")
 
 
 def test_feature_definitions_name_every_served_feature(client):

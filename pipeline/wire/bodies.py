@@ -44,6 +44,8 @@ class ActionBody(TypedDict):
 
 
 class UsersBody(TypedDict):
+    """At most 500 users and 1,000 names, each of at most 128 characters, and at most 50,000 of users times names."""
+
     user_ids: list[str]
     names: NotRequired[list[str] | None]
 
