@@ -17,6 +17,7 @@ from pipeline.frames import record
 from pipeline.log import Log
 from pipeline.lookups import Lookups, event_object
 from pipeline.store import Store
+from pipeline.streams.storage import PAGE_BYTES
 
 _AT_ONCE = 200
 log = logging.getLogger(__name__)
@@ -30,19 +31,23 @@ class DeadLetters:
         self._store, self._log, self._lookups = store, log, Lookups(store, log)
 
     def find(self, stream: str | None, reason: str | None, limit: int, cursor: str | None) -> dict[str, Any]:
-        """Of one stream or all, those whose reason contains a text. Raises BadRequest."""
+        """Of one stream or all, up to `limit` of those whose reason contains a text, about PAGE_BYTES of them. Raises
+        BadRequest."""
         streams = _streams(stream)
         at, offset = _read_cursor(cursor)
         found: list[dict[str, Any]] = []
+        size = 0
         while at < len(streams):
-            full, rows = len(found) == limit, self._page(streams[at], offset, newest_first=True)
+            full = len(found) == limit or size >= PAGE_BYTES
+            rows = self._page(streams[at], offset, newest_first=True)
             past = self._lookups.past([_decode(raw)["id"] for raw in rows if raw is not None])
             for raw in rows:
                 letter = _decode(raw) if raw is not None else None
                 if letter is not None and (reason is None or reason in letter["reason"]):
-                    if len(found) == limit:
+                    if len(found) == limit or size >= PAGE_BYTES:
                         return {"dead_letters": found, "cursor": _cursor(at, offset)}
                     found.append(_shown(letter, past.get(letter["id"], letter)))
+                    size += len(letter["body"])
                 offset += 1
             if full and rows:  # whether one follows is not worth reading on
                 return {"dead_letters": found, "cursor": _cursor(at, offset)}

@@ -832,6 +832,22 @@ def test_dead_letters_are_listed_by_stream_and_reason_in_pages(nexus, client):
     assert client.get(f"/api/ml/dead-letters?limit=1&cursor={first['cursor']}").json["cursor"] is None
 
 
+@pytest.mark.parametrize("reason", ["", "&reason=transaction_id"])
+def test_dead_letters_page_ends_early_where_the_events_are_large(nexus, client, monkeypatch, reason):
+    monkeypatch.setattr("pipeline.dead_letters.PAGE_BYTES", 10_000)
+    posted = [event("payment", data={"amount": 5, "x": "x" * 6_000}) for _ in range(5)]
+    names = post(client, *posted, event("payment", data={"transaction_id": "t", "amount": "much"}))[:5]
+    settled(nexus)
+    pages, cursor = [], ""
+    for _ in range(3):
+        found = client.get(f"/api/ml/dead-letters?limit=1000&stream=inference{reason}{cursor}").json
+        pages.append([letter["event"]["event_id"] for letter in found["dead_letters"]])
+        cursor = f"&cursor={found['cursor']}"
+    assert found["cursor"] is None
+    assert max(map(len, pages)) <= 3
+    assert sorted(i for page in pages for i in page if i in names) == sorted(names)
+
+
 def test_dead_letters_page_that_the_last_match_fills_has_no_cursor(nexus, client):
     post(client, event("payment", data={"transaction_id": "t", "amount": "much"}))
     settled(nexus)

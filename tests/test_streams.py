@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import msgspec
 import pytest
@@ -224,6 +225,55 @@ def test_events_of_one_instant_are_each_on_one_page(store):
     stream = stored(store, [event(event_id=f"e{n}", timestamp=NOON) for n in range(25)])
     found = ids(store, stream, 4)
     assert sorted(found) == sorted(f"e{n}" for n in range(25))
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("instants", [1, 4, 40])
+def test_page_of_large_events_ends_early_and_its_cursor_goes_on_exactly_there(
+    store, monkeypatch, newest_first, instants
+):
+    monkeypatch.setattr("pipeline.log.SEGMENT_BYTES", 20_000)
+    monkeypatch.setattr("pipeline.streams.storage.PAGE_BYTES", 3_000)
+    stream = Storage(store)
+    for start in range(0, 40, 10):
+        large = [
+            event(event_id=f"e{n:02}", timestamp=NOON + n * instants // 40, data={"x": "x" * (n % 5 * 500)})
+            for n in range(start, start + 10)
+        ]
+        stored(store, large, stream=stream)
+        if start == 20:
+            write(store, stream.cut(NOON))
+    events, found, cursor = EventStore(store, Log(store), stream.unwritten), [], None
+    while True:
+        page, cursor = events.find(Query(newest_first=newest_first), 1_000, cursor)
+        sizes = [len(f.body) for f in page]
+        assert sum(sizes[:-1]) < 3_000
+        assert cursor is None or sum(sizes) >= 3_000
+        found += [f.event.event_id for f in page]
+        if cursor is None:
+            break
+    assert found == sorted((f"e{n:02}" for n in range(40)), reverse=newest_first)
+
+
+def test_event_larger_than_a_page_is_a_page_and_the_last_one_has_no_cursor(store, monkeypatch):
+    monkeypatch.setattr("pipeline.streams.storage.PAGE_BYTES", 1)
+    stream = stored(store, [event(event_id=f"e{n}", timestamp=NOON + n) for n in range(3)])
+    events = EventStore(store, Log(store), stream.unwritten)
+    cursor, pages = None, []
+    for _ in range(3):
+        page, cursor = events.find(Query(), 1_000, cursor)
+        pages.append([f.event.event_id for f in page])
+    assert (pages, cursor) == ([["e0"], ["e1"], ["e2"]], None)
+
+
+def test_no_more_large_events_are_fetched_at_once_than_make_some_pages(store, monkeypatch):
+    stream = stored(store, [event(timestamp=NOON + n, data={"x": "x" * 60_000}) for n in range(300)])
+    log = Log(store)
+    monkeypatch.setattr(log, "fetch", fetch := MagicMock(side_effect=log.fetch))
+    page, cursor = EventStore(store, log, stream.unwritten).find(Query(), 1_000)
+    assert len(page) == 140
+    assert cursor is not None
+    assert sum(len(call.args[0]) for call in fetch.call_args_list) < 160
 
 
 def test_since_and_until_include_their_instants_and_count_by_event_time(store):

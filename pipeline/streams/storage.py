@@ -6,7 +6,7 @@ import base64
 import logging
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from zlib import crc32
 
 import msgspec
@@ -26,7 +26,9 @@ ROW = np.dtype(
 _PACK = struct.Struct("<QqIIII").pack
 _SPAN = struct.Struct("<qqQ")
 _SEGMENT_OF_PLACE = 24 + 13
-_FETCHED_AT_ONCE = 501  # half a page of the largest, and the event that tells whether another follows
+PAGE_BYTES = 8 << 20  # of events: a page ends here too, since its reader may take its time
+_FETCHED_AT_ONCE = 501  # half a page of the most events, and the one that tells whether another follows
+_FETCHED_FIRST = 128  # while it is not known how large they are; of the largest, a page
 _DAMAGE_TOLD = 1_000  # places; more are left out in silence
 Rows = NDArray[np.void]
 
@@ -63,6 +65,34 @@ class Found:
     source: str
     place: int
     body: bytes
+
+
+@dataclass(slots=True)
+class _Page:
+    """Up to `limit` events, about PAGE_BYTES of them; `more`: another one was come across."""
+
+    limit: int
+    events: list[Found] = field(default_factory=list)
+    size: int = 0
+    more: bool = False
+
+    @property
+    def full(self) -> bool:
+        return len(self.events) >= self.limit or self.size >= PAGE_BYTES
+
+    def add(self, event: Found) -> None:
+        if self.full:
+            self.more = True
+        else:
+            self.events.append(event)
+            self.size += len(event.body)
+
+    def wanted(self) -> int:
+        """How many events to fetch: those that are lacking, and the one that tells whether another page follows."""
+        lacking, most = self.limit - len(self.events), _FETCHED_FIRST
+        if self.size:
+            most = min(_FETCHED_AT_ONCE, max(0, PAGE_BYTES - self.size) * len(self.events) // self.size + 1)
+        return min(max(lacking + 1, 16), most)
 
 
 class Storage(Stream):
@@ -133,8 +163,8 @@ class EventStore:
         self._damaged: set[int] = set()  # places that the log file has been told of
 
     def find(self, query: Query, limit: int, cursor: str | None = None) -> tuple[list[Found], str | None]:
-        """Up to `limit` events and the cursor of the next page, None at the end. Raises BadRequest for a broken
-        cursor."""
+        """Up to `limit` events, about PAGE_BYTES of them, and the cursor of the next page, None at the end. Raises BadRequest
+        for a broken cursor."""
         after = _read_cursor(cursor)
         fresh = (
             self._unwritten()
@@ -142,8 +172,7 @@ class EventStore:
         spans = sorted(
             read_spans(self._store).items(), key=lambda item: item[1][query.newest_first], reverse=query.newest_first
         )
-        rows = _select(fresh, query, after)
-        found: list[Found] = []
+        rows, page = _select(fresh, query, after), _Page(limit)
         edge: int | None = None
         for i, (segment, (low, high, _)) in enumerate(spans):
             if (query.since is not None and high < query.since) or (query.until is not None and low > query.until):
@@ -154,20 +183,18 @@ class EventStore:
             rows = np.concatenate((rows, _select(np.frombuffer(raw, ROW), query, after)))
             # Nothing in the segments to come lies before the next one's edge: what is before it is final.
             edge = spans[i + 1][1][query.newest_first] if i + 1 < len(spans) else None
-            rows, more = self._drain(rows, query, limit + 1 - len(found), edge)
-            found += more
-            if len(found) >= limit:
+            rows = self._drain(rows, query, page, edge)
+            if page.full:
                 break
         else:
-            rows, more = self._drain(rows, query, limit + 1 - len(found), None)
-            found += more
+            self._drain(rows, query, page, None)
             edge = None
         # Of a page that a segment's end has just filled it is not worth reading the next segment to see whether one follows.
-        follows = len(found) > limit or (len(found) == limit and edge is not None)
-        return found[:limit], _cursor(found[limit - 1]) if follows else None
+        follows = page.more or (page.full and edge is not None)
+        return page.events, _cursor(page.events[-1]) if follows else None
 
-    def _drain(self, rows: Rows, query: Query, limit: int, edge: int | None) -> tuple[Rows, list[Found]]:
-        """Events from the sorted start of `rows` up to the edge, verified; the rows that are left."""
+    def _drain(self, rows: Rows, query: Query, page: _Page, edge: int | None) -> Rows:
+        """Bring events from the sorted start of `rows` up to the edge, verified, to the page; the rows that are left."""
         _, first = np.unique(rows["place"], return_index=True)
         rows = rows[first]
         order = np.lexsort((rows["place"], rows["ts"]))
@@ -175,10 +202,9 @@ class EventStore:
         ready = len(rows)
         if edge is not None:
             ready = int(np.count_nonzero(rows["ts"] > edge if query.newest_first else rows["ts"] < edge))
-        found: list[Found] = []
         at = 0
-        while at < ready and len(found) < limit:
-            some = rows[at : min(at + min(_FETCHED_AT_ONCE, max(limit - len(found), 16)), ready)]
+        while at < ready and not page.more:
+            some = rows[at : min(at + page.wanted(), ready)]
             at += len(some)
             places = [int(place) for place in some["place"]]
             for place, fetched in zip(places, self._log.fetch(places), strict=True):
@@ -186,8 +212,10 @@ class EventStore:
                     continue  # trimmed meanwhile
                 event = self._decoded(fetched.body, place)
                 if event is not None and _matches(event, fetched.source, query):
-                    found.append(Found(event, fetched.ts, fetched.received_at, fetched.source, place, fetched.body))
-        return rows[at:], found[:limit]
+                    page.add(Found(event, fetched.ts, fetched.received_at, fetched.source, place, fetched.body))
+                    if page.more:
+                        break
+        return rows[at:]
 
     def _decoded(self, body: bytes, place: int) -> Event | None:
         """The event, None where what is stored was damaged: it counts as one that is gone."""

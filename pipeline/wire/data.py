@@ -270,6 +270,8 @@ class Event(TypedDict):
 
 
 class Events(TypedDict):
+    """Fewer than `limit` where events are large, about 8 MiB of them: what follows is told by the cursor alone."""
+
     events: list[Event]
     cursor: str | None
 

@@ -171,6 +171,8 @@ class DeadLetter(TypedDict):
 
 
 class DeadLetters(TypedDict):
+    """Fewer than `limit` where events are large, about 8 MiB of them: what follows is told by the cursor alone."""
+
     dead_letters: list[DeadLetter]
     cursor: str | None
 
