@@ -4,6 +4,7 @@ test_integration."""
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from pipeline.feature_store import Combined
 from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, PER_FRAME, SHIFT
 from pipeline.ingest import Verdicts, judge
 from pipeline.log import Taken
-from pipeline.lookups import bridge_refusals
 from pipeline.posted import read_source, require_few
 from pipeline.streams.inference import Inference
 
@@ -29,6 +29,10 @@ _PUBLISHED_S = 2.0  # how long the Python service's public features are waited f
 _UNASKED_S = 0.3  # before it is asked for them: then it writes them at once, under load it would take seconds
 _ASKED = 32  # users at a time
 _LOOK_S = 0.02
+# What a reason says first of all: the field it is about.
+_field = re.compile(
+    r"(?:(?:refused|malformed): )?(data\.[^\s:]+|location[.\w]*|[a-z]+_[a-z]+|timestamp)(?:: | is )"
+).match
 
 
 @dataclass(slots=True)
@@ -78,12 +82,15 @@ class Actions:
         applied = delivered = readable = False
         combined: dict[str, Combined] = {}
         predictions: dict[str, Any] = {}
+        given_up: list[dict[str, Any]] = []
         kept = [event_forms.decode(event.body) for event in verdicts.kept]
         with suppress(StoreError):  # what was taken is told all the same
             applied = all(
                 nexus.runner.wait_for(name, taken.end, deadline - time.monotonic())
                 for name in ("features", "inference")
             )
+            if applied:
+                given_up = self._given_up(verdicts, taken)
             delivered = nexus.bridge.wait_for(taken.end, deadline - time.monotonic())
             users = list(dict.fromkeys(event["user_id"] for event in kept))
             if delivered and taken.taken:
@@ -92,15 +99,16 @@ class Actions:
             readable = True
         theirs = self._at_partner(verdicts, taken)
         spurned = theirs.refused[0]["message"] if theirs.refused and not theirs.sent and not theirs.queued else None
+        processed = taken.taken - len(given_up) if applied else 0
         answer = {
-            "success": applied and readable and bool(verdicts.kept),
+            "success": applied and readable and bool(verdicts.kept) and (processed > 0 or not given_up),
             "degraded": not (applied and delivered and readable) or theirs.error is not None or spurned is not None,
             "accepted": taken.taken,
             "duplicates": len(taken.duplicates),
-            "rejected": verdicts.rejected + theirs.refused,
+            "rejected": verdicts.rejected + given_up + theirs.refused,
             "event_ids": verdicts.event_ids,
             "typescript": {
-                "processed": taken.taken if applied else 0,
+                "processed": processed,
                 "features": {user: found.nexus for user, found in combined.items()},
                 "predictions": predictions,
             },
@@ -181,24 +189,35 @@ class Actions:
 
     def _refused(self, verdicts: Verdicts, taken: Taken, settled: int) -> list[dict[str, Any]]:
         """Events of a frame that the partner refused, as rejections by input position."""
-        duplicates = set(taken.duplicates)
-        kept = [i for i in range(len(verdicts.kept)) if i not in duplicates][:settled]
-        places = [taken.address * PER_FRAME + at for at in range(len(kept))]
-        words = bridge_refusals(self._nexus.store, places)
-        return [
-            {
-                "index": verdicts.positions[i],
-                "event_id": verdicts.kept[i].event_id,
-                "field": "event",
-                "code": "refused_by_python",
-                "message": words[place],
-            }
-            for i, place in zip(kept, places, strict=True)
-            if place in words
-        ]
+        places = dict(list(verdicts.places(taken).items())[:settled])
+        words = checkpoints.reasons(self._nexus.store, "bridge", list(places))
+        return _rejections(verdicts, places, words, "refused_by_python")
+
+    def _given_up(self, verdicts: Verdicts, taken: Taken) -> list[dict[str, Any]]:
+        """Events of a frame that Nexus's own streams could not process, as rejections by input position."""
+        places = verdicts.places(taken)
+        reasons: dict[int, str] = {}
+        for name in ("inference", "features"):
+            reasons |= self._nexus.runner.reasons(name, list(places))
+        return _rejections(verdicts, places, reasons, "refused_by_nexus")
 
     def _timeout_s(self) -> float:
         return float(self._nexus.live["PYTHON_SERVICE_TIMEOUT"]) / 1000 + _SLACK_S
+
+
+def _rejections(verdicts: Verdicts, places: dict[int, int], reasons: dict[int, str], code: str) -> list[dict[str, Any]]:
+    """Those of the events, by their places, that there is a reason for."""
+    return [
+        {
+            "index": verdicts.positions[i],
+            "event_id": verdicts.kept[i].event_id,
+            "field": named[1] if (named := _field(reasons[place])) else "event",
+            "code": code,
+            "message": reasons[place],
+        }
+        for place, i in places.items()
+        if place in reasons
+    ]
 
 
 def _with_error(answer: dict[str, Any]) -> dict[str, Any]:

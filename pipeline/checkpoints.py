@@ -23,6 +23,7 @@ _TELL_EVERY_MS = 10_000
 _told: dict[str, tuple[int, int]] = {}  # stream -> when (epoch ms) dead letters were told of, and how many came since
 log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
 
 
 @dataclass(slots=True)
@@ -176,6 +177,13 @@ def bury(letter: DeadLetter) -> list[Command]:
         ("HSET", keys.DEAD + letter.stream, letter.id, _encode(kept)),
         ("ZADD", keys.DEAD_ORDER + letter.stream, letter.last_at, letter.id),
     ]
+
+
+def reasons(store: Store, stream: str, places: Sequence[int]) -> dict[int, str]:
+    """Which events, by place, are a stream's dead letters, and why."""
+    ids = [f"{stream}-{place}" for place in places]
+    rows = store.call("HMGET", keys.DEAD + stream, *ids) if ids else []
+    return {place: _decode(raw)["reason"] for place, raw in zip(places, rows, strict=True) if raw is not None}
 
 
 def read(store: Store, streams: Sequence[str]) -> dict[str, Position]:

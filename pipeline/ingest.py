@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import BadRequest, StoreError, StoreFull
 from pipeline.events import Parsed, Plain, Rejected, parse, parse_plain
-from pipeline.frames import ALL_STREAMS
+from pipeline.frames import ALL_STREAMS, PER_FRAME
 from pipeline.joint import Joint
 from pipeline.log import Log, Request, Taken
 from pipeline.posted import read_body, read_plain, unpack
@@ -29,12 +29,18 @@ class Verdicts:
     rejected: list[dict[str, Any]]
     event_ids: list[str | None]
 
+    def places(self, taken: Taken) -> dict[int, int]:
+        """Of the events that the log took: their places in it, each with its index in `kept`."""
+        duplicates, first = set(taken.duplicates), taken.address * PER_FRAME
+        return {first + at: i for at, i in enumerate(i for i in range(len(self.kept)) if i not in duplicates)}
+
 
 class Ingest:
     """The ingest route's work, free of any web framework.
 
     `closed` holds the reason while the store is too full to take events. `applied(ordinal, timeout_s)` waits until the
-    features of all events before the ordinal are readable.
+    features of all events before the ordinal are readable; `given_up(stream, places)` says which events it could not process,
+    and why.
     """
 
     def __init__(
@@ -44,11 +50,12 @@ class Ingest:
         taken: Callable[[], None],
         applied: Callable[[int, float], bool],
         precedence: Precedence | None = None,
+        given_up: Callable[[str, Sequence[int]], dict[int, str]] = lambda stream, places: {},
     ) -> None:
         # Requests that arrive while the store is busy with others go to the log together, in one atomic step.
         self._group = Joint[Request, Taken](lambda some: log.accept(some, clock()), _GROUP_BYTES, _size)
         self._precedence = precedence or Precedence()
-        self._clock, self._taken, self._applied = clock, taken, applied
+        self._clock, self._taken, self._applied, self._given_up = clock, taken, applied, given_up
         self.closed: str | None = None
         self.latencies_ms: deque[float] = deque(maxlen=1000)
 
@@ -80,6 +87,8 @@ class Ingest:
             return 422, answer
         if wait_s is not None:
             answer["applied"] = self._is_applied(taken.end, wait_s)
+            if answer["applied"] and (dead := self._dead(verdicts, taken)):
+                answer["dead"] = dead
         return 202, answer
 
     def _is_applied(self, end: int, timeout_s: float) -> bool:
@@ -88,6 +97,24 @@ class Ingest:
             return self._applied(end, timeout_s)
         except StoreError:
             return False
+
+    def _dead(self, verdicts: Verdicts, taken: Taken) -> list[dict[str, Any]]:
+        """Those of the events that the features could not take, as far as the store tells."""
+        places = verdicts.places(taken)
+        try:
+            reasons = self._given_up("features", list(places))
+        except StoreError:
+            return []
+        return [
+            {
+                "index": verdicts.positions[i],
+                "event_id": verdicts.kept[i].event_id,
+                "stream": "features",
+                "reason": reasons[place],
+            }
+            for place, i in places.items()
+            if place in reasons
+        ]
 
     def _judge(self, body: bytes, content_type: str) -> tuple[Verdicts, str]:
         """The verdicts on what a body holds, and its source. Most bodies are plain and sound, which is found out at a fraction

@@ -115,10 +115,3 @@ class Lookups:
             if score is not None:
                 found[transaction] = describe(score, transaction, labelled.get(transaction, labels[transaction]))
         return found
-
-
-def bridge_refusals(store: Store, places: Sequence[int]) -> dict[int, str]:
-    """Which of the places the partner refused, and its words."""
-    ids = [f"bridge-{place}" for place in places]
-    rows = store.call("HMGET", keys.DEAD + "bridge", *ids) if ids else []
-    return {place: _decode(raw)["reason"] for place, raw in zip(places, rows, strict=True) if raw is not None}

@@ -103,9 +103,7 @@ def verdicts(raw: bytes, sent: int) -> list[tuple[int, str]]:
     """The refused ones of a batch by index. Raises ValueError where the answer is not the agreed one."""
     try:
         answer = read_json(raw)
-        rejected = [
-            (int(r["index"]), str(r.get("message") or r.get("code") or "refused")) for r in answer.get("rejected") or []
-        ]
+        rejected = [(int(r["index"]), _why(r)) for r in answer.get("rejected") or []]
         total = answer["accepted"] + answer.get("duplicates", 0) + len(rejected)
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
@@ -128,7 +126,13 @@ def refusal(raw: bytes) -> str | None:
     if not isinstance(refused, list) or not refused:
         return None
     first = refused[0]
-    return str(first.get("message") or first.get("code") or "refused") if isinstance(first, dict) else str(first)
+    return _why(first) if isinstance(first, dict) else str(first)
+
+
+def _why(rejected: dict[str, Any]) -> str:
+    """The words of a refusal, behind the field where one is named."""
+    said, field = str(rejected.get("message") or rejected.get("code") or "refused"), rejected.get("field")
+    return said if not field or field == "event" or str(field) in said else f"{field}: {said}"
 
 
 def failure(what: str, status: int, headers: httpx.Headers, raw: bytes) -> PartnerStatus:

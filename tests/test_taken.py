@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import actions
+from pipeline import checkpoints
 from pipeline.errors import StoreUnavailable
 from pipeline.feature_store import FeatureStore
 from pipeline.lease import Lease
@@ -81,7 +81,7 @@ def test_hybrid_process_whose_results_cannot_be_read_tells_what_was_processed(ne
 
 @pytest.mark.parametrize("action", ["send_batch", "hybrid_process"])
 def test_events_of_which_nobody_knows_whether_they_were_refused_count_as_queued(nexus, client, monkeypatch, action):
-    monkeypatch.setattr(actions, "bridge_refusals", away)
+    monkeypatch.setattr(checkpoints, "reasons", away)
     append(nexus.log, [event(event_id="before")], nexus.clock())
     answer = client.post(BRIDGE, json={"action": action, "events": [event(event_id="before"), event()]})
     told = answer.json if action == "send_batch" else answer.json["python"]

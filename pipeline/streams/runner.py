@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 
@@ -162,6 +162,14 @@ class Runner:
                 pause_s = next(pauses)
             self._awaited[name].wait(ordinal, min(left, pause_s))
         return True
+
+    def reasons(self, name: str, places: Sequence[int]) -> dict[int, str]:
+        """Which of the events, by place, the stream has given up, and why: with a checkpoint or since then. Raises StoreError."""
+        workers: list[Worker | None] = [self._group, self._stragglers.get(name)]
+        letters = [letter for w in workers if w is not None for letter in w.unwritten_dead(name)]
+        fresh = {letter.place: letter.reason for letter in letters}  # before the store is asked
+        found = checkpoints.reasons(self._store, name, places)
+        return found | {place: fresh[place] for place in places if place in fresh}
 
     def catch_up(self, name: str, timeout_s: float) -> None:
         """Wait until a stream has what the leader has; not for one that runs apart from the group, or is far behind."""

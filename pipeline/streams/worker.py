@@ -102,6 +102,7 @@ class Worker(ABC):
         self.delays_s: dict[str, float] = {}  # from an event's arrival until the stream had processed it, the latest
         self.error: Exception | None = None  # whoever looks at it takes it away: see run()
         self._progress: dict[str, Progress] = {}
+        self._writing: dict[str, Progress] = {}  # of checkpoints that are under way
         self._committed: dict[str, Position] = {}
         self._paces: dict[str, _Pace] = {}  # those whose turn it is first
         self._under_way: Call | None = None
@@ -138,7 +139,7 @@ class Worker(ABC):
         self._progress[name], self._paces[name] = Progress(name, position), _Pace(time.monotonic())
 
     def drop(self, name: str) -> None:
-        for table in (self.streams, self.at, self._progress, self._paces):
+        for table in (self.streams, self.at, self._progress, self._writing, self._paces):
             table.pop(name, None)
 
     @property
@@ -174,6 +175,12 @@ class Worker(ABC):
         self._progress[name].dead += dead
         self.counters[name].processed += processed
         self.counters[name].dead += len(dead)
+
+    def unwritten_dead(self, name: str) -> list[DeadLetter]:
+        """A stream's dead letters that the store may not have yet. From any thread."""
+        # In the order in which they go on: one may be seen twice on its way, but never missed.
+        found = [self._progress.get(name), self._writing.get(name)]
+        return [letter for progress in found if progress is not None for letter in list(progress.dead)]
 
     def letter(
         self, name: str, batch: Batch, index: int, reason: str, attempts: int, first_at: int | None = None
@@ -243,7 +250,8 @@ class Worker(ABC):
         cut = self._of(name, partial(self.streams[name].cut, self.shared.clock()))
         if cut is None:
             return
-        progress, self._progress[name] = self._progress[name], Progress(name, self.at[name])
+        progress = self._writing[name] = self._progress[name]
+        self._progress[name] = Progress(name, self.at[name])
         while (chunk := self._of(name, partial(next, cut.chunks, None))) is not None:
             yield from self._commit(checkpoints.pack(chunk))
         if name not in self.streams:
@@ -255,6 +263,7 @@ class Worker(ABC):
         packed.append(checkpoints.pack(checkpoints.advance(progress, self.shared.clock())))
         yield from self._commit(b"".join(packed))
         cut.done()
+        self._writing.pop(name, None)
         self._committed[name] = progress.position
         ms, ordinal = round((time.monotonic() - began) * 1000, 2), progress.position.ordinal
         log.debug("checkpoint made", extra={"stream": name, "ordinal": ordinal, "ms": ms})

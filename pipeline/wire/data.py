@@ -29,14 +29,23 @@ class Rejection(TypedDict):
     message: str
 
 
+class GivenUp(TypedDict):
+    index: int
+    event_id: str
+    stream: str
+    reason: str
+
+
 class Ingested(TypedDict):
-    """`event_ids` has one id for each input position, null where rejected."""
+    """`event_ids` has one id for each input position, null where rejected. With `wait`: whether all events are `applied`, and
+    those that became dead letters of the features instead, if any."""
 
     accepted: int
     duplicates: int
     rejected: list[Rejection]
     event_ids: list[str | None]
     applied: NotRequired[bool]
+    dead: NotRequired[list[GivenUp]]
 
 
 class StreamHealth(TypedDict):
@@ -230,6 +239,9 @@ class PythonPart(TypedDict):
 
 
 class Hybrid(TypedDict):
+    """Among the `rejected` are the events that one of the systems took and could not process: code refused_by_nexus or
+    refused_by_python."""
+
     success: bool
     degraded: bool
     typescript: NexusPart
