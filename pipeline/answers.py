@@ -10,7 +10,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 
 from pipeline.errors import BadRequest, Fenced, NexusError, StoreError, TooLarge
 from pipeline.own_host import require_own
-from pipeline.posted import MAX_BODY_BYTES, unpack
+from pipeline.posted import MAX_BODY_BYTES, read_json, require_few, sound, unpack
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime
@@ -47,17 +47,35 @@ def require_own_server(nexus: Runtime) -> None:
 def json_object(strict_type: bool = False) -> dict[str, Any]:
     if strict_type and request.mimetype != JSON:
         raise NexusError("not_json", f"Content-Type is {request.mimetype or 'absent'}; it takes {JSON}", status=415)
+    raw = _body()
+    try:
+        body = _decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BadRequest("not_json", f"the body is not JSON: {error}") from error
+    return _an_object(body)
+
+
+def object_with_events() -> dict[str, Any]:
+    """As json_object(), but an event that cannot be decoded is not the fault of all: its verdict stands in its place."""
+    posted, is_sound = read_json(_body())
+    body = _an_object(posted)
+    if not is_sound and isinstance(events := body.get("events"), list):
+        require_few(len(events))
+        body["events"] = [sound(event) for event in events]
+    return body
+
+
+def _body() -> bytes:
     try:
         raw = request.get_data(cache=False)
     except RequestEntityTooLarge:
         raw = None
     if raw is None or len(raw) > MAX_BODY_BYTES:  # one byte more is read of a body without a length (routes.register)
         raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes")
-    raw = unpack(raw, request.headers.get("Content-Encoding", ""))
-    try:
-        body = _decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest("not_json", f"the body is not JSON: {error}") from error
+    return unpack(raw, request.headers.get("Content-Encoding", ""))
+
+
+def _an_object(body: Any) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise BadRequest("not_an_object", "the body is a JSON object")
     return body

@@ -97,10 +97,7 @@ def read_body(body: bytes, content_type: str) -> tuple[list[Any], str]:
         require_few(sum(not line.isspace() for line in BytesIO(body)))
         events = [_line(line) for line in body.split(b"\n") if line.strip()]
     else:
-        try:
-            posted, sound = _decode(body), True
-        except _UNREADABLE as error:
-            posted, sound = _by_parts(body, error), False
+        posted, is_sound = read_json(body)
         if type(posted) is list:
             events = posted
         elif type(posted) is not dict:
@@ -116,9 +113,18 @@ def read_body(body: bytes, content_type: str) -> tuple[list[Any], str]:
             if "event_type" not in posted and "source" in posted and len(posted) == 1:
                 raise BadRequest("not_events", "'events' is missing: an array of events")
         require_few(len(events))
-        if not sound:
-            events = [_sound(event) for event in events]
+        if not is_sound:
+            events = [sound(event) for event in events]
     return events, "unknown" if source is None else read_source(source)
+
+
+def read_json(body: bytes) -> tuple[Any, bool]:
+    """What the body holds; False where only a lenient decoder takes it, so that each event has to be looked at by sound().
+    Raises BadRequest."""
+    try:
+        return _decode(body), True
+    except _UNREADABLE as error:
+        return _by_parts(body, error), False
 
 
 def require_few(events: int) -> None:
@@ -189,7 +195,7 @@ def _flattened(text: str) -> str:
     return "".join([*parts, text[kept:]]) if depth == 0 else ""
 
 
-def _sound(event: Any) -> Any:
+def sound(event: Any) -> Any:
     """The event, or its verdict where its texts cannot be written as UTF-8: not even a rejection could quote them."""
     try:
         _encode(event)

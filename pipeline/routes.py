@@ -21,6 +21,7 @@ from pipeline.answers import (
     error_answer,
     json_object,
     limit,
+    object_with_events,
     require_own_page,
     require_own_server,
     required,
@@ -121,7 +122,7 @@ def _routes(nexus: Runtime) -> Blueprint:
 
     @api.post("/api/ml/bridge/python")
     def bridge_post() -> Response:
-        body = json_object()
+        body = object_with_events()
         action = body.get("action")
         if action == "send_batch":
             status, found = nexus.actions.send_batch(body)

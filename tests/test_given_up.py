@@ -102,3 +102,13 @@ def test_refusal_of_the_python_service_names_the_field_that_it_names(client: Fla
     assert (refused["index"], refused["field"], refused["code"]) == (0, "data.response_time", "refused_by_python")
     letter = until(lambda: client.get("/api/ml/dead-letters?stream=bridge").json["dead_letters"], "the dead letter")[0]
     assert letter["reason"] == refused["message"] == "refused: data.response_time: it takes a number, or null"
+
+
+@pytest.mark.parametrize("action", ["send_batch", "hybrid_process"])
+def test_action_judges_an_event_that_cannot_be_decoded_alone(client: FlaskClient, action: str) -> None:
+    body = b'{"action":"%s","events":[{"event_type":"t","user_id":"u","event_id":"\\ud83d"},{"event_type":"t","user_id":"u"}]}'
+    answer = client.post(BRIDGE, data=body % action.encode(), content_type="application/json")
+    assert answer.status_code == 200
+    found = answer.get_json()
+    assert [(r["index"], r["code"]) for r in found["rejected"]] == [(0, "not_unicode")]
+    assert len([i for i in found["event_ids"] if i is not None]) == 1

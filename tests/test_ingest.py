@@ -209,7 +209,7 @@ def test_5000_events_are_taken_and_one_more_is_too_large(ingest):
 )
 def test_events_are_counted_before_any_gets_a_verdict(ingest, monkeypatch, posted, kind):
     """A gzip of 5 KB holds 2.6 million lines that are no JSON."""
-    for each in ("_line", "_sound"):
+    for each in ("_line", "sound"):
         monkeypatch.setattr(module, each, lambda given: pytest.fail("a verdict on an event that is one too many"))
     with pytest.raises(TooLarge, match=f"this one {MAX_EVENTS + 1};"):
         post(ingest, posted, kind)
