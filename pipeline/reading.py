@@ -92,8 +92,8 @@ class Reading:
     def values_and_due(self, entity: Entity, at: int, spacing_ms: int) -> tuple[Values, int | None]:
         """All features as of `at`, and when (epoch ms) to look at them again, were nothing to come; None: nothing will change.
 
-        That is when the first window empties, or when a tile leaves one, but then not before `spacing_ms` from now. The
-        pipeline goes on writing: what it moved meanwhile is read again.
+        That is when an event ahead of the clock gets its time, when the first window empties, or when a tile leaves one, but then
+        not before `spacing_ms` from now. The pipeline goes on writing: what it moved meanwhile is read again.
         """
         for _ in range(_TRIES):
             ended = entity.ended
@@ -104,20 +104,19 @@ class Reading:
             time.sleep(_PAUSE_S)
         else:
             found, empties, leaves = self._read(entity, at)
-        if leaves == NEVER:
+        if empties == NEVER:
             return found, None
-        return found, min(empties, max(leaves, at + (spacing_ms if empties < NEVER else 1)))
+        return found, min(empties, max(leaves, at + spacing_ms))
 
     def _read(self, entity: Entity, at: int) -> tuple[Values, int, int]:
-        """All features, when the first window empties, and when the first tile leaves one. Families without a tile cost
-        nothing."""
+        """All features, when the first window empties or an event ahead gets its time, and when the first tile leaves one.
+        Families without a tile cost nothing."""
         found = self._nothing.copy()
         states: list[States | None] = [None] * len(self.families)
         spans, ripe = self._spans(at // self.grain), _NOTHING
         empties = leaves = NEVER
         if entity.future:
-            ripe = _ripe(entity, at)
-            leaves = min([ts for ts, _, _ in entity.future[:1]], default=NEVER)
+            ripe, empties = _ripe(entity, at)
         for read in self._needed:
             empty, leave = read(entity, spans, ripe, found, states)
             if empty < empties:
@@ -140,15 +139,19 @@ class Reading:
         return spans
 
 
-def _ripe(entity: Entity, at: int) -> Waiting:
-    """Of each family what waited for its time and has it now: event times and what they add."""
-    found: dict[int, list[tuple[int, int]]] = {}
+def _ripe(entity: Entity, at: int) -> tuple[Waiting, int]:
+    """Of each family what waited for its time and has it now: event times and what they add. And when the next one has it."""
     first = entity.future[:1]  # a copy: the pipeline may take the last one away meanwhile
-    if first and first[0][0] <= at:
-        for ts, i, delta in [*entity.future]:
-            if ts <= at:
-                found.setdefault(i, []).append((ts, delta))
-    return found
+    if first and first[0][0] > at:
+        return _NOTHING, first[0][0]
+    found: dict[int, list[tuple[int, int]]] = {}
+    next_at = NEVER
+    for ts, i, delta in [*entity.future]:
+        if ts <= at:
+            found.setdefault(i, []).append((ts, delta))
+        elif ts < next_at:
+            next_at = ts
+    return found, next_at
 
 
 def _nothing_of(column: Column) -> Any:

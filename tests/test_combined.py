@@ -368,6 +368,20 @@ def test_public_key_changes_when_a_window_empties_without_new_events(store, publ
     assert store.call("ZCARD", keys.DUE) == 0
 
 
+def test_public_key_follows_events_ahead_of_the_clock_as_each_gets_its_time(store, publisher):
+    publish, both = publisher
+    both.take(*[event("payment", "u", timestamp=NOON + ahead) for ahead in (0, 4_000, 4_000, 30_000)])
+    write(store, both.stream.cut(NOON))
+    publish.publish()
+    assert published(store, "u")["event_count_5m"] == 1
+    for at, count in ((NOON + 4_000, 3), (NOON + 30_000, 4)):
+        both.clock.now = at - 1
+        assert publish.publish() == 0
+        both.clock.now = at
+        assert publish.publish() == 1
+        assert published(store, "u")["event_count_5m"] == count
+
+
 def test_user_that_is_due_is_published_by_the_next_process_too(store, publisher):
     publish, both = publisher
     both.take(response("u", "rejected", timestamp=NOON))

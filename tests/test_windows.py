@@ -295,6 +295,19 @@ def test_reader_waits_for_what_the_pipeline_is_about_to_finish(monkeypatch):
     assert windows.values(entity, NOON) == {"n": 2}, "one that never ends holds nobody up"
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_vector_is_due_when_the_next_event_ahead_gets_its_time_whatever_else_is_held(held):
+    windows = Windows([Feature(name="n", aggregation="count", window_s=HOUR, description="d")])
+    entity = windows.new()
+    for ts in [*[NOON] * held, NOON + 9_000, NOON + 4_000]:
+        windows.add(entity, ts, [(0, 1)], NOON)
+    due = [windows.values_and_due(entity, at, MINUTE_MS) for at in (NOON, NOON + 4_000, NOON + 8_999)]
+    assert due == [({"n": held}, NOON + 4_000), ({"n": held + 1}, NOON + 9_000), ({"n": held + 1}, NOON + 9_000)]
+    values, last = windows.values_and_due(entity, NOON + 9_000, MINUTE_MS)
+    assert (values, last) == ({"n": held + 2}, NOON + HOUR_MS)
+    assert windows.values_and_due(entity, NOON + 2 * HOUR_MS, MINUTE_MS) == ({"n": 0}, None)
+
+
 @given(st.integers(0, 40 * DAY_MS), st.integers(0, 40 * DAY_MS))
 def test_what_is_in_a_window_is_the_same_throughout_a_grain(at, other):
     reading = Windows(FEATURES)._reading
