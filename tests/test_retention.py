@@ -14,7 +14,7 @@ from pipeline.checkpoints import Progress
 from pipeline.errors import Fenced
 from pipeline.frames import Position
 from pipeline.lease import Lease
-from pipeline.log import Log
+from pipeline.log import Log, Request
 from pipeline.retention import Retention
 from pipeline.store import Store
 from pipeline.store_watch import REFUSE_AT
@@ -31,6 +31,7 @@ from tests.helpers import (
     append,
     event,
     frames,
+    parsed,
     until,
 )
 
@@ -82,6 +83,27 @@ def test_what_arrived_before_the_retention_goes_and_all_else_stays(store: Store,
     assert checkpoints.audit(store).unexplained == 0
     assert filled.locate(["e0", f"e{EVENTS - 1}"])[0] is None
     assert filled.locate([f"e{EVENTS - 1}"])[0] is not None
+
+
+def test_segment_that_the_next_append_seals_ends_with_its_own_last_arrival(log: Log) -> None:
+    append(log, [event(event_id="a")], NOON)
+    append(log, [event(event_id="b")], NOON + MINUTE_MS)
+    append(log, [event(event_id="b")], NOON + 2 * MINUTE_MS)  # a duplicate, which adds nothing
+    assert log.head().last_arrival == NOON + MINUTE_MS
+    append(log, [event()], NOON + 12 * HOUR_MS)
+    assert log.sealed()[1][:2] == (NOON, NOON + MINUTE_MS)
+    append(log, [event()], NOON + 24 * HOUR_MS)
+    assert log.sealed()[2][:2] == (NOON + 12 * HOUR_MS, NOON + 12 * HOUR_MS)
+    append(log, [event()], NOON)  # the clock has leapt back
+    assert [frame.received_at for frame in frames(log)][-2:] == [NOON + 24 * HOUR_MS] * 2
+
+
+def test_segments_that_one_call_fills_end_with_its_arrival(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "SEGMENT_BYTES", 600)
+    append(log, [event()], NOON)
+    log.accept([Request(parsed([event(data={"x": "x" * 300})], NOON), "s") for _ in range(4)], NOON + MINUTE_MS)
+    ends = [last for _, (_, last, _, _) in sorted(log.sealed().items())]
+    assert (ends[0], set(ends[1:])) == (NOON, {NOON + MINUTE_MS})
 
 
 def test_event_time_does_not_matter(log: Log, store: Store, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
