@@ -6,6 +6,7 @@ import json
 import re
 import zlib
 from io import BytesIO
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -21,7 +22,8 @@ _PARSED_DEPTH = 64
 _NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 # Nothing is looked at twice: a string without an end is one up to there, not a place to try again from each quote in it.
-_brackets = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]').finditer
+_brackets = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]+|[\]}]+').finditer
+_MOST_TURNS = 1_000_000  # texts, and runs of brackets that all open or all close: some tenths of a second
 
 
 class _Batch(msgspec.Struct, forbid_unknown_fields=True):
@@ -180,18 +182,21 @@ def _no_constant(name: str) -> Any:
 
 
 def _flattened(text: str) -> str:
-    """The text without what is nested too deep to be parsed: what is left there is still too deep for an event."""
+    """The text without what is nested too deep to be parsed: what is left there is still too deep for an event. Nothing where the
+    nesting has no end, or too much of it would have to be looked at."""
     parts, depth, kept = [], 0, 0
-    for found in _brackets(text):
-        if found[0] in "[{":
-            depth += 1
-            if depth == _PARSED_DEPTH + 1:
-                parts.append(text[kept : found.start()])
-        elif found[0] in "]}":
-            depth -= 1
-            if depth == _PARSED_DEPTH:
+    for found in islice(_brackets(text), _MOST_TURNS):
+        start, end = found.span()
+        before, bracket = depth, text[start]
+        if bracket in "[{":
+            depth += end - start
+            if before <= _PARSED_DEPTH < depth:
+                parts.append(text[kept : start + _PARSED_DEPTH - before])
+        elif bracket in "]}":
+            depth -= end - start
+            if depth <= _PARSED_DEPTH < before:
                 parts.append("null")
-                kept = found.end()
+                kept = start + before - _PARSED_DEPTH
     return "".join([*parts, text[kept:]]) if depth == 0 else ""
 
 

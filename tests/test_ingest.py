@@ -169,6 +169,35 @@ def test_string_full_of_escapes_in_what_is_nested_without_end_is_read_once(inges
     assert time.thread_time() - began < 5
 
 
+@pytest.mark.parametrize("inside", [b"[", b"[]", b"[],", b'"",', b"[x"])
+def test_brackets_without_end_are_given_up_early(inside):
+    """Of a gzip of 5 KB each bracket was looked at, some seconds of the interpreter."""
+    looked = 0
+
+    class Text(str):
+        def __getitem__(self, at: Any) -> Any:
+            nonlocal looked
+            looked += isinstance(at, int)
+            return str.__getitem__(self, at)
+
+    text = Text("[" * 3000 + (inside * (MAX_BODY_BYTES // len(inside))).decode())
+    assert module._flattened(text) == ""
+    assert looked <= (1 if inside == b"[" else 1_000_000)
+
+
+def test_text_is_flattened_as_bracket_by_bracket(monkeypatch):
+    monkeypatch.setattr(module, "_PARSED_DEPTH", 2)
+    for text, flat in {
+        "[[[1]]]": "[[null]]",
+        "[[[[1],[2]],3],[4]]": "[[null,3],[4]]",
+        '{"a":[{"b":"]"}],"c":[[[]],[]]}': '{"a":[null],"c":[null,null]}',
+        "[[],[[{}]]]": "[[],[null]]",
+        "[[[": "",
+        "[[[]]": "",
+    }.items():
+        assert module._flattened(text) == flat
+
+
 @pytest.mark.parametrize("text", [b'"]', b'"\\\\"', b'"\\"]"', b'"\\\n]"', b"", b'"' + b"x" * (1 << 20) + b'"'])
 def test_brackets_within_texts_are_no_nesting(ingest, text):
     bad = b'{"event_type":"t","user_id":"u","x":' + b"[" * 3000 + text + b"]" * 3000 + b"}"
