@@ -86,7 +86,11 @@ class KeptConnections(httpx.AsyncBaseTransport):
 
 
 class _Connection(asyncio.Protocol):
-    """A connection, and the answer that is being received on it. The parser calls the methods that begin with on_."""
+    """A connection, and the answer that is being received on it. The parser calls the methods that begin with on_.
+
+    Parser and connection refer to each other, so the parser is let go of with the answer: what lives for some seconds and dies
+    as a cycle is never freed (runtime.tidy_memory).
+    """
 
     _transport: asyncio.Transport
 
@@ -96,10 +100,10 @@ class _Connection(asyncio.Protocol):
         self._over = False  # the partner has closed it, or `_error` has
         self._error: Exception | None = None
         self._news: asyncio.Future[None] | None = None
-        self._begin()
+        self._begin(None)
 
-    def _begin(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
+    def _begin(self, parser: httptools.HttpResponseParser | None) -> None:
+        self._parser = parser
         self.headers: list[tuple[bytes, bytes]] = []
         self.status = 0  # until the head is whole
         self._body: list[bytes] = []  # received and not yet taken
@@ -111,9 +115,10 @@ class _Connection(asyncio.Protocol):
 
     def close(self) -> None:
         self._transport.abort()
+        self._parser = self._error = None  # the error, once raised, refers back here by its traceback
 
     def send(self, request: httpx.Request) -> None:
-        self._begin()
+        self._begin(httptools.HttpResponseParser(self))
         lines = [request.method.encode() + b" " + request.url.raw_path + b" HTTP/1.1"]
         lines += [name + b": " + value for name, value in request.headers.raw]
         if any(b"\r" in line or b"\n" in line for line in lines):
@@ -161,27 +166,39 @@ class _Connection(asyncio.Protocol):
         self._tell()
 
     def data_received(self, data: bytes) -> None:
+        if self._parser is None:
+            self.keeps, self._over = False, True  # nobody asked for it
+            return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            if not self.complete:
-                self._error = httpx.RemoteProtocolError(f"its answer is no HTTP: {error}")
-            self.keeps, self._over = False, True
-        if not self.complete and len(self._body) > _MOST_PIECES:
+            self._fail(f"its answer is no HTTP: {error}")
+        if self.complete:
+            self._parser = None
+        elif len(self._body) > _MOST_PIECES:
             self._transport.pause_reading()  # until they have been taken
         self._tell()
 
+    def _fail(self, why: str) -> None:
+        if not self.complete:
+            self._error = self._error or httpx.RemoteProtocolError(why)
+        self.keeps, self._over, self._parser = False, True, None
+
     # ------------------------------------------------------------------------------------------ of the parser
+
+    def on_message_begin(self) -> None:
+        if self.complete:
+            self.keeps = False  # nobody asked for it
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.complete:
             self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        if self.complete or self._parser is None:
+            return
         status = self._parser.get_status_code()
-        if self.complete:
-            self.keeps = False  # nobody asked for it
-        elif status >= 200:
+        if status >= 200:
             self.status = status
         else:
             self.headers = []  # the answer proper follows
@@ -191,7 +208,7 @@ class _Connection(asyncio.Protocol):
             self._body.append(body)
 
     def on_message_complete(self) -> None:
-        if self.status and not self.complete:
+        if self.status and not self.complete and self._parser is not None:
             self.complete, self.keeps = True, self._parser.should_keep_alive()
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import gzip
 import ssl
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import pairwise
 from typing import TypeVar
 
+import httptools
 import httpx
 import pytest
 from hypothesis import given
@@ -200,10 +204,46 @@ def test_an_endless_answer_is_not_taken_in_beyond_what_is_read(server, monkeypat
     assert using(read_little) <= (_MOST_PIECES + 1) << 18  # the most that asyncio takes in at once
 
 
+@pytest.mark.parametrize(
+    ("raw", "close"),
+    [
+        (OK, False),
+        (OK, True),
+        (OK + b"HTTP/1.1 408 Request Timeout\r\n", False),
+        (b"HTTP/1.1 200 OK\r\n\r\nuntil the end", True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort", True),
+        (b"SSH-2.0-OpenSSH\r\n", False),
+        (b"", True),
+        (b"", False),  # it never answers
+    ],
+)
+def test_a_connection_is_gone_without_the_cycle_collector_once_it_is_closed(raw, close, server, monkeypatch):
+    """What is frozen meanwhile (runtime.tidy_memory) the collector never frees."""
+    found = connections(monkeypatch)
+
+    async def work(transport: KeptConnections) -> None:
+        server.on_post = says(raw, close)
+        with contextlib.suppress(httpx.HTTPError, TimeoutError):
+            async with asyncio.timeout(10 if raw or close else 0.1):
+                await post(transport, server.url)
+        await transport.aclose()
+        left = [weakref.ref(connection) for connection in found]
+        found.clear()
+        while any(connection() for connection in left):
+            await asyncio.sleep(0.001)
+
+    gc.disable()
+    try:
+        using(work)
+    finally:
+        gc.enable()
+
+
 @given(cuts=st.lists(st.integers(1, 150), max_size=12))
 def test_an_answer_is_the_same_however_it_is_cut_on_the_way(cuts):
     raw = b"HTTP/1.1 103 Early\r\n\r\nHTTP/1.1 200 OK\r\nX: y\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\n1\r\ne\r\n0\r\n\r\n"
     connection = _Connection(("http", "x", 80))
+    connection._begin(httptools.HttpResponseParser(connection))
     edges = sorted({0, len(raw), *(cut for cut in cuts if cut < len(raw))})
     for start, stop in pairwise(edges):
         connection.data_received(raw[start:stop])
