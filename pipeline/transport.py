@@ -17,6 +17,7 @@ import httpx
 KEPT_S = 4.0  # that an idle connection is used again: servers close theirs after five
 MOST_CONNECTIONS = 32
 _MOST_PIECES = 32  # of a body that wait to be taken, each as the socket gave it
+_MOST_HEAD = 1 << 16  # about so many bytes in a row that are no body: a head without an end would be kept whole
 _Origin = tuple[str, str, int]
 
 
@@ -104,6 +105,7 @@ class _Connection(asyncio.Protocol):
 
     def _begin(self, parser: httptools.HttpResponseParser | None) -> None:
         self._parser = parser
+        self._bare = 0  # bytes received since there was any of the body
         self.headers: list[tuple[bytes, bytes]] = []
         self.status = 0  # until the head is whole
         self._body: list[bytes] = []  # received and not yet taken
@@ -169,12 +171,15 @@ class _Connection(asyncio.Protocol):
         if self._parser is None:
             self.keeps, self._over = False, True  # nobody asked for it
             return
+        self._bare += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(f"its answer is no HTTP: {error}")
         if self.complete:
             self._parser = None
+        elif self._bare > _MOST_HEAD:
+            self._fail(f"its answer has more than {_MOST_HEAD} bytes of headers")
         elif len(self._body) > _MOST_PIECES:
             self._transport.pause_reading()  # until they have been taken
         self._tell()
@@ -205,6 +210,7 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         if not self.complete:
+            self._bare = 0
             self._body.append(body)
 
     def on_message_complete(self) -> None:

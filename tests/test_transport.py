@@ -205,6 +205,31 @@ def test_an_endless_answer_is_not_taken_in_beyond_what_is_read(server, monkeypat
 
 
 @pytest.mark.parametrize(
+    ("begins", "goes_on"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX: ", b"a" * 1000),
+        (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 100),
+        (b"HTTP/1.1 ", b"2" * 1000),
+        (b"", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 100),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n", b"X: y\r\n" * 100),
+    ],
+)
+def test_headers_without_an_end_are_no_answer(begins, goes_on, server):
+    def endless(server: Misbehaving, asked: Asked, answer: Answer) -> None:
+        answer.raw(begins)
+        while not answer.stopped.is_set():
+            answer.raw(goes_on)
+
+    with pytest.raises(httpx.RemoteProtocolError):
+        one(server, endless)
+
+
+def test_a_body_may_follow_in_the_smallest_of_pieces(server):
+    raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 50_000 + b"0\r\n\r\n"
+    assert one(server, says(raw)) == (200, b"x" * 50_000)
+
+
+@pytest.mark.parametrize(
     ("raw", "close"),
     [
         (OK, False),
@@ -212,6 +237,7 @@ def test_an_endless_answer_is_not_taken_in_beyond_what_is_read(server, monkeypat
         (OK + b"HTTP/1.1 408 Request Timeout\r\n", False),
         (b"HTTP/1.1 200 OK\r\n\r\nuntil the end", True),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort", True),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 400_000, False),
         (b"SSH-2.0-OpenSSH\r\n", False),
         (b"", True),
         (b"", False),  # it never answers
