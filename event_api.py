@@ -59,11 +59,13 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import MovedError, NoScriptError, OutOfMemoryError, RedisClusterException, RedisError
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 VERSION = "1.0.0"
 HOUR, DAY, WEEK = 3_600_000, 86_400_000, 7 * 86_400_000  # all times are epoch milliseconds
 HOUR_TILE, DAY_TILE, WEEK_TILE, DEMAND_TILE = 20_000, 600_000, 7_200_000, 1_800_000
 MAX_EVENTS, MAX_BODY = 5_000, 40 << 20
+MAX_HEAD = 1 << 16  # about so many bytes of a request's line and headers
 MAX_STATES, MAX_UNSAVED, MAX_SESSIONS = 50_000, 25_000, 100  # in memory; of them not yet stored; per user
 SEEN_PERIOD, SEEN_PERIODS = 2 * DAY, 5  # one set of ids per two days: an id is known for 8 to 10 days
 KEEP_S = 8 * 86_400  # an idle user is forgotten a day after its last window has run empty
@@ -921,6 +923,32 @@ fetch("/openapi.json").then(answer => answer.json()).then(api => {
 </script></html>"""
 
 
+class Bounded(HttpToolsProtocol):
+    """Ends a connection whose headers have no end: of a long one all is copied anew with each piece that comes."""
+
+    bare = 0  # bytes received since there was any of a body, or a request was whole
+
+    def data_received(self, data: bytes) -> None:
+        self.bare += len(data)
+        super().data_received(data)
+        if self.bare > MAX_HEAD and not self.transport.is_closing():
+            if self.cycle is None or self.cycle.response_complete:
+                message = f"the line and the headers of a request have at most {MAX_HEAD} bytes"
+                body = to_json({"error": {"code": "headers_too_large", "message": message, "details": {}}})
+                head = "HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n"
+                head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                self.transport.write(head.encode() + body)
+            self.transport.close()
+
+    def on_body(self, body: bytes) -> None:
+        self.bare = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.bare = 0
+        super().on_message_complete()
+
+
 # ------------------------------------------------------------------------------------------------ start
 
 
@@ -1011,7 +1039,7 @@ def main() -> int:
         host=host,
         port=port,
         loop="uvloop",
-        http="httptools",
+        http=Bounded,
         ws="none",
         log_config=None,
         access_log=level == "debug",

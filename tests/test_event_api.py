@@ -318,6 +318,36 @@ def test_every_error_is_json(service: Service, method: str, path: str, body: byt
     assert set(reply.json()["error"]) == {"code", "message", "details"}
 
 
+@pytest.mark.parametrize(
+    ("begins", "goes_on"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nX: ", b"a" * 1000),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n", b"X: y\r\n" * 100),
+        (b"GET /", b"a" * 1000),
+    ],
+)
+def test_headers_without_an_end_are_refused(service: Service, begins: bytes, goes_on: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=15) as connection:
+        connection.sendall(begins + goes_on * (api.MAX_HEAD // len(goes_on) + 1))
+        head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 ")
+    assert set(json.loads(body)["error"]) == {"code", "message", "details"}
+
+
+def test_a_body_that_headers_without_an_end_follow_is_not_waited_for(service: Service) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=15) as connection:
+        connection.sendall(b"POST /events HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n0\r\n")
+        with pytest.raises(ConnectionError):
+            connection.sendall(b"X: y\r\n" * 1_000_000)
+
+
+def test_large_headers_and_many_requests_on_one_connection_are_answered(service: Service) -> None:
+    for _ in range(4):
+        assert service.http.get("/health", headers={"X": "y" * 50_000}).status_code == 200
+        assert service.http.post("/events", content=b"{", headers={"X": "y" * 50_000}).status_code == 400
+        assert service.http.post("/events", content=iter([b"{"] * 20_000)).status_code == 400
+
+
 @pytest.mark.parametrize("one", [b"{}", b"7", b'{"event_type":"x","user_id":"u"}', b'"\xff"'])
 def test_events_of_a_batch_are_counted_before_any_is_decoded(monkeypatch: pytest.MonkeyPatch, one: bytes) -> None:
     """Bodies are up to 40 MiB: a rejection for each {} in one took minutes, while all else waited."""
