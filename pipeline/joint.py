@@ -36,7 +36,10 @@ class Joint(Generic[A, R]):
         if ticket.leads:
             self._lead()
         if ticket.error is not None:
-            raise ticket.error
+            try:
+                raise ticket.error
+            finally:
+                del ticket  # the error refers to this frame by its traceback: a cycle, which may never be freed
         return ticket.answer[0]
 
     def _give_up(self, ticket: _Ticket[A, R]) -> None:
@@ -70,6 +73,7 @@ class Joint(Generic[A, R]):
             ticket.turn.release()
         if heir is not None:
             heir.turn.release()
+        del group, ticket, heir  # as in ask()
 
 
 class _Ticket(Generic[A, R]):

@@ -198,7 +198,9 @@ class Partner:
             if not 200 <= delivery.status < 300:
                 delivery.error = failure(f"POST {path}", delivery.status, headers, raw)
         except PartnerError as error:
-            delivery.error = error
+            delivery.error = error.with_traceback(
+                None
+            )  # which refers to the delivery: a cycle, which may never be freed
         delivery.latency_ms = delivery.slowest_ms = (time.perf_counter() - began) * 1000
         return delivery, raw
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -186,3 +189,20 @@ def test_only_reads_of_one_users_features_of_now_are_shared(method, path, query)
     reads = SharedReads(lambda environ, start: [b"on its own"], NoStore())  # type: ignore[arg-type]
     asked = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
     assert reads(asked, lambda *_: None) == [b"on its own"]
+
+
+def test_what_was_asked_in_vain_is_gone_without_the_cycle_collector():
+    def work(some: list[Held]) -> list[int]:
+        raise StoreUnavailable("away")
+
+    joint: Joint[Held, int] = Joint(work, 16)
+    asked = Held()
+    left = weakref.ref(asked)
+    gc.disable()
+    try:
+        with contextlib.suppress(StoreUnavailable):
+            joint.ask(asked)
+        del asked
+        assert left() is None
+    finally:
+        gc.enable()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
@@ -242,3 +244,24 @@ def test_a_large_health_answer_is_understood_but_not_passed_on_whole(server, clo
 
 async def _ask(partner: Partner) -> Any:
     return await partner.health(), partner.supports
+
+
+@pytest.mark.parametrize(
+    "behave", [partners.hangs, partners.loses_answers, partners.says(500), partners.redirects(303, "/x")]
+)
+def test_a_call_that_failed_is_gone_without_the_cycle_collector(behave, server, clock):
+    async def work(partner: Partner) -> None:
+        server.on_post = behave
+        [delivery] = await partner.send(BODIES)
+        assert delivery.error is not None
+        left = weakref.ref(delivery.error)
+        del delivery
+        async with asyncio.timeout(10):
+            while left() is not None:
+                await asyncio.sleep(0.001)
+
+    gc.disable()
+    try:
+        using(lambda: server.url, clock, work)
+    finally:
+        gc.enable()
