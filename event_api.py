@@ -59,12 +59,15 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import MovedError, NoScriptError, OutOfMemoryError, RedisClusterException, RedisError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 VERSION = "1.0.0"
 HOUR, DAY, WEEK = 3_600_000, 86_400_000, 7 * 86_400_000  # all times are epoch milliseconds
 HOUR_TILE, DAY_TILE, WEEK_TILE, DEMAND_TILE = 20_000, 600_000, 7_200_000, 1_800_000
-MAX_EVENTS, MAX_BODY = 5_000, 40 << 20
+# Nexus sends at most 500 events a call, out of 8 MiB of its log and what one frame goes beyond; it halves what is too large.
+MAX_EVENTS, MAX_BODY = 5_000, 16 << 20
+MAX_BODIES, BODY_S = 256 << 20, 30.0  # bytes of all that are being received; how long one may take
 MAX_HEAD = 1 << 16  # about so many bytes of a request's line and headers
 MAX_STATES, MAX_UNSAVED, MAX_SESSIONS = 50_000, 25_000, 100  # in memory; of them not yet stored; per user
 SEEN_PERIOD, SEEN_PERIODS = 2 * DAY, 5  # one set of ids per two days: an id is known for 8 to 10 days
@@ -782,14 +785,31 @@ def reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
     return Response(to_json(body), status, headers, "application/json")
 
 
-async def read_body(request: Request) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY:
-            raise ApiError(413, "too_large", f"a body has at most {MAX_BODY} bytes")
-        parts.append(part)
-    return b"".join(parts)
+class Bodies:
+    """Receives the bodies of requests; what of them waits in memory is bounded, and for how long."""
+
+    def __init__(self) -> None:
+        self.held = 0  # bytes
+
+    async def read(self, request: Request) -> bytes:
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for part in request.stream():
+                    size += len(part)
+                    self.held += len(part)
+                    if size > MAX_BODY:
+                        raise ApiError(413, "too_large", f"a body has at most {MAX_BODY} bytes")
+                    if self.held > MAX_BODIES:
+                        raise ApiError(503, "busy", "too much is being received at a time; nothing was taken")
+                    parts.append(part)
+        except TimeoutError as error:
+            raise ApiError(408, "too_slow", f"the body was not whole within {BODY_S:g} s") from error
+        except ClientDisconnect as error:  # nobody is there to be answered
+            raise ApiError(400, "broken_off", "the connection was closed before the body was whole") from error
+        finally:
+            self.held -= size
+        return b"".join(parts)
 
 
 def takes(kind: type) -> dict[str, Any]:
@@ -801,6 +821,7 @@ def takes(kind: type) -> dict[str, Any]:
 def create_app(settings: Settings) -> FastAPI:
     service: Service
     started = time.monotonic()
+    bodies = Bodies()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -818,7 +839,7 @@ def create_app(settings: Settings) -> FastAPI:
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
         body = {"error": {"code": error.code, "message": error.message, "details": error.details}}
-        return reply(body, error.status, {"Retry-After": "1"} if error.status == 503 else None)
+        return reply(body, error.status, {503: {"Retry-After": "1"}, 408: {"Connection": "close"}}.get(error.status))
 
     @app.exception_handler(msgspec.DecodeError)
     @app.exception_handler(UnicodeDecodeError)
@@ -855,7 +876,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.post("/events", openapi_extra=takes(Event))
     async def post_event(request: Request) -> Response:
-        fresh, duplicates, rejected = take([(0, decode_event(await read_body(request)))], now_ms())
+        fresh, duplicates, rejected = take([(0, decode_event(await bodies.read(request)))], now_ms())
         if rejected:
             raise ApiError(422, rejected[0].code, rejected[0].message, rejected[0])
         accepted, duplicates = await service.accept(fresh, duplicates)
@@ -863,7 +884,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.post("/events/batch", openapi_extra=takes(Batch))
     async def post_batch(request: Request) -> Response:
-        events, rejected = parse_events(await read_body(request))
+        events, rejected = parse_events(await bodies.read(request))
         fresh, duplicates, refused = take(events, now_ms())
         accepted, duplicates = await service.accept(fresh, duplicates)
         rejected = sorted(rejected + refused, key=lambda rejection: rejection.index)
@@ -879,7 +900,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.post("/predict", openapi_extra=takes(Question))
     async def predict(request: Request) -> Response:
-        question = decode_question(await read_body(request))
+        question = decode_question(await bodies.read(request))
         if question.model == "fraud" and question.event:
             state, data = await service.read(question.event.user_id), question.event.data
             answer = fraud(state or State(), _number(data.amount if data else None), now_ms())

