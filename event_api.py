@@ -205,11 +205,11 @@ class Rejection(msgspec.Struct, gc=False):
 
 
 class ApiError(Exception):
-    """An answer that is an error: status, code, message, details."""
+    """An answer that is an error: status, code, message, details, which are an object."""
 
     def __init__(self, status: int, code: str, message: str, details: Any = None) -> None:
         super().__init__(message)
-        self.status, self.code, self.message, self.details = status, code, message, details
+        self.status, self.code, self.message, self.details = status, code, message, details or {}
 
 
 decode_batch = msgspec.json.Decoder(Batch).decode
@@ -300,6 +300,14 @@ def take(events: list[tuple[int, Event]], now: int) -> tuple[dict[bytes, tuple[F
             else:
                 fresh[digest] = facts
     return fresh, duplicates, rejected
+
+
+def take_one(event: Event) -> tuple[dict[bytes, tuple[Fact, ...]], int]:
+    """The same of one event. Raises ApiError where it is rejected."""
+    fresh, duplicates, rejected = take([(0, event)], now_ms())
+    if rejected:
+        raise ApiError(422, rejected[0].code, rejected[0].message, rejected[0])
+    return fresh, duplicates
 
 
 def _facts(event: Event, ts: int) -> tuple[Fact, ...] | None:
@@ -876,9 +884,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.post("/events", openapi_extra=takes(Event))
     async def post_event(request: Request) -> Response:
-        fresh, duplicates, rejected = take([(0, decode_event(await bodies.read(request)))], now_ms())
-        if rejected:
-            raise ApiError(422, rejected[0].code, rejected[0].message, rejected[0])
+        fresh, duplicates = take_one(decode_event(await bodies.read(request)))
         accepted, duplicates = await service.accept(fresh, duplicates)
         return reply({"accepted": accepted, "duplicates": duplicates, "rejected": []})
 
@@ -902,6 +908,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def predict(request: Request) -> Response:
         question = decode_question(await bodies.read(request))
         if question.model == "fraud" and question.event:
+            take_one(question.event)
             state, data = await service.read(question.event.user_id), question.event.data
             answer = fraud(state or State(), _number(data.amount if data else None), now_ms())
         elif question.model == "demand":

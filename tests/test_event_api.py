@@ -312,6 +312,8 @@ def test_a_canary_is_deduplicated_and_makes_no_features(service: Service, store:
         ("POST", "/events/batch", b'{"events":[{"event_type":"x","user_id":"\xff"}]}', 400),
         ("POST", "/predict", b'{"model":"\xff"}', 400),
         ("POST", "/predict", b'{"model":"weather"}', 422),
+        ("POST", "/predict", b'{"model":"fraud","event":{"event_type":"payment","user_id":"a b"}}', 422),
+        ("POST", "/predict", b'{"model":"fraud","event":{"event_type":"payment","user_id":"%s"}}' % (b"x" * 129), 422),
         ("GET", "/features/nobody", None, 404),
         ("GET", "/nothing", None, 404),
         ("DELETE", "/events", None, 405),
@@ -321,6 +323,7 @@ def test_every_error_is_json(service: Service, method: str, path: str, body: byt
     reply = service.http.request(method, path, content=body)
     assert reply.status_code == status
     assert set(reply.json()["error"]) == {"code", "message", "details"}
+    assert isinstance(reply.json()["error"]["details"], dict)
 
 
 @pytest.mark.parametrize(
