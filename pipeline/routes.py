@@ -288,7 +288,10 @@ def features_responses(nexus: Runtime, asked: Sequence[tuple[str, dict[str, Any]
             raise failed
         return 200, vector_of_now(nexus, asked[index][0], found[index], now)
 
-    return [_bare(environ, partial(route, index)) for index, (_, environ) in enumerate(asked)]
+    try:
+        return [_bare(environ, partial(route, index)) for index, (_, environ) in enumerate(asked)]
+    finally:
+        failed = None  # its traceback refers to this frame: a cycle, which may never be freed
 
 
 def _bare(environ: dict[str, Any], route: Callable[[], tuple[int, dict[str, Any]]]) -> Bare:

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -203,6 +204,25 @@ def test_what_was_asked_in_vain_is_gone_without_the_cycle_collector():
         with contextlib.suppress(StoreUnavailable):
             joint.ask(asked)
         del asked
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_reads_that_failed_are_gone_without_the_cycle_collector():
+    class Environ(dict):
+        """One that a reference can be held to."""
+
+    def away(asked: Any) -> Any:
+        raise StoreUnavailable("away")
+
+    nexus: Any = SimpleNamespace(clock=lambda: 0, features=SimpleNamespace(combine_each=away))
+    environ = Environ(QUERY_STRING="")
+    left = weakref.ref(environ)
+    gc.disable()
+    try:
+        assert [status for status, _, _ in features_responses(nexus, [("user_1", environ)])] == [503]
+        del environ
         assert left() is None
     finally:
         gc.enable()
