@@ -288,7 +288,10 @@ class Runtime:
             while not future.done() and not self.stopping and (left := deadline - time.monotonic()) > 0:
                 wait((future,), min(left, _STOP_LOOK_S))
         if future.done() and not future.cancelled():
-            return future.result()
+            try:
+                return future.result()
+            finally:
+                del future  # its error's traceback refers to this frame: a cycle, which may never be freed
         future.cancel()
         raise PartnerTimeout("the bridge is being stopped, or did not get to it in time")
 
@@ -390,8 +393,7 @@ class Runtime:
 def tidy_memory(busy: bool) -> None:
     """Freeze what has outlived a collection of the young, so that nothing older is ever walked: over all users' state that
     would stop every thread for long. Unless `busy`, what died since is collected first, which takes tens of ms; a cycle that
-    dies once it is frozen stays, and there are few."""
+    dies once it is frozen stays, and there are few. What was made since that collection is collected in any case."""
     if gc.get_count()[1]:  # collections of the young since the last time
-        if not busy:
-            gc.collect(1)
+        gc.collect(0 if busy else 1)
         gc.freeze()
