@@ -18,6 +18,11 @@ KEPT_S = 4.0  # that an idle connection is used again: servers close theirs afte
 MOST_CONNECTIONS = 32
 _MOST_PIECES = 32  # of a body that wait to be taken, each as the socket gave it
 _MOST_HEAD = 1 << 16  # about so many bytes in a row that are no body: a head without an end would be kept whole
+_HERE = (
+    "localhost",
+    "127.0.0.1",
+    "::1",
+)  # each answers or refuses at once: nothing to race for, and a race leaves a cycle
 _Origin = tuple[str, str, int]
 
 
@@ -68,7 +73,7 @@ class KeptConnections(httpx.AsyncBaseTransport):
                 origin[1],
                 origin[2],
                 ssl=self._trusted if secure else None,
-                happy_eyeballs_delay=0.25,
+                happy_eyeballs_delay=None if url.host in _HERE else 0.25,
             )
         except (OSError, UnicodeError) as error:
             raise httpx.ConnectError(str(error)) from error

@@ -265,6 +265,22 @@ def test_a_connection_is_gone_without_the_cycle_collector_once_it_is_closed(raw,
         gc.enable()
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_connecting_on_this_machine_leaves_no_task_to_the_cycle_collector(host, server):
+    async def work(transport: KeptConnections) -> list[object]:
+        server.on_post = says(OK)
+        await post(transport, server.url.replace("127.0.0.1", host))
+        ours = asyncio.get_running_loop()
+        tasks = [left for left in gc.get_objects() if isinstance(left, asyncio.Task)]
+        return [left for left in tasks if left.get_loop() is ours and left.done()]
+
+    gc.disable()
+    try:
+        assert using(work) == []
+    finally:
+        gc.enable()
+
+
 @given(cuts=st.lists(st.integers(1, 150), max_size=12))
 def test_an_answer_is_the_same_however_it_is_cut_on_the_way(cuts):
     raw = b"HTTP/1.1 103 Early\r\n\r\nHTTP/1.1 200 OK\r\nX: y\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\n1\r\ne\r\n0\r\n\r\n"
