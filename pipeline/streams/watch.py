@@ -115,6 +115,7 @@ class Watch:
             self._takes = True
             if self.health is not None and self.health.status == "offline" and self._failing is None:
                 self._show(self._softened(self.health))
+                self._ask()  # it is there: the last check was asked a moment too soon, or of something else
 
     def forget(self) -> None:
         """What failed is held against the partner no more: the last check's verdict stands."""
