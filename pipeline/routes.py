@@ -273,22 +273,23 @@ def features_response(nexus: Runtime, environ: dict[str, Any], user_id: str) -> 
 
 def features_responses(nexus: Runtime, asked: Sequence[tuple[str, dict[str, Any]]]) -> list[Bare]:
     """The same for several users as of now, each with its environ: they share a trip to the store."""
-    now = nexus.clock()
+    now, failed = nexus.clock(), None
     try:
         found = nexus.features.combine_each([(user_id, names_in(query_of(environ))) for user_id, environ in asked])
     except (BadRequest, TooLarge):  # of one of them: then each by itself
         return [features_response(nexus, environ, user_id) for user_id, environ in asked]
     except Exception as error:  # noqa: BLE001  each of them is told
-        return [_bare(environ, partial(_fail, error)) for _, environ in asked]
+        failed = error
 
     def route(index: int) -> tuple[int, dict[str, Any]]:
+        if failed is not None:
+            raise failed
         return 200, vector_of_now(nexus, asked[index][0], found[index], now)
 
-    return [_bare(environ, partial(route, index)) for index, (_, environ) in enumerate(asked)]
-
-
-def _fail(error: Exception) -> tuple[int, dict[str, Any]]:
-    raise error
+    try:
+        return [_bare(environ, partial(route, index)) for index, (_, environ) in enumerate(asked)]
+    finally:
+        failed = None  # its traceback refers to this frame: a cycle, which may never be freed
 
 
 def _bare(environ: dict[str, Any], route: Callable[[], tuple[int, dict[str, Any]]]) -> Bare:
