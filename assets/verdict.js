@@ -6,11 +6,16 @@
   const LOCAL = ["features", "storage", "aggregates", "inference"];
   const BEHIND_S = 10; // the same line that the health check draws
   const SILENT_S = 15; // by then it is no hiccup
+  const TOLD = ["stream", "partner", "store", "log", "accounts"]; // of health's reasons those that have words of their own here
+  const MOST_ALSO = 3;
   const WAITING = 1000; // fewer waiting events are a bridge at work, not a backlog
 
   const events = (n) => format.int(n) + (n === 1 ? " event" : " events");
   const since = (ms) => (known(ms) ? " since " + format.minute(ms) : "");
-  const nothingLost = (feed) => (feed.unexplained === 0 ? ", nothing is lost" : "");
+  const reasons = (feed) => feed.reasons || [];
+  const fell = (feed) => reasons(feed).find((reason) => reason.about === "log");
+  /* Said only where the store keeps what it acknowledges, and has not come back with less. */
+  const nothingLost = (feed) => (feed.unexplained === 0 && at(feed, "store.durable") === true && !fell(feed) ? ", nothing is lost" : "");
 
   function wait(feed) {
     const pending = at(feed, "backlog.pending");
@@ -29,28 +34,47 @@
   const brief = (words) => (words && words.length > 140 ? words.slice(0, 139).trimEnd() + "…" : words);
   const sentence = (words) => (words ? words[0].toUpperCase() + words.slice(1).replace(/\.$/, "") + ". " : "");
 
+  const ALL_AGES = ["backlog", "nexus age", "python age"];
+
+  /* What becomes of the acknowledged events once a store that is away comes back. */
+  function kept(feed) {
+    const durable = at(feed, "store.durable");
+    if (durable === false) return " It was not set to keep all that it acknowledges: some may be gone when it is back.";
+    return durable === true && !fell(feed) ? " Acknowledged events are in the store and come back with it." : "";
+  }
+
   function store(feed) {
-    const why = sentence(at(feed, "store.detail"));
+    const status = at(feed, "store.status");
     const said = {
-      offline: ["bad", "Store is away: ingest refuses with 503, Nexus resumes by itself", "The Python service keeps what it knows. Acknowledged events are in the store and come back with it."],
+      offline: ["bad", "Store is away: ingest refuses with 503, Nexus resumes by itself", "The Python service keeps what it knows." + kept(feed)],
       loading: ["warn", "Store is loading: ingest refuses with 503 until it is done", "Nexus resumes by itself."],
       readonly: ["bad", "Store is read-only: ingest refuses with 503, Nexus resumes by itself", "Usual causes: a failover, or a replica taken for the primary."],
       full: ["bad", "Store is full: ingest refuses with 503, the backlog still drains", "Nothing is evicted. Raise STORE_MAX_MEMORY or wait for retention to free room."],
-    }[at(feed, "store.status")];
-    return said && { level: said[0], title: said[1], detail: why + said[2], rings: "apart", root: true };
+    }[status];
+    return said && { level: said[0], title: said[1], detail: sentence(at(feed, "store.detail")) + said[2], rings: "apart",
+      covers: status === "full" ? [] : ["pipeline", "streams", "asked", ...ALL_AGES] };
   }
 
   const loads = (feed) => at(feed, "pipeline.state") === "running" && LOCAL.some((name) => at(feed, "streams." + name + ".state") === "starting");
 
   function pipeline(feed) {
+    const state = loads(feed) ? "starting" : at(feed, "pipeline.state");
     const why = sentence(at(feed, "pipeline.detail"));
     const said = {
-      stopped: ["bad", "The pipeline is stopped: accepted events wait in the log" + nothingLost(feed), "Features and scores do not move until it runs."],
-      restarting: ["warn", "The pipeline restarts: accepted events wait in the log" + nothingLost(feed), "It goes on from its checkpoint."],
-      starting: ["idle", "Nexus is starting", "The pipeline goes on from its checkpoint."],
+      stopped: ["bad", "The pipeline is stopped: accepted events wait in the log" + nothingLost(feed), why + "Features and scores do not move until it runs."],
+      restarting: ["warn", "The pipeline restarts: accepted events wait in the log" + nothingLost(feed), why + "It goes on from its checkpoint."],
+      starting: ["idle", "Nexus is starting", why + "The pipeline goes on from its checkpoint."],
       standby: ["idle", "This instance stands by: it serves reads and ingest", "Another instance owns the pipeline; this one takes over when that one is gone."],
-    }[loads(feed) ? "starting" : at(feed, "pipeline.state")];
-    return said && { level: said[0], title: said[1], detail: why + said[2], rings: said[0] === "idle" ? "joined" : "apart", root: true };
+    }[state];
+    return said && { level: said[0], title: said[1], detail: said[2], rings: said[0] === "idle" ? "joined" : "apart", about: "pipeline",
+      covers: { starting: ["streams", "asked", ...ALL_AGES], standby: ["asked"] }[state] || ["streams", "nexus age"],
+      also: { stopped: "the pipeline is stopped", restarting: "the pipeline restarts" }[state] };
+  }
+
+  function lost(feed) {
+    const reason = fell(feed);
+    return reason && { level: "bad", title: "Acknowledged events are lost: the store came back without its latest ones", rings: "joined",
+      detail: sentence(reason.text) + "Nexus goes on from there. Senders may send them again: a known event id counts once.", also: "acknowledged events are lost" };
   }
 
   function accounts(feed) {
@@ -71,7 +95,7 @@
     const verb = hit.length > 1 ? "" : is === "behind" ? "falls " : is === "restarting" ? "" : is === "failed" ? "has " : "is ";
     const word = is === "restarting" && hit.length === 1 ? "restarts" : is;
     return { level: is === "failed" ? "bad" : "warn", title: who + verb + word + ": " + held,
-      detail: "The other streams go on" + nothingLost(feed) + ".", rings: "joined", also: first + " " + is };
+      detail: "The other streams go on" + nothingLost(feed) + ".", rings: "joined", about: "streams", also: first + " " + is };
   }
 
   /* When the circuit lets something through again. */
@@ -113,7 +137,7 @@
         detail: because + go + (circuit === "half_open" ? again(feed) : ""), also: status === "degraded" ? "the Python service is degraded" : "the circuit is half open" };
     }
     if (status === "starting" || at(feed, "streams.bridge.state") === "starting") {
-      return { ...joined, level: "idle", title: "Nexus runs, the Python service is being asked", detail: "Its first answer is awaited.", also: "the Python service has yet to answer" };
+      return { ...joined, level: "idle", title: "Nexus runs, the Python service is being asked", detail: "Its first answer is awaited.", about: "asked", also: "the Python service has yet to answer" };
     }
     return null;
   }
@@ -152,6 +176,12 @@
       detail: "All else goes on. See why, then send " + (n === 1 ? "it" : "them") + " again.", rings: "joined", also: events(n) + " " + where };
   }
 
+  /* What health finds wrong and nothing above has words for. */
+  function others(feed) {
+    return reasons(feed).filter(({ about }) => !TOLD.includes(about)).map(({ about, text }) => (
+      { level: "warn", title: sentence(brief(text)).replace(/\. $/, ""), detail: "All else goes on" + nothingLost(feed) + ".", rings: "joined", about, also: brief(text) }));
+  }
+
   function hybrid(feed) {
     if (at(feed, "settings.HYBRID_FEATURE_MODE.value") !== false) return null;
     return { level: "idle", title: "Hybrid mode is off: combined features are Nexus's own", detail: "Both systems run and receive every event.", rings: "joined", also: "hybrid mode is off" };
@@ -177,14 +207,13 @@
     if (!at(feed, "store.status") && !at(feed, "pipeline.state") && !at(feed, "python.status")) {
       return { level: "unknown", title: "Nexus runs, its figures are not known yet", detail: "The page asks once a second.", rings: "unknown" };
     }
-    const root = store(feed) || pipeline(feed);
-    if (root) return root;
-    const found = [accounts(feed), localStream(feed, ["failed"]), bridge(feed), localStream(feed, ["behind", "restarting", "paused"]),
-      frail(feed), empty(feed), backlog(feed), dead(feed), ...stale(feed), hybrid(feed)].filter(Boolean);
+    const found = [store(feed), pipeline(feed), lost(feed), accounts(feed), localStream(feed, ["failed"]), bridge(feed),
+      localStream(feed, ["behind", "restarting", "paused"]), frail(feed), ...others(feed), empty(feed), backlog(feed), dead(feed), ...stale(feed),
+      hybrid(feed)].filter(Boolean);
     if (!found.length) return asOne(feed);
     const covered = found.flatMap((one) => one.covers || []);
     const [first, ...rest] = found.filter((one) => !covered.includes(one.about));
-    const told = rest.filter((one) => one.also).slice(0, 2);
+    const told = rest.filter((one) => one.also).slice(0, MOST_ALSO);
     const acts = [first, ...told].flatMap((one) => one.acts || []);
     return { ...first, acts, detail: first.detail.trim() + (told.length ? " Also: " + told.map((one) => one.also).join("; ") + "." : "") };
   };

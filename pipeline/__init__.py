@@ -15,7 +15,7 @@ HTTP -> ingest -> log -> five streams -> feature store, models -> serving -> HTT
     feature_store both systems' features, merged, with where each value comes from
     publisher     the public feature keys of who is in the outbox, after the commit
     lookups       receipts, dead letters, predictions
-    serving       the snapshot that the dashboard reads
+    serving       the snapshot that the dashboard reads; standing says why all is not well
     jobs          what APScheduler runs, and how often
     runtime       builds, starts and stops all of it; supervisor does so for the processes
 """

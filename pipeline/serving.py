@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline import checkpoints, keys
+from pipeline import checkpoints, keys, standing
 from pipeline.checkpoints import Audit
 from pipeline.errors import StoreError
 from pipeline.footprint import Footprint
@@ -28,7 +28,6 @@ HISTORY_S = 300
 RATE_S = 5.0  # rates are means over this long
 _TOP = 6
 _encode = msgspec.json.Encoder().encode
-_BEHIND_S = 10.0
 _OUTAGES = 3
 _OUTAGE = ("began", "ended", "caught_up", "queued", "delivered", "dead")
 
@@ -89,12 +88,12 @@ class Serving:
         nexus = self._nexus
         try:
             audit = checkpoints.audit(nexus.store)
-            lags = self._lag_seconds(audit)
+            lags = standing.lag_seconds(nexus, audit, self._clock())
         except StoreError as error:
             return 503, self._without_store(error)
         states = nexus.stream_states()
         running = nexus.runner.state == "running" or audit.owned
-        reasons = self._reasons(audit, states, lags)
+        reasons = standing.reasons(nexus, audit, lags, self.store_watch.status)
         status = "unhealthy" if not running else "degraded" if reasons else "healthy"
         streams = {
             name: {
@@ -110,7 +109,7 @@ class Serving:
         }
         return (503 if status == "unhealthy" else 200), {
             "status": status,
-            "reasons": reasons,
+            "reasons": [reason["text"] for reason in reasons],
             "streams": streams,
             "totals": {
                 "accepted": audit.head.accepted,
@@ -128,29 +127,6 @@ class Serving:
             "bytes": self._footprint.latest,
             "retention": nexus.retention.latest,
         }
-
-    def _reasons(
-        self, audit: Audit, states: Mapping[str, tuple[str, str | None]], lags: Mapping[str, float]
-    ) -> list[str]:
-        """Why all is not well, in words."""
-        nexus = self._nexus
-        found: list[str] = []
-        elsewhere = nexus.runner.state == "standby" and audit.owned
-        for name, (state, detail) in states.items():
-            lag = lags.get(name, 0.0)
-            if (state != "running" and name != "bridge" and not elsewhere) or lag >= _BEHIND_S:
-                found.append(f"{name}: {state}, {lag:.0f} s behind" + (f" ({detail})" if detail else ""))
-        if (partner := nexus.partner_status())["status"] not in ("online", "disabled"):
-            found.append(f"the Python service is {partner['status']}: {partner['reason']}")
-        if (store := self.store_watch.status)["status"] != "online":
-            found.append(f"the store is {store['status']}: {store['detail']}")
-        if fell := nexus.log.mark.reason:
-            found.append(fell)
-        if audit.unexplained:
-            found.append(f"events unexplained: {audit.unexplained}")
-        if held_by := nexus.retention.latest["held_back"]:
-            found.append(f"events past their retention are kept for {', '.join(held_by)}, yet to read them")
-        return found + nexus.scheduler.broken()
 
     def _without_store(self, error: StoreError) -> dict[str, Any]:
         """What is known of the health while the store does not answer."""
@@ -175,7 +151,7 @@ class Serving:
         try:
             self.store_watch.look()
             self.audit = checkpoints.audit(nexus.store)
-            seen = self.audit, self._lag_seconds(self.audit)
+            seen = self.audit, standing.lag_seconds(nexus, self.audit, self._clock())
             self._footprint.look()
         except StoreError:
             pass  # what was known before is not how it stands now: shown as unknown
@@ -183,17 +159,6 @@ class Serving:
         self._body = self._build(now, *(seen or (None, None)))
         self._plain = _encode(self._body)
         self._remember()
-
-    def _lag_seconds(self, audit: Audit) -> dict[str, float]:
-        """For each stream the age of the oldest event that it has yet to process."""
-        behind = {
-            name: account.position
-            for name, account in audit.accounts.items()
-            if account.pending > 0 and self._nexus.live_ordinal(name) < audit.head.ordinal
-        }
-        headers = self._nexus.log.arrivals(list(behind.values()))
-        now = self._clock()
-        return {name: max(0.0, (now - at) / 1000) for name, at in zip(behind, headers, strict=True) if at is not None}
 
     def _build(self, now: float, audit: Audit | None, lags: Mapping[str, float] | None) -> dict[str, Any]:
         """Of what stands in the store null where it did not answer (`audit` and `lags` are None)."""
@@ -245,6 +210,7 @@ class Serving:
                 "rejected": head.rejected if head else None,
             },
             "unexplained": audit.unexplained if audit is not None else None,
+            "reasons": standing.reasons(nexus, audit, lags or {}, self.store_watch.status),
             "retention": nexus.retention.latest,
             "rates": {
                 "ingest": _rounded(ingest_rate),
@@ -296,7 +262,7 @@ class Serving:
             elif state == "restarting" and name not in self._ran:
                 state = STARTING  # it loads what it goes on from
             lag_s = None if lags is None else lags.get(name, 0.0)
-            if state == "running" and (lag_s or 0.0) >= _BEHIND_S:
+            if state == "running" and (lag_s or 0.0) >= standing.BEHIND_S:
                 state = "behind"
             found[name] = {
                 "state": state,

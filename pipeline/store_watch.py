@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class StoreWatch:
-    """What the store said of itself at the last look: status (online, degraded, full, readonly, loading, offline), bytes."""
+    """What the store said of itself at the last look: status (online, degraded, full, readonly, loading, offline), bytes, and
+    whether it keeps what it has acknowledged (`durable`, None before it was asked)."""
 
     def __init__(self, store: Store, settings: Settings, ingest: Ingest, of_events: Callable[[], float | None]) -> None:
         """`of_events`: bytes that stored events take, where that is known."""
@@ -30,6 +31,7 @@ class StoreWatch:
             "detail": "not asked yet",
             "used_bytes": None,
             "max_bytes": None,
+            "durable": None,
         }
 
     @property
@@ -58,6 +60,7 @@ class StoreWatch:
             "used_bytes": used,
             "max_bytes": limit or None,
             "embedded": self._settings.embedded,
+            "durable": info.get("aof_enabled") != "0" and not _evicts(info),
         }
         self._tell()
 
@@ -110,10 +113,14 @@ def _condition(info: dict[str, str]) -> tuple[str, str | None]:
         return "degraded", _NO_AOF
     if info.get("aof_last_write_status") == "err":
         return "full", "the store cannot write its append-only file: is its disk full?"
-    policy = info.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction" and info.get("maxmemory", "0") != "0":
+    if _evicts(info):
         return (
             "degraded",
-            f"at its memory limit the store evicts what Nexus keeps: set maxmemory-policy noeviction, not {policy}",
+            "at its memory limit the store evicts what Nexus keeps: set maxmemory-policy noeviction, not "
+            + info["maxmemory_policy"],
         )
     return "online", None
+
+
+def _evicts(info: dict[str, str]) -> bool:
+    return info.get("maxmemory_policy", "noeviction") != "noeviction" and info.get("maxmemory", "0") != "0"

@@ -38,7 +38,8 @@ def busy() -> Feed:
         "at": at,
         "boot": "one",
         "version": "0.1.0",
-        "store": {"status": "online", "detail": None, "used_bytes": 312e6, "max_bytes": 3.2e9, "embedded": True},
+        "store": {"status": "online", "detail": None, "used_bytes": 312e6, "max_bytes": 3.2e9, "embedded": True}
+        | {"durable": True},
         "pipeline": {"state": "running", "detail": None, "checkpoint_age_s": 0.4},
         "python": {
             "status": "online",
@@ -54,6 +55,7 @@ def busy() -> Feed:
         "streams": {name: dict(stream) for name in STREAMS},
         "totals": {"accepted": 481_207, "duplicates": 12, "rejected": 3},
         "unexplained": 0,
+        "reasons": [],
         "rates": {"ingest": 1240.0, "nexus": 1238.0, "python": 1236.0},
         "latency": {"ingest_p50_ms": 0.8, "ingest_p99_ms": 4.2},
         "freshness": {"nexus_s": 0.2, "python_s": 0.4, "nexus_users": 10_204},
@@ -164,7 +166,39 @@ def local_dead() -> Feed:
 def store_degraded() -> Feed:
     feed = busy()
     feed["store"].update(status="degraded", detail="append-only file is off: a crash of the store loses events")
+    feed["store"]["durable"] = False
     return feed
+
+
+def frail_and_paused() -> Feed:
+    feed = store_degraded()
+    feed["circuit"]["paused"] = True
+    return feed
+
+
+def frail_and_away() -> Feed:
+    feed = store_away()
+    feed["store"]["durable"] = False
+    return feed
+
+
+def frail_on_standby() -> Feed:
+    feed = standby()
+    feed["pipeline"]["detail"] = "another instance runs the pipeline"
+    feed["store"].update(store_degraded()["store"])
+    feed["circuit"]["paused"] = True
+    return feed
+
+
+def rolled_back() -> Feed:
+    feed = paused()
+    words = "the store came back without its latest events: the log had reached 113, now it ends at 0"
+    feed["reasons"] = [{"about": "log", "text": words}, {"about": "job", "text": "the job retention fails: ValueError"}]
+    return feed
+
+
+def job_broken() -> Feed:
+    return {**busy(), "reasons": [{"about": "job", "text": "the job retention fails: ValueError: not found"}]}
 
 
 def opened_by_hand() -> Feed:
@@ -259,6 +293,11 @@ SCENARIOS: dict[str, Callable[[], Feed]] = {
         paused,
         local_dead,
         store_degraded,
+        frail_and_paused,
+        frail_and_away,
+        frail_on_standby,
+        rolled_back,
+        job_broken,
         opened_by_hand,
         half_open,
         probing_with_backlog,

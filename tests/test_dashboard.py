@@ -118,6 +118,8 @@ def test_a_second_dashboard_in_one_process_has_every_callback_of_the_first() -> 
         ("unexplained", "bad", "1 event unexplained"),
         ("local_dead", "warn", "1 event needs a look: in the dead letters of inference"),
         ("store_degraded", "warn", "The store is degraded: acknowledged events are not safe in it"),
+        ("rolled_back", "bad", "Acknowledged events are lost"),
+        ("job_broken", "warn", "The job retention fails: ValueError: not found"),
         ("half_open", "warn", "The bridge probes the Python service"),
         ("starting", "idle", "Nexus is starting"),
         ("streams_load", "idle", "Nexus is starting"),
@@ -146,6 +148,35 @@ def test_dead_letters_of_any_stream_are_counted_and_marked_and_listed_on_demand(
     words = "1 sent again. 1 not: it cannot be decoded."
     page.wait(lambda: words in page.run("return document.body.innerText"), "the outcome was not told")
     assert page.run("return document.getElementById('act-letters').hidden")
+
+
+@pytest.mark.parametrize("scenario", ["frail_and_paused", "frail_and_away", "rolled_back"])
+def test_nobody_is_told_that_nothing_is_lost_where_it_may_be(nexus: FakeNexus, page: Page, scenario: str) -> None:
+    _with(nexus, page, scenario)
+    title = {"frail_and_away": "Store is away", "rolled_back": "are lost"}.get(
+        scenario, "The bridge is paused: 3 events"
+    )
+    page.verdict(title)
+    told = page.text("verdict")
+    assert "nothing is lost" not in told
+    assert "come back with it" not in told
+    assert ("some may be gone" in told) == (scenario == "frail_and_away")
+
+
+def test_roll_back_is_told_with_what_health_says_of_it_and_what_else_is_wrong(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "rolled_back").verdict("Acknowledged events are lost")
+    detail = page.text("verdict-detail")
+    assert "the log had reached 113, now it ends at 0." in detail
+    assert "Also: the bridge is paused; the job retention fails: ValueError." in detail
+
+
+def test_standby_tells_once_that_it_is_one_and_what_else_is_wrong(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "frail_on_standby").verdict("This instance stands by")
+    detail = page.text("verdict-detail")
+    assert detail.count("nother instance") == 1
+    assert "Also: the bridge is paused; the store is degraded." in detail
+    shown = "return [...document.querySelectorAll('[data-act]')].filter(e => !e.hidden).map(e => e.dataset.act)"
+    assert page.run(shown) == ["resume"]
 
 
 def test_store_that_is_degraded_takes_events_and_is_not_drawn_as_refusing(nexus: FakeNexus, page: Page) -> None:

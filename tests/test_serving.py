@@ -97,3 +97,14 @@ def test_feed_stays_small_after_outages_and_canaries(nexus: Runtime) -> None:
     assert found["outages"][0]["queued"] == 6_666
     assert found["canary"]["failed"] == [{"name": "hop_0", "detail": "in the log"}]
     assert len(nexus.serving.feed(False)) < 6 * 1024
+
+
+def test_feed_holds_every_reason_that_health_gives(start_nexus: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    nexus = start_nexus()
+    nexus.log.mark.saw(113, nexus.log.mark.reached)
+    nexus.log.head()  # which ends earlier
+    monkeypatch.setattr(nexus.scheduler, "broken", lambda: ["the job retention fails: ValueError"])
+    health = client_of(nexus).get("/api/ml/events/ingest?check=health").json
+    reasons = feed(nexus)["reasons"]
+    assert {"log", "partner", "job"} <= {reason["about"] for reason in reasons}
+    assert {reason["text"] for reason in reasons if reason["about"] in ("log", "job")} <= set(health["reasons"])

@@ -125,11 +125,23 @@ def test_store_that_would_evict_at_its_limit_is_degraded(start_own: Start, own_s
     watch = start_own().serving.store_watch
     own_server.client.config_set("maxmemory-policy", "allkeys-lru")
     watch.look()
-    assert watch.status["status"] == "online"  # it has no limit
+    assert (watch.status["status"], watch.status["durable"]) == ("online", True)  # it has no limit
     own_server.client.config_set("maxmemory", 1 << 30)
     watch.look()
-    assert watch.status["status"] == "degraded"
+    assert (watch.status["status"], watch.status["durable"]) == ("degraded", False)
     assert "set maxmemory-policy noeviction, not allkeys-lru" in watch.status["detail"]
     own_server.client.config_set("maxmemory-policy", "noeviction")
     watch.look()
     assert watch.status["status"] == "online"
+
+
+def test_store_without_append_only_file_is_known_not_to_keep_all_even_once_it_is_away(
+    start_own: Start, own_server: Valkey
+) -> None:
+    watch = start_own().serving.store_watch
+    own_server.client.config_set("appendonly", "no")
+    watch.look()
+    assert watch.status["durable"] is False
+    own_server.kill()
+    until(lambda: watch.status["status"] == "offline", "the store away")
+    assert watch.status["durable"] is False

@@ -71,6 +71,7 @@ class StoreHealth(TypedDict):
     detail: str | None
     used_bytes: int | None
     max_bytes: int | None
+    durable: bool | None
 
 
 class Footprint(TypedDict):
