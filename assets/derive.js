@@ -10,6 +10,9 @@
   /* [stream, number] of those that have dead letters. */
   nexus.deadLetters = (feed) => STREAMS.map((name) => [name, nexus.at(feed, `streams.${name}.failed`)]).filter(([, n]) => n > 0);
 
+  /* Events that a stream has yet to process: its lag counts those too that no checkpoint holds yet. */
+  nexus.behind = (stream) => (stream && nexus.known(stream.lag) ? Math.max(0, stream.lag - (stream.unsaved || 0)) : null);
+
   /* A store that is degraded takes events; every other state but online refuses them. */
   nexus.refuses = (feed) => !["online", "degraded", undefined, null].includes(nexus.at(feed, "store.status"));
 
@@ -57,7 +60,9 @@
       dead: counts.length ? counts.reduce((sum, n) => sum + n, 0) : null,
       died: Object.fromEntries(streams.map(([name, { failed }]) => [name, failed > 0 ? "warn" : "unknown"])),
       // Events under way for less than a second are work, not a lag.
-      lags: Object.fromEntries(streams.map(([name, { lag, lag_s }]) => [name, known(lag) && lag_s < 1 ? 0 : lag])),
+      lags: Object.fromEntries(streams.map(([name, stream]) => [name, known(stream.lag) && stream.lag_s < 1 ? 0 : nexus.behind(stream)])),
+      unsaved: Object.fromEntries(streams.map(([name, { unsaved, unsaved_s }]) => [name,
+        !known(unsaved) ? format.unknown : unsaved === 0 ? "0" : format.int(unsaved) + ", " + format.age(unsaved_s)])),
     };
   };
 })();

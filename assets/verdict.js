@@ -89,7 +89,7 @@
     if (!hit.length) return null;
     const first = hit[0];
     const is = at(feed, "streams." + first + ".state");
-    const lag = at(feed, "streams." + first + ".lag");
+    const lag = nexus.behind(at(feed, "streams." + first));
     const held = known(lag) ? events(lag) + " before it" : "its events wait in the log";
     const who = hit.length > 1 ? "Streams " + hit.join(", ") + " are " : "Stream " + first + " ";
     const verb = hit.length > 1 ? "" : is === "behind" ? "falls " : is === "restarting" ? "" : is === "failed" ? "has " : "is ";

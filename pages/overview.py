@@ -291,9 +291,24 @@ def _store() -> html.Section:
 
 
 def _streams() -> html.Section:
-    columns = ["stream", "state", "events/s", "lag", "behind by", "processed", "dead", "lag, last 5 min"]
-    numeric = {"events/s", "lag", "behind by", "processed", "dead"}
-    head = html.Tr([html.Th(name, scope="col", className="number" if name in numeric else "") for name in columns])
+    columns = {
+        "stream": None,
+        "state": None,
+        "events/s": None,
+        "lag": "Accepted, and neither processed nor dead as of the stream's last checkpoint",
+        "behind by": "Age of the oldest event that it has yet to process",
+        "no checkpoint yet": "Processed, and part of the lag until a checkpoint holds them; the age of the oldest",
+        "processed": None,
+        "dead": None,
+        "lag, last 5 min": None,
+    }
+    words = {"stream", "state", "lag, last 5 min"}
+    head = html.Tr(
+        [
+            html.Th(name, scope="col", title=meaning, className="" if name in words else "number")
+            for name, meaning in columns.items()
+        ]
+    )
     rows = [
         html.Tr(
             [
@@ -302,6 +317,7 @@ def _streams() -> html.Section:
                 html.Td(bind(f"streams.{name}.rate", "rate"), className="number"),
                 html.Td(bind(f"streams.{name}.lag", "int"), className="number"),
                 html.Td(bind(f"streams.{name}.lag_s", "age"), className="number"),
+                html.Td(bind(f"derived.unsaved.{name}"), className="number"),
                 html.Td(bind(f"streams.{name}.processed", "int"), className="number"),
                 html.Td(
                     bind(f"streams.{name}.failed", "int"),

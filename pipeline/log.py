@@ -39,7 +39,7 @@ from pipeline.frames import (
     split,
 )
 from pipeline.high_water import HighWater
-from pipeline.store import Store, as_hash
+from pipeline.store import Command, Store, as_hash
 
 SEGMENT_BYTES = 8 << 20
 SEGMENT_MS = 3_600_000
@@ -341,13 +341,19 @@ class Log:
         header = header_at(raw, 0, any_version=True)
         return None if header is None else int(header[6])
 
-    def arrivals(self, positions: Sequence[Position]) -> list[int | None]:
-        """When the frames at positions arrived (epoch ms), None at the log's end and where it is damaged."""
-        size = HEADER.size
-        commands = [("GETRANGE", f"{keys.LOG}{p.segment}", p.offset, p.offset + size - 1) for p in positions]
+    def next_frames(self, positions: Sequence[Position]) -> list[tuple[int, list[int]] | None]:
+        """Of the frames at positions: arrival (epoch ms), and for each stream how many events were addressed to it before.
+        None at the log's end and where it is damaged."""
+        last = HEADER.size - 1
+        commands: list[Command] = []
+        for p in positions:  # at a segment's end it is the next one's first
+            commands.append(("GETRANGE", f"{keys.LOG}{p.segment}", p.offset, p.offset + last))
+            commands.append(("GETRANGE", f"{keys.LOG}{p.segment + 1}", 0, last))
         found = self._store.many(commands) if commands else []
-        headers = [header_at(raw, 0, any_version=True) for raw in found]
-        return [None if header is None else header[5] for header in headers]
+        headers = [
+            header_at(raw or behind, 0, any_version=True) for raw, behind in zip(found[::2], found[1::2], strict=True)
+        ]
+        return [h and (h[5], [int.from_bytes(count, "little") for count in h[7:12]]) for h in headers]
 
     def locate(self, event_ids: Sequence[str]) -> list[int | None]:
         """The places of events by id, None where unknown."""

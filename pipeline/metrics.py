@@ -104,6 +104,8 @@ def _streams(seen: Mapping[str, Any]) -> Iterator[Metric]:
     yield gauge("stream_dead_events", "Events that are dead letters of the stream now.", of("failed"))
     yield gauge("stream_pending_events", "Events accepted for the stream and neither processed nor dead.", of("lag"))
     yield gauge("stream_lag_seconds", "Age of the oldest event that the stream has yet to process.", of("lag_s"))
+    yield gauge("stream_unsaved_events", "Events processed that no checkpoint holds yet.", of("unsaved"))
+    yield gauge("stream_unsaved_seconds", "Age of the oldest of these.", of("unsaved_s"))
     yield gauge("stream_rate_events_per_second", "Events that the stream processes a second, here.", of("rate"))
     words = [
         ({"stream": name, "state": state}, float(row["state"] == state))

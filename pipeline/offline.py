@@ -52,8 +52,8 @@ def stored_since(log: Log) -> int | None:
     head = log.head()
     if head.first_segment == 1:
         return None
-    [arrival] = log.arrivals([Position(head.first_segment)])
-    return arrival if arrival is not None else head.last_arrival
+    [frame] = log.next_frames([Position(head.first_segment)])
+    return frame[0] if frame is not None else head.last_arrival
 
 
 def fold(windows: Windows, entity: Entity, event: Event, ts: int, as_of: int, judges: Sequence[Windows] = ()) -> bool:

@@ -27,6 +27,7 @@ from pipeline.errors import PartnerTimeout, StoreError
 from pipeline.events import rfc3339, uuid7
 from pipeline.feature_health import FeatureHealth
 from pipeline.feature_store import FeatureStore
+from pipeline.frames import Position
 from pipeline.health import Health
 from pipeline.ingest import Ingest
 from pipeline.jobs import HEALTH_CHECK, PIPELINE, Job, Scheduler
@@ -184,8 +185,9 @@ class Runtime:
     def stream_states(self) -> dict[str, tuple[str, str | None]]:
         return {**self.runner.states(), "bridge": (self.bridge.state, self.bridge.detail)}
 
-    def live_ordinal(self, name: str) -> int:
-        return self.bridge.ordinal if name == "bridge" else self.runner.ordinal(name)
+    def live_position(self, name: str) -> Position | None:
+        """Where a stream stands that is ahead of its checkpoint; None for the others."""
+        return self.runner.position(name) if name != "bridge" else None
 
     def live_processed(self, name: str) -> int:
         return self.bridge.processed if name == "bridge" else self.runner.processed(name)

@@ -15,6 +15,7 @@ from pipeline.checkpoints import Audit
 from pipeline.errors import StoreError
 from pipeline.footprint import Footprint
 from pipeline.jobs import HEALTH_CHECK
+from pipeline.standing import Lag
 from pipeline.store_watch import StoreWatch
 from pipeline.streams.aggregates import RECENT_S, Aggregates
 from pipeline.streams.features import Features
@@ -88,7 +89,7 @@ class Serving:
         nexus = self._nexus
         try:
             audit = checkpoints.audit(nexus.store)
-            lags = standing.lag_seconds(nexus, audit, self._clock())
+            lags = standing.lags(nexus, audit, self._clock())
         except StoreError as error:
             return 503, self._without_store(error)
         states = nexus.stream_states()
@@ -103,7 +104,9 @@ class Serving:
                 "failed": account.dead,
                 "rate": self._body.get("streams", {}).get(name, {}).get("rate"),
                 "pending": account.pending,
-                "lag_s": round(lags.get(name, 0.0), 3),
+                "lag_s": round(lags[name].seconds, 3),
+                "unsaved": lags[name].unsaved,
+                "unsaved_s": round(lags[name].unsaved_s, 3),
             }
             for name, account in audit.accounts.items()
         }
@@ -130,7 +133,7 @@ class Serving:
 
     def _without_store(self, error: StoreError) -> dict[str, Any]:
         """What is known of the health while the store does not answer."""
-        unknown = dict.fromkeys(("lag", "processed", "failed", "rate", "pending", "lag_s"))
+        unknown = dict.fromkeys(("lag", "processed", "failed", "rate", "pending", "lag_s", "unsaved", "unsaved_s"))
         return {
             "status": "unhealthy",
             "reasons": [error.message],
@@ -147,11 +150,11 @@ class Serving:
     def refresh(self) -> None:
         """The job: look at everything once. A store that is away shows as such."""
         nexus, now = self._nexus, time.monotonic()
-        seen: tuple[Audit, dict[str, float]] | None = None
+        seen: tuple[Audit, dict[str, Lag]] | None = None
         try:
             self.store_watch.look()
             self.audit = checkpoints.audit(nexus.store)
-            seen = self.audit, standing.lag_seconds(nexus, self.audit, self._clock())
+            seen = self.audit, standing.lags(nexus, self.audit, self._clock())
             self._footprint.look()
         except StoreError:
             pass  # what was known before is not how it stands now: shown as unknown
@@ -160,7 +163,7 @@ class Serving:
         self._plain = _encode(self._body)
         self._remember()
 
-    def _build(self, now: float, audit: Audit | None, lags: Mapping[str, float] | None) -> dict[str, Any]:
+    def _build(self, now: float, audit: Audit | None, lags: Mapping[str, Lag] | None) -> dict[str, Any]:
         """Of what stands in the store null where it did not answer (`audit` and `lags` are None)."""
         nexus = self._nexus
         bridge, circuit = nexus.bridge, nexus.bridge.circuit
@@ -200,7 +203,7 @@ class Serving:
             "backlog": {
                 "pending": pending,
                 "dead": dead,
-                "oldest_age_s": _rounded(lags.get("bridge")) if lags is not None else None,
+                "oldest_age_s": _rounded(lags["bridge"].seconds) if lags is not None and pending else None,
                 "eta_s": _rounded(drain_s(pending, python_rate, ingest_rate or 0.0)),
             },
             "streams": streams,
@@ -222,8 +225,10 @@ class Serving:
                 "ingest_p99_ms": _rounded(cuts[98]) if cuts else None,
             },
             "freshness": {
-                "nexus_s": None if lags is None else _rounded(lags.get("features", nexus.runner.delay_s("features"))),
-                "python_s": None if lags is None else _rounded(lags.get("bridge", bridge.delay_s)),
+                "nexus_s": None
+                if lags is None
+                else _rounded(lags["features"].seconds or nexus.runner.delay_s("features")),
+                "python_s": None if lags is None else _rounded(lags["bridge"].seconds or bridge.delay_s),
                 "nexus_users": features.users if isinstance(features, Features) else None,
             },
             "bridge_errors": {
@@ -248,7 +253,7 @@ class Serving:
             found["status"] = STARTING
         return found
 
-    def _streams(self, now: float, audit: Audit | None, lags: Mapping[str, float] | None) -> dict[str, dict[str, Any]]:
+    def _streams(self, now: float, audit: Audit | None, lags: Mapping[str, Lag] | None) -> dict[str, dict[str, Any]]:
         nexus = self._nexus
         states = nexus.stream_states()
         if nexus.runner.state in (STARTING, "running") and states["bridge"][0] in ("standby", "stopped"):
@@ -261,14 +266,16 @@ class Serving:
                 self._ran.add(name)
             elif state == "restarting" and name not in self._ran:
                 state = STARTING  # it loads what it goes on from
-            lag_s = None if lags is None else lags.get(name, 0.0)
-            if state == "running" and (lag_s or 0.0) >= standing.BEHIND_S:
+            lag = None if lags is None else lags[name]
+            if state == "running" and lag is not None and lag.seconds >= standing.BEHIND_S:
                 state = "behind"
             found[name] = {
                 "state": state,
                 "detail": detail,
                 "lag": account.pending if account else None,
-                "lag_s": _rounded(lag_s),
+                "lag_s": _rounded(lag.seconds if lag else None),
+                "unsaved": lag.unsaved if lag else None,
+                "unsaved_s": _rounded(lag.unsaved_s if lag else None),
                 "processed": account.processed if account else None,
                 "failed": account.dead if account else None,
                 "rate": _rounded(self._rate(name, nexus.live_processed(name), now)),

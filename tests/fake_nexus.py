@@ -34,6 +34,7 @@ def busy() -> Feed:
     """Both systems at work."""
     at = int(time.time() * 1000)
     stream = {"state": "running", "lag": 3, "lag_s": 0.1, "processed": 481_204, "failed": 0, "rate": 1240.0}
+    stream |= {"unsaved": 2, "unsaved_s": 0.3}
     return {
         "at": at,
         "boot": "one",
@@ -160,6 +161,13 @@ def paused() -> Feed:
 def local_dead() -> Feed:
     feed = busy()
     feed["streams"]["inference"]["failed"] = 1
+    return feed
+
+
+def slow_checkpoint() -> Feed:
+    feed = busy()
+    feed["streams"]["features"].update(lag=27_846, lag_s=0.0, unsaved=27_812, unsaved_s=28.1)
+    feed["streams"]["storage"].update(state="behind", lag=30_000, lag_s=12.0, unsaved=10_000, unsaved_s=28.1)
     return feed
 
 
@@ -292,6 +300,7 @@ SCENARIOS: dict[str, Callable[[], Feed]] = {
         simulated,
         paused,
         local_dead,
+        slow_checkpoint,
         store_degraded,
         frail_and_paused,
         frail_and_away,

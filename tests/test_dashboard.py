@@ -150,6 +150,16 @@ def test_dead_letters_of_any_stream_are_counted_and_marked_and_listed_on_demand(
     assert page.run("return document.getElementById('act-letters').hidden")
 
 
+def test_what_only_waits_for_a_checkpoint_is_told_apart_from_what_waits_to_be_processed(
+    nexus: FakeNexus, page: Page
+) -> None:
+    _with(nexus, page, "slow_checkpoint").verdict("Stream storage falls behind: 20,000 events before it")
+    rows = page.run("return [...document.querySelectorAll('#tile-streams tbody tr')].map(e => e.innerText)")
+    assert rows[0].split("\t")[3:6] == ["27,846", "0 s", "27,812, 28 s"]
+    assert "caught up" in page.text("stream-features")
+    assert "20,000 behind" in page.text("stream-storage")
+
+
 @pytest.mark.parametrize("scenario", ["frail_and_paused", "frail_and_away", "rolled_back"])
 def test_nobody_is_told_that_nothing_is_lost_where_it_may_be(nexus: FakeNexus, page: Page, scenario: str) -> None:
     _with(nexus, page, scenario)

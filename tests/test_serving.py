@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
 
 from pipeline.runtime import Runtime
+from pipeline.streams.worker import Worker
 from tests.conftest import Start, client_of, quick
-from tests.helpers import LOCAL, FakePartner, Valkey, until
+from tests.helpers import LOCAL, FakePartner, Valkey, append, event, until
 
 
 def feed(nexus: Runtime, history: bool = False) -> dict[str, Any]:
@@ -108,3 +110,27 @@ def test_feed_holds_every_reason_that_health_gives(start_nexus: Start, monkeypat
     reasons = feed(nexus)["reasons"]
     assert {"log", "partner", "job"} <= {reason["about"] for reason in reasons}
     assert {reason["text"] for reason in reasons if reason["about"] in ("log", "job")} <= set(health["reasons"])
+
+
+def test_what_a_stream_has_processed_is_no_lag_while_its_checkpoint_takes_long(
+    start_nexus: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nexus = start_nexus(ENABLE_PYTHON_BRIDGE="false", HEALTH_CHECK_INTERVAL=1000)
+    client, pause = client_of(nexus), threading.Event()
+    until(lambda: nexus.log.head().ordinal == nexus.runner.ordinal("features"), "it at the log's end")
+    monkeypatch.setattr(Worker, "checkpoint_step", lambda self, idle: pause.wait(0.02) and False)
+    taken = append(nexus.log, [event() for _ in range(5)], nexus.clock() - 57_000)
+    nexus.taken()
+    assert nexus.runner.wait_for("features", taken.end, 30.0)
+    at = nexus.runner.position("features")
+    append(nexus.log, [event()], nexus.clock())
+    monkeypatch.setattr(nexus.runner, "position", lambda name: at)  # as if it had yet to come to the last one
+
+    health = client.get("/api/ml/events/ingest?check=health").json
+    row = health["streams"]["features"]
+    assert (row["lag"], row["unsaved"], row["state"]) == (6, 5, "running")
+    assert row["lag_s"] < 30 < 57 <= row["unsaved_s"]
+    assert [reason for reason in health["reasons"] if reason.startswith("features")] == []
+    shown = feed(nexus)
+    assert shown["streams"]["features"]["state"] == "running"
+    assert shown["freshness"]["nexus_s"] < 30 < shown["streams"]["features"]["unsaved_s"]

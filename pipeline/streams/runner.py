@@ -145,6 +145,11 @@ class Runner:
         worker = self._stragglers.get(name) or self._group
         return worker.delays_s.get(name) if worker is not None else None
 
+    def position(self, name: str) -> Position | None:
+        """Where the stream stands, live; None while it does not run here."""
+        worker = self._stragglers.get(name) or self._group
+        return worker.at.get(name) if worker is not None else None
+
     def ordinal(self, name: str) -> int:
         """How many events of the log the stream has behind it, live."""
         return self._ordinals.get(name, 0)

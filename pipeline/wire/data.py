@@ -49,7 +49,8 @@ class Ingested(TypedDict):
 
 
 class StreamHealth(TypedDict):
-    """All but the state is null while the store is away."""
+    """All but the state is null while the store is away. `lag_s`: the age of the oldest event yet to be processed; `unsaved`:
+    events processed that no checkpoint holds yet, which `lag` has until then, and the age of the oldest of these."""
 
     state: str
     lag: int | None
@@ -58,6 +59,8 @@ class StreamHealth(TypedDict):
     rate: float | None
     pending: int | None
     lag_s: float | None
+    unsaved: int | None
+    unsaved_s: float | None
 
 
 class Totals(TypedDict):
