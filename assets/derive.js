@@ -35,6 +35,12 @@
     return [worse(store, python === "bad" ? "warn" : python), sends ? "both systems merged" : "Nexus's own, Python's as last known"];
   }
 
+  /* Events that retention let go of before their time, and when it last had to. */
+  function early(feed) {
+    const [n, latest] = [nexus.at(feed, "retention.within_retention"), Date.parse(nexus.at(feed, "retention.within_retention_at"))];
+    return nexus.format.int(n) + (n > 0 && nexus.known(latest) ? ", latest " + nexus.format.clock(latest) : "");
+  }
+
   nexus.derive = function (feed) {
     const { at, format, known } = nexus;
     const status = at(feed, "store.status");
@@ -53,6 +59,7 @@
       memory: !known(used) ? "unknown" : used >= 0.85 ? "bad" : used >= 0.7 ? "warn" : "ok",
       used: known(used) ? used : null,
       memory_words: known(used) ? format.percent(used) + " used; ingest refuses at 85 %" : "no figures",
+      early: early(feed),
       ingest_words: nexus.refuses(feed) ? "refuses: 503" : "p99 " + format.ms(at(feed, "latency.ingest_p99_ms")),
       unexplained: !known(feed.unexplained) ? "unknown" : feed.unexplained === 0 ? "ok" : "bad",
       waiting: !known(pending) ? null : pending === 0 ? "nothing waits" : format.compact(pending) + " wait" + (known(oldest) ? ", oldest " + format.age(oldest) : ""),

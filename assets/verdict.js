@@ -8,6 +8,7 @@
   const SILENT_S = 15; // by then it is no hiccup
   const TOLD = ["stream", "partner", "store", "log", "accounts"]; // of health's reasons those that have words of their own here
   const MOST_ALSO = 3;
+  const EARLY_MS = 600000;
   const WAITING = 1000; // fewer waiting events are a bridge at work, not a backlog
 
   const events = (n) => format.int(n) + (n === 1 ? " event" : " events");
@@ -49,10 +50,38 @@
       offline: ["bad", "Store is away: ingest refuses with 503, Nexus resumes by itself", "The Python service keeps what it knows." + kept(feed)],
       loading: ["warn", "Store is loading: ingest refuses with 503 until it is done", "Nexus resumes by itself."],
       readonly: ["bad", "Store is read-only: ingest refuses with 503, Nexus resumes by itself", "Usual causes: a failover, or a replica taken for the primary."],
-      full: ["bad", "Store is full: ingest refuses with 503, the backlog still drains", "Nothing is evicted. Raise STORE_MAX_MEMORY or wait for retention to free room."],
     }[status];
+    if (status === "full") return full(feed, sentence(at(feed, "store.detail")));
     return said && { level: said[0], title: said[1], detail: sentence(at(feed, "store.detail")) + said[2], rings: "apart",
-      covers: status === "full" ? [] : ["pipeline", "streams", "asked", ...ALL_AGES] };
+      covers: ["pipeline", "streams", "asked", ...ALL_AGES] };
+  }
+
+  /* Of a full disk the store refuses every write. In a full memory the streams go on, and retention makes room as far as they came:
+     who holds it back is the cause. */
+  function full(feed, why) {
+    if (at(feed, "store.full_of") === "disk") {
+      return { level: "bad", title: "The store's disk is full: ingest refuses with 503, Nexus resumes by itself", rings: "apart",
+        detail: why + "Free room on that disk; a higher STORE_MAX_MEMORY does not help.", covers: ["pipeline", "streams"] };
+    }
+    const held = at(feed, "retention.held_back") || [];
+    if (!held.length) {
+      return { level: "bad", title: "Store is full: ingest refuses with 503 until retention has made room", rings: "apart",
+        detail: why + "It lets go of the oldest events, those within their retention too: raise STORE_MAX_MEMORY to keep them." };
+    }
+    const cause = held.includes("bridge") ? bridge(feed) : null;
+    return { level: "bad", title: "Store is full and retention waits for " + list(held) + ": ingest refuses with 503", rings: "apart",
+      detail: why + list(held.map((name) => name + " has " + events(nexus.behind(at(feed, "streams." + name))) + " to read")) + (cause ? ": " + cause.also : "")
+        + ". Room comes as far as " + (held.length > 1 ? "they get" : "it gets") + ", or by a higher STORE_MAX_MEMORY.",
+      acts: cause ? cause.acts : [], covers: ["retention", ...(cause ? ["bridge", "backlog", "python age"] : [])] };
+  }
+
+  /* Told for a while after the latest, and counted in the store's tile for good. */
+  function early(feed) {
+    const [n, latest] = [at(feed, "retention.within_retention"), Date.parse(at(feed, "retention.within_retention_at"))];
+    if (!(n > 0) || !(feed.at - latest < EARLY_MS)) return null;
+    return { level: "warn", title: events(n) + " within their retention were let go of for want of memory", rings: "joined",
+      detail: "The latest at " + format.minute(latest) + ". Raise STORE_MAX_MEMORY, or lower EVENT_RETENTION_HOURS to what it holds.",
+      also: events(n) + " within their retention were let go of for want of memory" };
   }
 
   const loads = (feed) => at(feed, "pipeline.state") === "running" && LOCAL.some((name) => at(feed, "streams." + name + ".state") === "starting");
@@ -111,8 +140,8 @@
     const circuit = at(feed, "circuit.state");
     const because = sentence(brief(at(feed, "python.reason")));
     const go = "Nexus's own features go on. ";
-    const apart = { rings: "apart", covers: ["backlog", "python age"] };
-    const joined = { rings: "joined", covers: ["backlog", "python age"] };
+    const apart = { rings: "apart", about: "bridge", covers: ["backlog", "python age"] };
+    const joined = { ...apart, rings: "joined" };
     const reset = circuit === "open" ? ["reset"] : [];
     if (status === "disabled" || at(feed, "settings.ENABLE_PYTHON_BRIDGE.value") === false) {
       return { ...apart, level: "idle", title: "The bridge is switched off: Nexus works alone",
@@ -208,7 +237,7 @@
       return { level: "unknown", title: "Nexus runs, its figures are not known yet", detail: "The page asks once a second.", rings: "unknown" };
     }
     const found = [store(feed), pipeline(feed), lost(feed), accounts(feed), localStream(feed, ["failed"]), bridge(feed),
-      localStream(feed, ["behind", "restarting", "paused"]), frail(feed), ...others(feed), empty(feed), backlog(feed), dead(feed), ...stale(feed),
+      localStream(feed, ["behind", "restarting", "paused"]), frail(feed), early(feed), ...others(feed), empty(feed), backlog(feed), dead(feed), ...stale(feed),
       hybrid(feed)].filter(Boolean);
     if (!found.length) return asOne(feed);
     const covered = found.flatMap((one) => one.covers || []);

@@ -280,6 +280,7 @@ def _store() -> html.Section:
         html.Dl(
             [
                 pair("dead letters", bind("derived.dead", "int")),
+                pair("let go early", bind("derived.early")),
                 pair("ingest p50", bind("latency.ingest_p50_ms", "ms")),
                 pair("ingest p99", bind("latency.ingest_p99_ms", "ms")),
             ],

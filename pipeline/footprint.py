@@ -15,6 +15,7 @@ from pipeline.store import Command, Store
 from pipeline.streams.storage import ROW
 
 EVERY_S = 10.0
+_NOW_S = 1.0
 _SAMPLES = 16
 _PLACE = struct.Struct("<Q")  # which a row of the index begins with
 _OF_A_USER = (keys.USER, keys.HABIT, keys.SERVING)
@@ -33,15 +34,20 @@ class Footprint:
 
     def __init__(self, store: Store, log: Log) -> None:
         self._store, self._log = store, log
-        self._next = 0.0
+        self._measured = -EVERY_S  # monotonic seconds
         self.latest: Bytes = {"per_event": None, "per_id": None, "per_user": None}
         self.of_events: float | None = None  # all that retention may let go of
 
-    def look(self) -> None:
-        """Measure, unless that was done less than EVERY_S ago. Raises StoreError."""
-        if time.monotonic() < self._next:
+    def of_events_now(self) -> float | None:
+        """`of_events` as it is, not as it was seconds ago: a store may fill meanwhile. Raises StoreError."""
+        self.look(_NOW_S)
+        return self.of_events
+
+    def look(self, every_s: float = EVERY_S) -> None:
+        """Measure, unless that was done less than so long ago. Raises StoreError."""
+        if time.monotonic() < self._measured + every_s:
             return
-        self._next = time.monotonic() + EVERY_S
+        self._measured = time.monotonic()
         head = self._log.head()
         self.latest = {
             "per_event": self._per_event(head),

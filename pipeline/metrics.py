@@ -13,6 +13,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pipeline.events import parse_rfc3339
+
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
@@ -140,6 +142,12 @@ def _store(seen: Mapping[str, Any]) -> Iterator[Metric]:
     store = seen["store"]
     yield states("store_status", "1 for the store's status.", STORE_STATES, store["status"])
     yield plain("store_memory_used_bytes", "Memory that the store uses.", store["used_bytes"])
+    kept = seen["retention"]
+    gone = [({"due_for": due}, kept[name]) for due, name in (("age", "past_retention"), ("memory", "within_retention"))]
+    yield counter("events_let_go", "Events that retention let go of since the start, for age or want of memory.", gone)
+    at = kept["within_retention_at"]
+    latest = None if at is None else parse_rfc3339(at)[0] / 1000
+    yield plain("events_let_go_early_timestamp_seconds", "When some went for want of memory, the latest time.", latest)
     yield plain("store_memory_limit_bytes", "Its limit; ingest refuses at 85 % of it.", store["max_bytes"])
 
 

@@ -18,12 +18,21 @@ log = logging.getLogger(__name__)
 
 class Retention:
     """One run trims what is due. A segment goes as a whole: when its last event is older than the retention, or,
-    oldest first, while the store is short of memory. `latest`: the last run's report."""
+    oldest first, while the store is short of memory. `latest`: the last run's report. `let_go`: events since the start."""
 
     def __init__(self, events: Log, lease: Lease, retention_ms: int) -> None:
         self._log, self._lease, self._retention_ms = events, lease, retention_ms
         self._last_run: int | None = None
         self.latest: dict[str, Any] = {"trimmed": 0, "held_back": []}
+        self.let_go = {"past_retention": 0, "within_retention": 0}
+        self._within_at: int | None = None
+        self._for_age = True
+
+    def told(self) -> dict[str, Any]:
+        """The latest run, what is held back is due for (age or memory), and what went since the start."""
+        at = None if self._within_at is None else rfc3339(self._within_at)
+        due = None if not self.latest["held_back"] else "age" if self._for_age else "memory"
+        return {**self.latest, "due_for": due, **self.let_go, "within_retention_at": at}
 
     def run(self, now: int, memory_used: float) -> dict[str, Any]:
         """`memory_used` is a share of the limit, 0 without one. Answers how many segments went, and the streams that hold
@@ -35,9 +44,10 @@ class Retention:
             return report
         self._log.finish_trim(self._lease.epoch)
         sealed = self._log.sealed()
-        if not sealed and (memory_used > REFUSE_AT or self._log.head().last_arrival < now - self._retention_ms):
+        past = self._log.head().last_arrival < now - self._retention_ms
+        if not sealed and (memory_used > REFUSE_AT or past):
             # Only an append seals the open segment, and none comes: ingest refuses, or has long had nothing to take.
-            report["held_back"] = self._log.seal(self._lease.epoch)
+            report["held_back"], self._for_age = self._log.seal(self._lease.epoch), past
             sealed = self._log.sealed()
         for segment, (first_arrival, last_arrival, size, end) in sorted(sealed.items()):
             old = last_arrival < now - self._retention_ms
@@ -45,9 +55,10 @@ class Retention:
                 break
             first = self._log.first_ordinal(segment)
             if not self._log.trim(segment, self._lease.epoch):
-                report["held_back"] = self._log.readers(segment)
+                report["held_back"], self._for_age = self._log.readers(segment), old
                 break
             report["trimmed"] += 1
+            self.let_go["past_retention" if old else "within_retention"] += 0 if first is None else end - first
             facts = {
                 "segment": segment,
                 "events": None if first is None else end - first,
@@ -58,6 +69,7 @@ class Retention:
             if old:
                 log.info("events past their retention were let go of", extra=facts)
                 continue
+            self._within_at = now
             used = f"{memory_used:.0%} of the memory limit is used"
             log.warning("events within their retention were let go of", extra={"reason": used, **facts})
             break  # one at a time: the next run sees what it brought

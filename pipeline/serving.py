@@ -59,7 +59,7 @@ class Serving:
         self._body: dict[str, Any] = {}
         self._plain = b"{}"
         self._footprint = Footprint(nexus.store, nexus.log)
-        self.store_watch = StoreWatch(nexus.store, nexus.settings, nexus.ingest, lambda: self._footprint.of_events)
+        self.store_watch = StoreWatch(nexus.store, nexus.settings, nexus.ingest, self._footprint.of_events_now)
         self.audit: Audit | None = None
         self._errors_seen: deque[int] = deque([0], maxlen=61)  # the total at each of the last minute's looks
 
@@ -128,7 +128,7 @@ class Serving:
                 "last_segment": audit.head.segment,
             },
             "bytes": self._footprint.latest,
-            "retention": nexus.retention.latest,
+            "retention": nexus.retention.told(),
         }
 
     def _without_store(self, error: StoreError) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Serving:
             "store": {**self.store_watch.status, "status": "offline", "detail": error.message},
             "log": dict.fromkeys(("ids", "first_segment", "last_segment")),
             "bytes": self._footprint.latest,
-            "retention": self._nexus.retention.latest,
+            "retention": self._nexus.retention.told(),
             **error.body(),
         }
 
@@ -214,7 +214,7 @@ class Serving:
             },
             "unexplained": audit.unexplained if audit is not None else None,
             "reasons": standing.reasons(nexus, audit, lags or {}, self.store_watch.status),
-            "retention": nexus.retention.latest,
+            "retention": nexus.retention.told(),
             "rates": {
                 "ingest": _rounded(ingest_rate),
                 "nexus": streams["features"]["rate"],

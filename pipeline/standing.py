@@ -76,8 +76,9 @@ def reasons(nexus: Runtime, audit: Audit | None, lags: Mapping[str, Lag], store:
         add("log", fell)
     if audit is not None and audit.unexplained:
         add("accounts", f"events unexplained: {audit.unexplained}")
-    if held_by := nexus.retention.latest["held_back"]:
-        add("retention", f"events past their retention are kept for {', '.join(held_by)}, yet to read them")
+    if held_by := (kept := nexus.retention.told())["held_back"]:
+        due = "events past their retention" if kept["due_for"] == "age" else "for want of memory events should go, but"
+        add("retention", f"{due} are kept for {', '.join(held_by)}, yet to read them")
     for text in nexus.scheduler.broken():
         add("job", text)
     return found

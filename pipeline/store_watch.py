@@ -23,7 +23,7 @@ class StoreWatch:
     whether it keeps what it has acknowledged (`durable`, None before it was asked)."""
 
     def __init__(self, store: Store, settings: Settings, ingest: Ingest, of_events: Callable[[], float | None]) -> None:
-        """`of_events`: bytes that stored events take, where that is known."""
+        """`of_events`: bytes that stored events take just now, where that is known."""
         self._store, self._settings, self._ingest, self._of_events = store, settings, ingest, of_events
         self._told: str | None = None  # the status that the log was told last
         self.status: dict[str, Any] = {
@@ -32,6 +32,7 @@ class StoreWatch:
             "used_bytes": None,
             "max_bytes": None,
             "durable": None,
+            "full_of": None,
         }
 
     @property
@@ -45,14 +46,16 @@ class StoreWatch:
         try:
             info = self._store.info("memory", "persistence", "replication")
         except StoreError as error:
-            self.status.update(status=_why_away(str(error)), detail=error.message)
+            self.status.update(status=_why_away(str(error)), detail=error.message, full_of=None)
             self._tell()
             raise
         used, limit = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
         status, detail = _condition(info)
-        full = self._no_room(used, limit)
-        if full is not None:
-            status, detail = "full", full
+        full_of = "disk" if status == "full" else None
+        if (full := self._no_disk()) is not None:
+            status, detail, full_of = "full", full, "disk"
+        elif (full := self._no_memory(used, limit)) is not None:
+            status, detail, full_of = "full", full, "memory"
         self._close(full)
         self.status = {
             "status": status,
@@ -60,6 +63,7 @@ class StoreWatch:
             "used_bytes": used,
             "max_bytes": limit or None,
             "embedded": self._settings.embedded,
+            "full_of": full_of,
             "durable": info.get("aof_enabled") != "0" and not _evicts(info),
         }
         self._tell()
@@ -80,12 +84,16 @@ class StoreWatch:
         elif why is None and before is not None:
             log.info("ingest is open again")
 
-    def _no_room(self, used: int, limit: int) -> str | None:
+    def _no_disk(self) -> str | None:
         """Why ingest must refuse. The write that first meets a full disk is still answered by the store, so it is refused
         before it comes to that."""
         folder = self._settings.data_dir
         if self._settings.embedded and (free := shutil.disk_usage(folder).free) < MIN_FREE_DISK:
             return f"{free >> 20} MiB are free in {folder}; ingest refuses below {MIN_FREE_DISK >> 20}"
+        return None
+
+    def _no_memory(self, used: int, limit: int) -> str | None:
+        """Why ingest must refuse, and what fills the memory where that is not the events. Raises StoreError."""
         if limit > 0 and used > limit * REFUSE_AT:
             refuses = f"{used / limit:.0%} of the memory limit is used; ingest refuses from {REFUSE_AT:.0%} on"
             of_events = self._of_events()

@@ -40,7 +40,7 @@ def busy() -> Feed:
         "boot": "one",
         "version": "0.1.0",
         "store": {"status": "online", "detail": None, "used_bytes": 312e6, "max_bytes": 3.2e9, "embedded": True}
-        | {"durable": True},
+        | {"durable": True, "full_of": None},
         "pipeline": {"state": "running", "detail": None, "checkpoint_age_s": 0.4},
         "python": {
             "status": "online",
@@ -57,6 +57,8 @@ def busy() -> Feed:
         "totals": {"accepted": 481_207, "duplicates": 12, "rejected": 3},
         "unexplained": 0,
         "reasons": [],
+        "retention": {"trimmed": 0, "held_back": [], "due_for": None, "past_retention": 0}
+        | {"within_retention": 0, "within_retention_at": None},
         "rates": {"ingest": 1240.0, "nexus": 1238.0, "python": 1236.0},
         "latency": {"ingest_p50_ms": 0.8, "ingest_p99_ms": 4.2},
         "freshness": {"nexus_s": 0.2, "python_s": 0.4, "nexus_users": 10_204},
@@ -161,6 +163,38 @@ def paused() -> Feed:
 def local_dead() -> Feed:
     feed = busy()
     feed["streams"]["inference"]["failed"] = 1
+    return feed
+
+
+def disk_full() -> Feed:
+    feed = busy()
+    feed["store"].update(status="full", full_of="disk", detail="0 MiB are free in .nexus; ingest refuses below 64")
+    feed["pipeline"].update(state="restarting", detail="MISCONF Errors writing to the AOF file")
+    return feed
+
+
+def memory_full() -> Feed:
+    feed = busy()
+    detail = "86% of the memory limit is used; ingest refuses from 85% on"
+    feed["store"].update(status="full", full_of="memory", detail=detail, used_bytes=2.75e9)
+    at = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(feed["at"] / 1000 - 60))
+    feed["retention"].update(trimmed=1, within_retention=13_001, within_retention_at=at)
+    return feed
+
+
+def memory_full_while_paused() -> Feed:
+    feed = memory_full()
+    feed["retention"] = {"trimmed": 0, "held_back": ["bridge"], "due_for": "memory", "within_retention": 0}
+    feed["circuit"]["paused"] = True
+    feed["backlog"].update(pending=27_500, oldest_age_s=90.0, eta_s=None)
+    feed["streams"]["bridge"].update(state="paused", lag=27_500, lag_s=90.0, unsaved=0)
+    feed["reasons"] = [{"about": "retention", "text": "for want of memory events should go, but are kept for bridge"}]
+    return feed
+
+
+def room_again() -> Feed:
+    feed = busy()
+    feed["retention"] = memory_full()["retention"]
     return feed
 
 
@@ -300,6 +334,10 @@ SCENARIOS: dict[str, Callable[[], Feed]] = {
         simulated,
         paused,
         local_dead,
+        disk_full,
+        memory_full,
+        memory_full_while_paused,
+        room_again,
         slow_checkpoint,
         store_degraded,
         frail_and_paused,

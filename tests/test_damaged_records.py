@@ -49,6 +49,6 @@ def test_features_of_a_past_moment_are_those_of_the_others(damaged: Runtime) -> 
 
 
 def test_bytes_are_measured_on_the_others(damaged: Runtime) -> None:
-    damaged.serving._footprint._next = 0.0
+    damaged.serving._footprint._measured = -1e9
     damaged.serving._footprint.look()
     assert damaged.serving._footprint.latest["per_user"]

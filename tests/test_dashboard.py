@@ -160,6 +160,32 @@ def test_what_only_waits_for_a_checkpoint_is_told_apart_from_what_waits_to_be_pr
     assert "20,000 behind" in page.text("stream-storage")
 
 
+@pytest.mark.parametrize(
+    ("scenario", "title", "detail", "acts"),
+    [
+        ("disk_full", "The store's disk is full", "STORE_MAX_MEMORY does not help.", []),
+        ("memory_full", "until retention has made room", "Also: 13,001 events within their retention were let go", []),
+        (
+            "memory_full_while_paused",
+            "Store is full and retention waits for bridge",
+            "bridge has 27,500 events to read: the bridge is paused.",
+            ["resume"],
+        ),
+        ("room_again", "13,001 events within their retention were let go of", "Raise STORE_MAX_MEMORY", []),
+    ],
+)
+def test_full_store_is_told_with_what_is_full_and_who_holds_it_so(
+    nexus: FakeNexus, page: Page, scenario: str, title: str, detail: str, acts: list[str]
+) -> None:
+    _with(nexus, page, scenario).verdict(title)
+    told = page.text("verdict")
+    assert detail in told
+    assert [word for word in ("drains", "evicted", "Also: the bridge", "pipeline") if word in told] == []
+    shown = "return [...document.querySelectorAll('[data-act]')].filter(e => !e.hidden).map(e => e.dataset.act)"
+    assert page.run(shown) == acts
+    assert ("13,001, latest" in page.text("tile-store")) == ("13,001" in told)
+
+
 @pytest.mark.parametrize("scenario", ["frail_and_paused", "frail_and_away", "rolled_back"])
 def test_nobody_is_told_that_nothing_is_lost_where_it_may_be(nexus: FakeNexus, page: Page, scenario: str) -> None:
     _with(nexus, page, scenario)

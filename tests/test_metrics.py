@@ -78,6 +78,8 @@ def test_bridge_partner_store_jobs_and_freshness_are_there(scraped):
     assert (value(found, "store_memory_used_bytes") or 0) > 100_000
     assert value(found, "store_status", state="online") == 1
     assert (value(found, "job_runs", job="snapshot") or 0) >= 1
+    assert [value(found, "events_let_go", due_for=due) for due in ("age", "memory")] == [0, 0]
+    assert value(found, "events_let_go_early_timestamp_seconds") is None
     assert value(found, "job_late", job="snapshot") is not None
     assert value(found, "job_last_duration_seconds", job="snapshot") is not None
     assert (value(found, "checkpoint_age_seconds") or 0) >= 0

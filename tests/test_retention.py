@@ -12,6 +12,7 @@ from pipeline import checkpoints, retention
 from pipeline import log as log_module
 from pipeline.checkpoints import Progress
 from pipeline.errors import Fenced
+from pipeline.events import rfc3339
 from pipeline.frames import Position
 from pipeline.lease import Lease
 from pipeline.log import Log, Request
@@ -156,6 +157,20 @@ def test_what_goes_is_told_by_age_as_a_note_and_for_want_of_memory_as_a_warning_
     assert (facts["events"], facts["first_arrival"] < facts["last_arrival"]) == (gone, True)
 
 
+def test_what_went_since_the_start_is_counted_by_what_it_went_for(filled: Log, lease: Lease) -> None:
+    job = Retention(filled, lease, 3 * HOUR_MS)
+    assert job.told()["within_retention_at"] is None
+    job.run(END, 0.0)
+    by_age = EVENTS - len(kept(filled))
+    for n in range(2):
+        job.run(END + n, FULL)
+    job.run(END + 2, 0.0)
+    told = job.told()
+    assert (told["trimmed"], told["past_retention"]) == (0, by_age)
+    assert told["within_retention"] == EVENTS - len(kept(filled)) - by_age > 0
+    assert told["within_retention_at"] == rfc3339(END + 1)
+
+
 def test_open_segment_that_no_append_will_seal_goes_too_once_its_last_event_is_past_the_retention(
     log: Log, store: Store, lease: Lease
 ) -> None:
@@ -291,10 +306,17 @@ def test_health_tells_for_whom_events_past_their_retention_are_kept(
         nexus.retention.run(later, 0.0)
 
     health = client.get(HEALTH).json
-    assert (health["status"], health["retention"]) == ("degraded", {"trimmed": 0, "held_back": ["bridge"]})
+    kept = health["retention"]
+    assert (health["status"], kept["held_back"], kept["due_for"]) == ("degraded", ["bridge"], "age")
     assert "events past their retention are kept for bridge, yet to read them" in health["reasons"]
     nexus.serving.refresh()
-    assert client.get("/nexus/feed.json").json["retention"] == health["retention"]
+    assert client.get("/nexus/feed.json").json["retention"] == kept
+
+    nexus.retention.run(nexus.clock(), FULL)  # a leap back
+    nexus.retention.run(nexus.clock(), FULL)
+    health = client.get(HEALTH).json
+    assert health["retention"]["due_for"] == "memory"
+    assert "for want of memory events should go, but are kept for bridge, yet to read them" in health["reasons"]
 
 
 def test_health_names_retention_while_it_fails(start_nexus: Start, monkeypatch: pytest.MonkeyPatch) -> None:

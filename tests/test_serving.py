@@ -119,12 +119,13 @@ def test_what_a_stream_has_processed_is_no_lag_while_its_checkpoint_takes_long(
     client, pause = client_of(nexus), threading.Event()
     until(lambda: nexus.log.head().ordinal == nexus.runner.ordinal("features"), "it at the log's end")
     monkeypatch.setattr(Worker, "checkpoint_step", lambda self, idle: pause.wait(0.02) and False)
-    taken = append(nexus.log, [event() for _ in range(5)], nexus.clock() - 57_000)
+    taken = append(nexus.log, [event() for _ in range(5)], nexus.clock())
     nexus.taken()
     assert nexus.runner.wait_for("features", taken.end, 30.0)
     at = nexus.runner.position("features")
-    append(nexus.log, [event()], nexus.clock())
+    append(nexus.log, [event()], nexus.clock() + 57_000)
     monkeypatch.setattr(nexus.runner, "position", lambda name: at)  # as if it had yet to come to the last one
+    monkeypatch.setattr(nexus.serving, "_clock", lambda: nexus.clock() + 57_000)
 
     health = client.get("/api/ml/events/ingest?check=health").json
     row = health["streams"]["features"]

@@ -14,7 +14,7 @@ from pipeline.runtime import Runtime
 from pipeline.store_watch import MIN_FREE_DISK, REFUSE_AT
 from tests.conftest import Start, client_of, runtimes
 from tests.faults import HEALTH, INGEST, routes, settled
-from tests.helpers import Valkey, event, until
+from tests.helpers import Valkey, append, event, until
 
 
 class Disk(NamedTuple):
@@ -81,16 +81,27 @@ def test_ingest_refuses_from_its_share_of_the_memory_limit_on_and_opens_again_by
 
 def test_refusal_says_so_where_it_is_not_events_that_fill_the_memory(embedded: Runtime) -> None:
     server = Valkey(embedded.settings.data_dir)
-    until(lambda: embedded.serving._footprint.of_events is not None, "the footprint")
     limit_memory(server, REFUSE_AT + 0.05)  # an empty server's own memory, in truth
     until(lambda: is_full(embedded), "the store to show as full")
     detail = embedded.serving.store_watch.status["detail"]
+    assert embedded.serving.store_watch.status["full_of"] == "memory"
     assert "Stored events are 0%, the rest is mostly users' state" in detail
     assert "STORE_MAX_MEMORY" in detail
 
-    embedded.serving._footprint.of_events = 0.9 * embedded.serving.store_watch.status["used_bytes"]
-    embedded.serving.store_watch.look()
-    assert embedded.serving.store_watch.status["detail"].endswith("on")
+
+def test_share_of_stored_events_is_not_the_one_before_the_store_filled(
+    start_own: Start, own_server: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nexus = start_own(ENABLE_PYTHON_BRIDGE="false")
+    monkeypatch.setattr(nexus.serving, "refresh", lambda: None)  # which looks every second
+    until(lambda: nexus.serving._footprint.of_events is not None, "the footprint of an empty store")
+    for _ in range(20):
+        append(nexus.log, [event(data={"note": "x" * 20_000}) for _ in range(50)], nexus.clock())
+    monkeypatch.setattr("pipeline.footprint._NOW_S", 0.0)
+    limit_memory(own_server, REFUSE_AT + 0.05)
+    nexus.serving.store_watch.look()
+    assert is_full(nexus)
+    assert nexus.serving.store_watch.status["detail"].endswith("on")
 
 
 def test_ingest_refuses_while_the_disk_is_nearly_full_and_opens_again_by_itself(
@@ -100,6 +111,7 @@ def test_ingest_refuses_while_the_disk_is_nearly_full_and_opens_again_by_itself(
     free = [MIN_FREE_DISK - 1]
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Disk(real(folder).total, 0, free[0]))
     until(lambda: is_full(embedded), "the store to show as full")
+    assert embedded.serving.store_watch.status["full_of"] == "disk"
 
     status, retry_after, code = post(client, 5)
     assert (status, code) == (503, "store_full")

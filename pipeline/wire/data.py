@@ -75,6 +75,7 @@ class StoreHealth(TypedDict):
     used_bytes: int | None
     max_bytes: int | None
     durable: bool | None
+    full_of: Literal["memory", "disk"] | None
 
 
 class Footprint(TypedDict):
@@ -86,10 +87,15 @@ class Footprint(TypedDict):
 
 
 class Retention(TypedDict):
-    """The latest run: the segments of the log that it let go of, and the streams for which it keeps what else is due."""
+    """The latest run: the segments of the log that it let go of, and the streams for which it keeps what else is due, for its
+    age or for want of memory. Then the events that went since the start, of those within their retention the latest when."""
 
     trimmed: int
     held_back: list[str]
+    due_for: Literal["age", "memory"] | None
+    past_retention: int
+    within_retention: int
+    within_retention_at: str | None
 
 
 class IngestHealth(TypedDict):
