@@ -124,7 +124,7 @@ def _bridge(seen: Mapping[str, Any]) -> Iterator[Metric]:
     backlog, circuit = seen["backlog"], seen["circuit"]
     yield plain("bridge_backlog_events", "Events that wait for the Python service.", backlog["pending"])
     yield plain("bridge_backlog_age_seconds", "Age of the oldest of them.", backlog["oldest_age_s"])
-    yield plain("bridge_backlog_drain_seconds", "When they will be through, at the present rates.", backlog["eta_s"])
+    yield plain("bridge_backlog_drain_seconds", "When they will be through, at the present pace.", backlog["eta_s"])
     yield counter("bridge_errors", "Failed attempts since the start.", [({}, seen["bridge_errors"]["total"])])
     yield states("bridge_circuit_state", "1 for the circuit breaker's state.", CIRCUIT_STATES, circuit["state"])
     yield plain("bridge_circuit_failures", "Failures in a row.", circuit["failures"])
@@ -165,8 +165,11 @@ def _jobs(seen: Mapping[str, Any]) -> Iterator[Metric]:
 
 def _freshness(seen: Mapping[str, Any]) -> Iterator[Metric]:
     fresh = seen["freshness"]
-    rows = [({"system": name}, fresh[f"{name}_s"]) for name in ("nexus", "python")]
-    yield gauge("feature_freshness_seconds", "From an event's arrival until the system's features have it.", rows)
+    for name, figure, text in (
+        ("feature_freshness_seconds", "s", "How far the system's features are behind the newest event."),
+        ("feature_delay_seconds", "delay_s", "From the latest event's arrival until the system's features had it."),
+    ):
+        yield gauge(name, text, [({"system": system}, fresh[f"{system}_{figure}"]) for system in ("nexus", "python")])
 
 
 def _models(seen: Mapping[str, Any]) -> Iterator[Metric]:

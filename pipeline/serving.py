@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 HISTORY_S = 300
 RATE_S = 5.0  # rates are means over this long
 _TOP = 6
+_SHRUNK, _SURE_S = 0.98, 3.0  # a backlog of less than this share of its peak shrinks; after so long its pace is known
 _encode = msgspec.json.Encoder().encode
 _OUTAGES = 3
 _OUTAGE = ("began", "ended", "caught_up", "queued", "delivered", "dead")
@@ -48,12 +49,31 @@ class Meter:
         return (count - first) / (now - first_at) if now > first_at else 0.0
 
 
+class Drain:
+    """Whether a backlog shrinks and when it will be gone, by how it went since its peak of the last seconds."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque(maxlen=int(RATE_S) + 1)
+
+    def look(self, pending: int | None, now: float) -> tuple[bool | None, float | None]:
+        """The seconds are None where it does not shrink, or not for long enough to tell; `now` is monotonic seconds."""
+        if not pending:
+            self._seen.clear()
+            return None if pending is None else False, None
+        self._seen.append((now, pending))
+        at, peak = max(self._seen, key=lambda seen: (seen[1], seen[0]))
+        if pending > peak * _SHRUNK:
+            return False, None
+        return True, pending * (now - at) / (peak - pending) if now - at >= _SURE_S else None
+
+
 class Serving:
     """Makes and keeps the snapshot, with the last minutes' history for the charts."""
 
     def __init__(self, nexus: Runtime, clock: Callable[[], int]) -> None:
         self._nexus, self._clock = nexus, clock
         self._meters: dict[str, Meter] = {}
+        self._drain = Drain()
         self._ran: set[str] = set()  # streams that were seen at work
         self._history: deque[tuple[Any, ...]] = deque(maxlen=HISTORY_S)
         self._body: dict[str, Any] = {}
@@ -174,6 +194,8 @@ class Serving:
         dead = audit.accounts["bridge"].dead if audit is not None else None
         python_rate = streams["bridge"]["rate"]
         ingest_rate = None if head is None else self._rate("ingest", head.accepted + head.bridge_only, now)
+        ages = lags if head is not None and head.accepted + head.bridge_only else None
+        shrinks, eta_s = self._drain.look(pending, now)
         features = nexus.stream("features")
         latencies = list(nexus.ingest.latencies_ms)
         cuts = quantiles(latencies, n=100) if len(latencies) > 1 else None
@@ -204,7 +226,8 @@ class Serving:
                 "pending": pending,
                 "dead": dead,
                 "oldest_age_s": _rounded(lags["bridge"].seconds) if lags is not None and pending else None,
-                "eta_s": _rounded(drain_s(pending, python_rate, ingest_rate or 0.0)),
+                "shrinks": shrinks,
+                "eta_s": _rounded(eta_s),
             },
             "streams": streams,
             "totals": {
@@ -224,11 +247,11 @@ class Serving:
                 "ingest_p50_ms": _rounded(cuts[49]) if cuts else None,
                 "ingest_p99_ms": _rounded(cuts[98]) if cuts else None,
             },
-            "freshness": {
-                "nexus_s": None
-                if lags is None
-                else _rounded(lags["features"].seconds or nexus.runner.delay_s("features")),
-                "python_s": None if lags is None else _rounded(lags["bridge"].seconds or bridge.delay_s),
+            "freshness": {  # of what waits; the delays are the latest event's
+                "nexus_s": _rounded(ages["features"].seconds) if ages else None,
+                "python_s": _rounded(ages["bridge"].seconds) if ages else None,
+                "nexus_delay_s": _rounded(nexus.runner.delay_s("features")),
+                "python_delay_s": _rounded(bridge.delay_s),
                 "nexus_users": features.users if isinstance(features, Features) else None,
             },
             "bridge_errors": {
@@ -337,16 +360,6 @@ class Serving:
         )
         names = ("t", "ingest", "nexus", "python", "response_ms", "fresh_nexus", "fresh_python", "errors")
         return {**dict(zip(names, columns, strict=False)), "lag": dict(zip(keys.STREAMS, columns[8:], strict=True))}
-
-
-def drain_s(pending: int | None, out: float, into: float) -> float | None:
-    """How long a backlog lasts at these rates (events/s), None while it does not shrink; what goes through at once is
-    none."""
-    if not pending or out <= 0:
-        return None
-    if pending < out:
-        return pending / out
-    return pending / (out - into) if out > into else None
 
 
 def _canary(latest: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -85,6 +85,7 @@ def test_bridge_partner_store_jobs_and_freshness_are_there(scraped):
     assert (value(found, "checkpoint_age_seconds") or 0) >= 0
     assert value(found, "feature_freshness_seconds", system="nexus") is not None
     assert 0 < (value(found, "ingest_latency_seconds", quantile="0.5") or 0) < 5
+    assert value(found, "feature_delay_seconds", system="python") is not None
     assert value(found, "feature_age_seconds", feature="event_count_5m") is not None
     assert value(found, "model_ready", model="fraud") == 0
 

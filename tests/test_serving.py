@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from pipeline import checkpoints
 from pipeline.runtime import Runtime
+from pipeline.serving import Drain
 from pipeline.streams.worker import Worker
 from tests.conftest import Start, client_of, quick
 from tests.helpers import LOCAL, FakePartner, Valkey, append, event, until
@@ -135,3 +137,22 @@ def test_what_a_stream_has_processed_is_no_lag_while_its_checkpoint_takes_long(
     shown = feed(nexus)
     assert shown["streams"]["features"]["state"] == "running"
     assert shown["freshness"]["nexus_s"] < 30 < shown["streams"]["features"]["unsaved_s"]
+
+
+def test_backlog_has_an_end_only_once_it_has_shrunk_for_a_while() -> None:
+    drain = Drain()
+    outage = [drain.look(pending, now) for now, pending in enumerate((1000, 1100, 1200, 1300))]
+    assert outage == [(False, None)] * 4
+    back = [drain.look(pending, now) for now, pending in enumerate((1200, 1100, 1000, 900), 4)]
+    assert back == [(True, None), (True, None), (True, 10.0), (True, 9.0)]
+    assert [drain.look(0, 8), drain.look(None, 9)] == [(False, None), (None, None)]
+    assert [drain.look(pending, now)[0] for now, pending in enumerate((500, 499, 500, 498), 10)] == [False] * 4
+
+
+def test_what_waited_long_does_not_make_features_old_once_nothing_waits(nexus: Runtime) -> None:
+    append(nexus.log, [event()], nexus.clock())
+    nexus.taken()
+    until(lambda: checkpoints.audit(nexus.store).accounts["bridge"].pending == 0, "it delivered")
+    nexus.bridge.delay_s = 66.0
+    fresh = feed(nexus)["freshness"]
+    assert (fresh["nexus_s"], fresh["python_s"], fresh["python_delay_s"]) == (0, 0, 66)
