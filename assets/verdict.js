@@ -9,7 +9,8 @@
   const TOLD = ["stream", "partner", "store", "log", "accounts"]; // of health's reasons those that have words of their own here
   const MOST_ALSO = 3;
   const EARLY_MS = 600000;
-  const WAITING = 1000; // fewer waiting events are a bridge at work, not a backlog
+  const LATE_S = 1; // events under way for less are work, not a backlog,
+  const LATE_MS = 5000; // and what is late for less is a hiccup
 
   const events = (n) => format.int(n) + (n === 1 ? " event" : " events");
   const since = (ms) => (known(ms) ? " since " + format.minute(ms) : "");
@@ -25,15 +26,27 @@
     return events(pending) + (pending === 1 ? " waits" : " wait") + " in the log" + nothingLost(feed);
   }
 
-  const drained = (feed) => {
-    const eta = at(feed, "backlog.eta_s");
-    return known(eta) ? "Caught up in about " + format.age(eta) + "." : "Catching up.";
-  };
+  /* Since when (the feed's clock) the oldest event that waits for the Python service has been late. */
+  let late = null;
+  function lateMs(feed) {
+    if (!(at(feed, "backlog.oldest_age_s") > LATE_S)) late = null;
+    else if (late === null || late > feed.at) late = feed.at;
+    return late === null ? 0 : feed.at - late;
+  }
+
+  /* How a backlog goes, as a verb and in words. */
+  function pace(feed) {
+    const [out, into, eta] = [at(feed, "rates.python"), at(feed, "rates.ingest"), at(feed, "backlog.eta_s")];
+    if (at(feed, "backlog.shrinks") === true) return ["catches up", known(eta) ? "Caught up in about " + format.age(eta) + "." : "Catching up."];
+    if (out === 0) return ["takes nothing", "It has taken no event for some seconds."];
+    return ["falls behind", known(out) && known(into) ? "It takes " + format.rate(out) + " events/s, " + format.rate(into) + " come in." : ""];
+  }
 
   const list = (words) => (words.length < 2 ? words.join("") : words.slice(0, -1).join(", ") + " and " + words[words.length - 1]);
   /* A partner may say much: enough to know it by, and room for what follows. */
   const brief = (words) => (words && words.length > 140 ? words.slice(0, 139).trimEnd() + "…" : words);
-  const sentence = (words) => (words ? words[0].toUpperCase() + words.slice(1).replace(/\.$/, "") + ". " : "");
+  const upper = (words) => words[0].toUpperCase() + words.slice(1);
+  const sentence = (words) => (words ? upper(words).replace(/\.$/, "") + ". " : "");
 
   const ALL_AGES = ["backlog", "nexus age", "python age"];
 
@@ -69,8 +82,9 @@
         detail: why + "It lets go of the oldest events, those within their retention too: raise STORE_MAX_MEMORY to keep them." };
     }
     const cause = held.includes("bridge") ? bridge(feed) : null;
-    return { level: "bad", title: "Store is full and retention waits for " + list(held) + ": ingest refuses with 503", rings: "apart",
-      detail: why + list(held.map((name) => name + " has " + events(nexus.behind(at(feed, "streams." + name))) + " to read")) + (cause ? ": " + cause.also : "")
+    const called = (name) => (name === "bridge" ? "the bridge" : name);
+    return { level: "bad", title: "Store is full and retention waits for " + list(held.map(called)) + ": ingest refuses with 503", rings: "apart",
+      detail: why + upper(list(held.map((name) => called(name) + " has " + events(nexus.behind(at(feed, "streams." + name))) + " to read"))) + (cause ? ": " + cause.also : "")
         + ". Room comes as far as " + (held.length > 1 ? "they get" : "it gets") + ", or by a higher STORE_MAX_MEMORY.",
       acts: cause ? cause.acts : [], covers: ["retention", ...(cause ? ["bridge", "backlog", "python age"] : [])] };
   }
@@ -181,10 +195,11 @@
   function backlog(feed) {
     const pending = at(feed, "backlog.pending");
     const oldest = at(feed, "backlog.oldest_age_s");
-    const old = known(oldest) && oldest > BEHIND_S;
-    if (!known(pending) || pending === 0 || (!old && pending < WAITING)) return null;
-    return { level: "warn", title: "Python service catches up: " + wait(feed), rings: "joined", also: wait(feed), about: "backlog", covers: ["python age"],
-      detail: (known(oldest) ? "The oldest is " + format.age(oldest) + " old. " : "") + drained(feed) };
+    const long = lateMs(feed) >= LATE_MS || oldest > BEHIND_S;
+    if (!(pending > 0) || !long) return null;
+    const [verb, words] = pace(feed);
+    return { level: "warn", title: "Python service " + verb + ": " + wait(feed), rings: "joined", also: wait(feed), about: "backlog", covers: ["python age"],
+      detail: "The oldest is " + format.age(oldest) + " old. " + words };
   }
 
   function stale(feed) {
@@ -196,13 +211,23 @@
     });
   }
 
+  const ofStreams = (letters) => list(letters.map(([name, n]) => (letters.length > 1 ? format.int(n) + " of " : "") + name));
+
+  /* Those that this reader has not looked at yet. */
   function dead(feed) {
-    const letters = nexus.deadLetters(feed);
+    const letters = nexus.unseenLetters(feed);
     if (!letters.length) return null;
     const n = letters.reduce((sum, [, count]) => sum + count, 0);
-    const where = "in the dead letters of " + list(letters.map(([name]) => name));
-    return { level: "warn", title: events(n) + (n === 1 ? " needs" : " need") + " a look: " + where, acts: ["letters"],
-      detail: "All else goes on. See why, then send " + (n === 1 ? "it" : "them") + " again.", rings: "joined", also: events(n) + " " + where };
+    const called = format.int(n) + (nexus.seenLetters(feed) ? " new" : "") + (n === 1 ? " dead letter" : " dead letters");
+    return { level: "warn", title: called + (n === 1 ? " needs" : " need") + " a look: " + ofStreams(letters), acts: ["letters"],
+      detail: "All else goes on. What is malformed fails again; all else can be sent again once its cause is gone.", rings: "joined",
+      also: called + " of " + ofStreams(letters) };
+  }
+
+  /* The count of those that this reader has seen, which are no news. */
+  function seen(feed) {
+    const n = nexus.seenLetters(feed);
+    return n > 0 && !nexus.unseenLetters(feed).length ? { also: format.int(n) + (n === 1 ? " dead letter" : " dead letters") + " that you have seen", acts: ["letters"] } : null;
   }
 
   /* What health finds wrong and nothing above has words for. */
@@ -239,10 +264,10 @@
     const found = [store(feed), pipeline(feed), lost(feed), accounts(feed), localStream(feed, ["failed"]), bridge(feed),
       localStream(feed, ["behind", "restarting", "paused"]), frail(feed), early(feed), ...others(feed), empty(feed), backlog(feed), dead(feed), ...stale(feed),
       hybrid(feed)].filter(Boolean);
-    if (!found.length) return asOne(feed);
+    if (!found.length) found.push(asOne(feed));
     const covered = found.flatMap((one) => one.covers || []);
     const [first, ...rest] = found.filter((one) => !covered.includes(one.about));
-    const told = rest.filter((one) => one.also).slice(0, MOST_ALSO);
+    const told = [...rest.filter((one) => one.also).slice(0, MOST_ALSO), seen(feed)].filter(Boolean);
     const acts = [first, ...told].flatMap((one) => one.acts || []);
     return { ...first, acts, detail: first.detail.trim() + (told.length ? " Also: " + told.map((one) => one.also).join("; ") + "." : "") };
   };

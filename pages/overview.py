@@ -199,9 +199,10 @@ def _freshness() -> html.Section:
         html.P(
             [
                 bind("freshness.nexus_users", "compact"),
-                " users at work · Python ",
-                bind("backlog.pending", "compact"),
-                " events behind",
+                " users at work · the latest event took ",
+                bind("derived.delays.nexus"),
+                ", Python ",
+                bind("derived.delays.python"),
             ],
             className="tile-foot",
         ),

@@ -15,6 +15,7 @@ from pipeline.dashboard import create_dashboard
 Feed = dict[str, Any]
 STREAMS = ("features", "storage", "aggregates", "inference", "bridge")
 DEADLINE_S = 20.0
+DIED = "2026-11-26T22:53:44.000Z"  # a dead letter's first time
 
 
 def _setting(value: object, unit: str | None = None, low: int | None = None, high: int | None = None) -> Feed:
@@ -52,7 +53,7 @@ def busy() -> Feed:
         },
         "circuit": {"state": "closed", "opened_at": None, "failures": 0, "paused": False, "retry_in_s": None}
         | {"forced": False, "reason": None},
-        "backlog": {"pending": 3, "dead": 0, "oldest_age_s": 0.2, "eta_s": 0.1},
+        "backlog": {"pending": 3, "dead": 0, "oldest_age_s": 0.2, "eta_s": None, "shrinks": False},
         "streams": {name: dict(stream) for name in STREAMS},
         "totals": {"accepted": 481_207, "duplicates": 12, "rejected": 3},
         "unexplained": 0,
@@ -61,7 +62,8 @@ def busy() -> Feed:
         | {"within_retention": 0, "within_retention_at": None},
         "rates": {"ingest": 1240.0, "nexus": 1238.0, "python": 1236.0},
         "latency": {"ingest_p50_ms": 0.8, "ingest_p99_ms": 4.2},
-        "freshness": {"nexus_s": 0.2, "python_s": 0.4, "nexus_users": 10_204},
+        "freshness": {"nexus_s": 0.2, "python_s": 0.4, "nexus_users": 10_204}
+        | {"nexus_delay_s": 0.02, "python_delay_s": 0.06},
         "bridge_errors": {
             "total": 2,
             "per_min": 0.0,
@@ -133,9 +135,34 @@ def store_away() -> Feed:
 
 def draining() -> Feed:
     feed = busy()
-    feed["backlog"] = {"pending": 48_210, "dead": 2, "oldest_age_s": 310.0, "eta_s": 42.0}
+    feed["backlog"] = {"pending": 48_210, "dead": 2, "oldest_age_s": 310.0, "eta_s": 42.0, "shrinks": True}
     feed["streams"]["bridge"].update(state="behind", lag=48_210, lag_s=310.0, rate=4120.0, failed=2)
     feed["freshness"]["python_s"] = 300.0
+    return feed
+
+
+def recovering() -> Feed:
+    feed = draining()
+    feed["backlog"]["eta_s"] = None
+    return feed
+
+
+def much_under_way() -> Feed:
+    feed = busy()
+    feed["backlog"].update(pending=1996, oldest_age_s=0.2)
+    return feed
+
+
+def slow_partner() -> Feed:
+    feed = busy()
+    feed["backlog"].update(pending=8136, oldest_age_s=2.5)
+    feed["rates"]["python"] = 22.0
+    return feed
+
+
+def hanging() -> Feed:
+    feed = slow_partner()
+    feed["rates"]["python"] = 0.0
     return feed
 
 
@@ -202,6 +229,12 @@ def slow_checkpoint() -> Feed:
     feed = busy()
     feed["streams"]["features"].update(lag=27_846, lag_s=0.0, unsaved=27_812, unsaved_s=28.1)
     feed["streams"]["storage"].update(state="behind", lag=30_000, lag_s=12.0, unsaved=10_000, unsaved_s=28.1)
+    return feed
+
+
+def more_dead() -> Feed:
+    feed = local_dead()
+    feed["streams"]["bridge"]["failed"] = 131
     return feed
 
 
@@ -330,10 +363,15 @@ SCENARIOS: dict[str, Callable[[], Feed]] = {
         python_dead,
         store_away,
         draining,
+        recovering,
+        much_under_way,
+        slow_partner,
+        hanging,
         standby,
         simulated,
         paused,
         local_dead,
+        more_dead,
         disk_full,
         memory_full,
         memory_full_while_paused,
@@ -400,6 +438,7 @@ class FakeNexus:
 
     def reset(self, scenario: str = "busy") -> None:
         self.scenario, self.failing, self.refuse = scenario, False, False
+        self.incurable, self.died = False, ""  # what is sent again dies again, and when it did
         self.overrides: Feed = {}
         self.environment: Feed = {}
         self.errors = 0  # of the bridge, since the start
@@ -459,11 +498,14 @@ class FakeNexus:
         stream = request.args["stream"]
         event = {"event_type": "payment", "user_id": "rider_7"}
         letter = {"id": f"{stream}-1", "stream": stream, "event": event, "reason": "amount is no number", "attempts": 3}
-        return jsonify(dead_letters=[{**letter, "last_at": "2026-11-26T22:53:44.000Z"}], cursor=None)
+        return jsonify(dead_letters=[{**letter, "first_at": DIED, "last_at": self.died or DIED}], cursor=None)
 
     def redrive(self) -> Response:
         self.received.append(request.get_json())
-        self.scenario = "busy"
+        if self.incurable:
+            self.died = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(time.time() + 1))
+        else:
+            self.scenario = "busy"
         return jsonify(redriven=1, failed=[{"id": "inference-2", "reason": "it cannot be decoded"}])
 
     def ingest(self) -> tuple[Response, int]:

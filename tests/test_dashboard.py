@@ -91,6 +91,9 @@ def nexus(nexus_server: tuple[FakeNexus, str]) -> Iterator[FakeNexus]:
 @pytest.fixture
 def page(nexus: FakeNexus, nexus_server: tuple[FakeNexus, str], chrome: Browser) -> Page:
     chrome.driver.get_log("browser")  # what an earlier test left is not this one's
+    chrome.driver.execute_cdp_cmd(
+        "Storage.clearDataForOrigin", {"origin": nexus_server[1], "storageTypes": "local_storage"}
+    )
     return Page(chrome, nexus_server[1])
 
 
@@ -113,10 +116,14 @@ def test_a_second_dashboard_in_one_process_has_every_callback_of_the_first() -> 
         ("python_dead", "bad", "1,204 events wait in the log, nothing is lost"),
         ("store_away", "bad", "Store is away: ingest refuses with 503, Nexus resumes by itself"),
         ("draining", "warn", "Python service catches up: 48,210 events wait in the log"),
+        ("recovering", "warn", "Python service catches up: 48,210 events wait in the log"),
+        ("much_under_way", "ok", "Both systems work as one"),
+        ("slow_partner", "warn", "Python service falls behind: 8,136 events wait in the log"),
+        ("hanging", "warn", "Python service takes nothing: 8,136 events wait in the log"),
         ("standby", "idle", "This instance stands by"),
         ("paused", "warn", "The bridge is paused"),
         ("unexplained", "bad", "1 event unexplained"),
-        ("local_dead", "warn", "1 event needs a look: in the dead letters of inference"),
+        ("local_dead", "warn", "1 dead letter needs a look: inference"),
         ("store_degraded", "warn", "The store is degraded: acknowledged events are not safe in it"),
         ("rolled_back", "bad", "Acknowledged events are lost"),
         ("job_broken", "warn", "The job retention fails: ValueError: not found"),
@@ -136,18 +143,46 @@ def test_one_verdict_names_the_cause_and_the_impact(
 
 
 def test_dead_letters_of_any_stream_are_counted_and_marked_and_listed_on_demand(nexus: FakeNexus, page: Page) -> None:
-    _with(nexus, page, "local_dead").verdict("dead letters of inference")
+    _with(nexus, page, "local_dead").verdict("1 dead letter needs a look: inference")
     pairs = "return [...document.querySelectorAll('#tile-store .pair')].map(e => e.textContent)"
     assert "dead letters1" in page.run(pairs)
     assert page.run("return [...document.querySelectorAll('td.dead')].map(e => e.dataset.level)").count("warn") == 1
     page.click("act-letters")
     page.wait(lambda: "amount is no number" in page.text("letters-list"), "the dead letters were not listed")
+    assert "3 attempts" in page.text("letters-list")
     page.click("letters-redrive")
     page.verdict("Both systems work as one")
     assert nexus.received == [{"all": True}]
     words = "1 sent again. 1 not: it cannot be decoded."
-    page.wait(lambda: words in page.run("return document.body.innerText"), "the outcome was not told")
+    page.wait(lambda: words in page.run("return document.body.innerText"), "it was not told")
     assert page.run("return document.getElementById('act-letters').hidden")
+    words = "1 went through, 0 came back."
+    page.wait(lambda: words in page.run("return document.body.innerText"), "the outcome was not told")
+
+
+def test_what_was_sent_again_and_died_again_is_told_so(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "local_dead").verdict("1 dead letter needs a look")
+    nexus.incurable = True
+    page.click("act-letters")
+    page.click("letters-redrive")
+    words = "0 went through, 1 came back: amount is no number"
+    page.wait(lambda: words in page.run("return document.body.innerText"), "the outcome was not told")
+
+
+def test_dead_letters_that_the_reader_has_seen_are_no_news_until_more_come(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "local_dead").verdict("1 dead letter needs a look: inference")
+    page.click("act-letters")
+    page.verdict("Both systems work as one")
+    assert "Also: 1 dead letter that you have seen." in page.text("verdict-detail")
+    page.open().verdict("Both systems work as one")
+    assert not page.run("return document.getElementById('act-letters').hidden")
+    nexus.scenario = "more_dead"
+    page.verdict("131 new dead letters need a look: bridge")
+    nexus.scenario = "busy"
+    page.verdict("Both systems work as one")
+    assert page.run("return document.getElementById('act-letters').hidden")
+    nexus.scenario = "local_dead"
+    page.verdict("1 dead letter needs a look: inference")
 
 
 def test_what_only_waits_for_a_checkpoint_is_told_apart_from_what_waits_to_be_processed(
@@ -167,8 +202,8 @@ def test_what_only_waits_for_a_checkpoint_is_told_apart_from_what_waits_to_be_pr
         ("memory_full", "until retention has made room", "Also: 13,001 events within their retention were let go", []),
         (
             "memory_full_while_paused",
-            "Store is full and retention waits for bridge",
-            "bridge has 27,500 events to read: the bridge is paused.",
+            "Store is full and retention waits for the bridge",
+            "The bridge has 27,500 events to read: the bridge is paused.",
             ["resume"],
         ),
         ("room_again", "13,001 events within their retention were let go of", "Raise STORE_MAX_MEMORY", []),
@@ -204,6 +239,18 @@ def test_roll_back_is_told_with_what_health_says_of_it_and_what_else_is_wrong(ne
     detail = page.text("verdict-detail")
     assert "the log had reached 113, now it ends at 0." in detail
     assert "Also: the bridge is paused; the job retention fails: ValueError." in detail
+
+
+def test_hiccup_is_no_verdict_and_the_time_to_catch_up_is_told_only_once_it_is_known(
+    nexus: FakeNexus, page: Page
+) -> None:
+    _with(nexus, page, "slow_partner").verdict("Both systems work as one")
+    page.verdict("falls behind")  # seconds later
+    assert "It takes 22 events/s, 1,240 come in." in page.text("verdict-detail")
+    nexus.scenario = "recovering"
+    page.wait(lambda: "Catching up." in page.text("verdict-detail"), "it does not say that it catches up")
+    nexus.scenario = "draining"
+    page.wait(lambda: "Caught up in about 42" in page.text("verdict-detail"), "it does not say when")
 
 
 def test_standby_tells_once_that_it_is_one_and_what_else_is_wrong(nexus: FakeNexus, page: Page) -> None:
@@ -248,7 +295,7 @@ def test_features_are_not_called_merged_while_nothing_is_sent(nexus: FakeNexus, 
 def test_what_the_title_tells_is_not_told_again(nexus: FakeNexus, page: Page) -> None:
     _with(nexus, page, "probing_with_backlog").verdict("Python service is degraded: 48,210 events wait")
     assert "48,210" not in page.text("verdict-detail")
-    assert "Also: 2 events in the dead letters of bridge." in page.text("verdict-detail")
+    assert "Also: 2 dead letters of bridge." in page.text("verdict-detail")
 
 
 def test_buttons_of_the_verdict_do_what_it_advises(nexus: FakeNexus, page: Page) -> None:
