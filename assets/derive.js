@@ -41,6 +41,8 @@
     return nexus.format.int(n) + (n > 0 && nexus.known(latest) ? ", latest " + nexus.format.clock(latest) : "");
   }
 
+  const milliseconds = (s) => nexus.format.ms(nexus.known(s) ? 1000 * s : s);
+
   nexus.derive = function (feed) {
     const { at, format, known } = nexus;
     const status = at(feed, "store.status");
@@ -60,7 +62,7 @@
       used: known(used) ? used : null,
       memory_words: known(used) ? format.percent(used) + " used; ingest refuses at 85 %" : "no figures",
       early: early(feed),
-      delays: Object.fromEntries(["nexus", "python"].map((side) => [side, format.ms(1000 * at(feed, `freshness.${side}_delay_s`))])),
+      delays: Object.fromEntries(["nexus", "python"].map((side) => [side, milliseconds(at(feed, `freshness.${side}_delay_s`))])),
       ingest_words: nexus.refuses(feed) ? "refuses: 503" : "p99 " + format.ms(at(feed, "latency.ingest_p99_ms")),
       unexplained: !known(feed.unexplained) ? "unknown" : feed.unexplained === 0 ? "ok" : "bad",
       waiting: !known(pending) ? null : pending === 0 ? "nothing waits" : format.compact(pending) + " wait" + (known(oldest) ? ", oldest " + format.age(oldest) : ""),

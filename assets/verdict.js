@@ -76,7 +76,7 @@
       return { level: "bad", title: "The store's disk is full: ingest refuses with 503, Nexus resumes by itself", rings: "apart",
         detail: why + "Free room on that disk; a higher STORE_MAX_MEMORY does not help.", covers: ["pipeline", "streams"] };
     }
-    const held = at(feed, "retention.held_back") || [];
+    const held = (at(feed, "retention.held_back") || []).filter((name) => nexus.behind(at(feed, "streams." + name)) !== 0); // it looks every ten seconds
     if (!held.length) {
       return { level: "bad", title: "Store is full: ingest refuses with 503 until retention has made room", rings: "apart",
         detail: why + "It lets go of the oldest events, those within their retention too: raise STORE_MAX_MEMORY to keep them." };
@@ -117,7 +117,7 @@
   function lost(feed) {
     const reason = fell(feed);
     return reason && { level: "bad", title: "Acknowledged events are lost: the store came back without its latest ones", rings: "joined",
-      detail: sentence(reason.text) + "Nexus goes on from there. Senders may send them again: a known event id counts once.", also: "acknowledged events are lost" };
+      detail: sentence(reason.text.replace(/^the store came back without its latest events: /, "")) + "Nexus goes on from there. Senders may send them again: a known event id counts once.", also: "acknowledged events are lost" };
   }
 
   function accounts(feed) {

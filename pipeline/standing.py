@@ -76,7 +76,8 @@ def reasons(nexus: Runtime, audit: Audit | None, lags: Mapping[str, Lag], store:
         add("log", fell)
     if audit is not None and audit.unexplained:
         add("accounts", f"events unexplained: {audit.unexplained}")
-    if held_by := (kept := nexus.retention.told())["held_back"]:
+    kept = nexus.retention.told()  # some seconds ago
+    if held_by := [name for name in kept["held_back"] if audit is None or audit.accounts[name].pending]:
         due = "events past their retention" if kept["due_for"] == "age" else "for want of memory events should go, but"
         add("retention", f"{due} are kept for {', '.join(held_by)}, yet to read them")
     for text in nexus.scheduler.broken():

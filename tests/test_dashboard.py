@@ -237,7 +237,7 @@ def test_nobody_is_told_that_nothing_is_lost_where_it_may_be(nexus: FakeNexus, p
 def test_roll_back_is_told_with_what_health_says_of_it_and_what_else_is_wrong(nexus: FakeNexus, page: Page) -> None:
     _with(nexus, page, "rolled_back").verdict("Acknowledged events are lost")
     detail = page.text("verdict-detail")
-    assert "the log had reached 113, now it ends at 0." in detail
+    assert "The log had reached 113, now it ends at 0." in detail
     assert "Also: the bridge is paused; the job retention fails: ValueError." in detail
 
 
