@@ -162,7 +162,7 @@
         detail: go + "Events for the Python service are not sent: " + wait(feed) + ".", also: "the bridge is off" };
     }
     if (at(feed, "circuit.paused") === true) {
-      return { ...apart, level: "warn", title: "The bridge is paused: " + wait(feed), detail: go, acts: ["resume"], also: "the bridge is paused" };
+      return { ...apart, level: "warn", title: "The bridge is paused" + since(at(feed, "circuit.paused_at")) + ": " + wait(feed), detail: go, acts: ["resume"], also: "the bridge is paused" };
     }
     if (status === "offline") {
       return { ...apart, level: "bad", title: "Python service is offline" + since(at(feed, "python.since")) + ": " + wait(feed),

@@ -96,8 +96,7 @@ class Runtime:
         partner = Partner(lambda: self.live["PYTHON_EVENT_API_URL"], lambda: self.live["PYTHON_SERVICE_TIMEOUT"], clock)
         self.bridge = Bridge(self.store, self.log, self.lease, self.live, partner, clock, self.precedence)
         self.ingest = Ingest(
-            self.log, clock, self.taken, lambda end, s: self.runner.wait_for("features", end, s), self.precedence,
-            self.runner.reasons,
+            self.log, clock, self.taken, lambda end, s: self.runner.wait_for("features", end, s), self.precedence, self.runner.reasons
         )  # fmt: skip
         self.events = EventStore(self.store, self.log, self._unwritten_rows)
         self.features = FeatureStore(

@@ -214,6 +214,7 @@ class Serving:
             "circuit": {
                 "state": circuit.state,
                 "opened_at": circuit.opened_at,
+                "paused_at": circuit.paused_at,
                 "failures": circuit.failures,
                 "paused": circuit.paused,
                 "forced": circuit.forced,

@@ -51,7 +51,14 @@ def busy() -> Feed:
             "checked_at": at,
             "since": at - 3_600_000,
         },
-        "circuit": {"state": "closed", "opened_at": None, "failures": 0, "paused": False, "retry_in_s": None}
+        "circuit": {
+            "state": "closed",
+            "opened_at": None,
+            "paused_at": None,
+            "failures": 0,
+            "paused": False,
+            "retry_in_s": None,
+        }
         | {"forced": False, "reason": None},
         "backlog": {"pending": 3, "dead": 0, "oldest_age_s": 0.2, "eta_s": None, "shrinks": False},
         "streams": {name: dict(stream) for name in STREAMS},
@@ -182,7 +189,7 @@ def simulated() -> Feed:
 
 def paused() -> Feed:
     feed = busy()
-    feed["circuit"]["paused"] = True
+    feed["circuit"].update(paused=True, paused_at=feed["at"] - 60_000)
     feed["streams"]["bridge"]["state"] = "paused"
     return feed
 

@@ -121,7 +121,7 @@ def test_a_second_dashboard_in_one_process_has_every_callback_of_the_first() -> 
         ("slow_partner", "warn", "Python service falls behind: 8,136 events wait in the log"),
         ("hanging", "warn", "Python service takes nothing: 8,136 events wait in the log"),
         ("standby", "idle", "This instance stands by"),
-        ("paused", "warn", "The bridge is paused"),
+        ("paused", "warn", "The bridge is paused since "),
         ("unexplained", "bad", "1 event unexplained"),
         ("local_dead", "warn", "1 dead letter needs a look: inference"),
         ("store_degraded", "warn", "The store is degraded: acknowledged events are not safe in it"),
