@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ from pipeline.runtime import Runtime
 from tests import misbehaving as partners
 from tests.bridging import TIMEOUT_MS, post, run, settled
 from tests.conftest import Start, client_of
-from tests.helpers import free_port, until
+from tests.helpers import until
 from tests.misbehaving import Misbehaving
 
 
@@ -133,7 +134,9 @@ def test_a_circuit_that_a_health_check_closes_holds_nothing_against_the_partner_
 
 
 def test_of_a_new_address_nothing_is_said_that_the_old_one_did(start_nexus, server):
-    nexus, gone = run(start_nexus, server, HEALTH_CHECK_INTERVAL=600), f"http://127.0.0.1:{free_port()}"
+    nexus, mine = run(start_nexus, server, HEALTH_CHECK_INTERVAL=600), socket.socket()
+    mine.bind(("127.0.0.1", 0))  # and listens never: nobody else can take the port meanwhile
+    gone = f"http://127.0.0.1:{mine.getsockname()[1]}"
     other = Misbehaving(supports=None)
     other.on_health, held = partners.hangs, other.on_health
     nexus.live.change({"PYTHON_EVENT_API_URL": gone}, "a test", "test")
@@ -156,6 +159,7 @@ def test_of_a_new_address_nothing_is_said_that_the_old_one_did(start_nexus, serv
     until(lambda: nexus.partner_status()["status"] == "online", "the new one online")
     assert (nexus.bridge_health()["circuit"]["state"], nexus.bridge.state) == ("closed", "running")
     other.close()
+    mine.close()
 
 
 def test_a_call_that_fails_at_the_old_address_is_held_against_nobody_at_the_new_one(start_nexus, server):
