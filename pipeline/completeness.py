@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -14,18 +14,36 @@ from pipeline.log import Log
 from pipeline.streams.stream import Batch
 
 MOST_EVENTS = 5_000_000  # remembered of a backlog: 20 MB; beyond this the figure is a least one
+_LARGE = 1 << 18  # events of a part that is joined with no other
+
+
+class _Part(NamedTuple):
+    """Neighbouring events: the ordinal of the first, and the users of all by ordinal."""
+
+    first: int
+    users: array[int]
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.users)
+
+
+def _join(before: _Part, after: _Part) -> bool:
+    """Whether two parts are to be one."""
+    sizes = len(before.users), len(after.users)
+    return before.end == after.first and sizes[0] <= 2 * sizes[1] and sizes[0] < _LARGE
 
 
 class Backlog:
     """The users of the events that the bridge has yet to deliver, as 32 bits each in the log's order.
 
-    `delivered` gives the ordinal behind the bridge's last delivered event.
+    `delivered` gives the ordinal behind the bridge's last delivered event. Reads ask it all the time, so a long backlog is of
+    few large parts, not of one for each batch.
     """
 
     def __init__(self, delivered: Callable[[], int]) -> None:
         self._delivered = delivered
-        self._parts: deque[tuple[int, array[int]]] = deque()  # ordinal of the first, users by ordinal
-        self._events = 0
+        self._parts: list[_Part] = []  # replaced as a whole: readers are other threads
         self.truncated = False
 
     def note(self, batch: Batch) -> None:
@@ -34,26 +52,29 @@ class Backlog:
             self._add(batch.first_ordinal, array("I", batch.user_hashes))
 
     def _add(self, first: int, users: array[int]) -> None:
-        done = self._delivered()
-        parts = self._parts
-        if parts and first < parts[-1][0] + len(parts[-1][1]):
-            self._parts.clear()  # the stream was made anew, and reads again
-            self._events = 0
-        while parts and parts[0][0] + len(parts[0][1]) <= done:
-            self._events -= len(parts.popleft()[1])
+        done, parts = self._delivered(), self._parts
+        if parts and first < parts[-1].end:
+            parts = []  # the stream was made anew, and reads again
+        gone = 0
+        while gone < len(parts) and parts[gone].end <= done:
+            gone += 1
+        parts = parts[gone:]
         if first + len(users) > done:
-            parts.append((first, users))
-            self._events += len(users)
-        while self._events > MOST_EVENTS:
-            self._events -= len(parts.popleft()[1])
+            parts.append(_Part(first, users))
+        # Parts of like sizes become one: each event is copied a few times, whatever the backlog.
+        while len(parts) > 1 and _join(*parts[-2:]):
+            last = parts.pop()
+            parts[-1] = _Part(parts[-1].first, parts[-1].users + last.users)
+        while sum(len(part.users) for part in parts) > MOST_EVENTS:
+            parts = parts[1:]
             self.truncated = True
         if not parts:
             self.truncated = False
+        self._parts = parts
 
     def load(self, log: Log, position: Position, upto: int) -> None:
         """Read the backlog of an earlier process: from the bridge's position up to an ordinal."""
-        self._parts.clear()
-        self._events = 0
+        self._parts = []
         while position.ordinal < upto and (frames := log.read(position, 1 << 20)):
             for frame in frames:
                 if frame.ordinal < upto and frame.to & BRIDGE_ONLY:
@@ -62,12 +83,9 @@ class Backlog:
 
     def behind(self, user_id: str) -> int:
         """How many events of the user the Python service has not been given yet."""
-        done, wanted = self._delivered(), crc32(user_id.encode())
-        parts = list(self._parts)
-        if not parts or parts[-1][0] + len(parts[-1][1]) <= done:
-            return 0
+        done, wanted, parts = self._delivered(), crc32(user_id.encode()), self._parts
         return sum(
-            int(np.count_nonzero(np.frombuffer(users, np.uint32)[max(0, done - first) :] == wanted))
-            for first, users in parts
-            if first + len(users) > done
+            int(np.count_nonzero(np.frombuffer(part.users, np.uint32)[max(0, done - part.first) :] == wanted))
+            for part in parts
+            if part.end > done
         )

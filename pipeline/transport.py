@@ -18,11 +18,7 @@ KEPT_S = 4.0  # that an idle connection is used again: servers close theirs afte
 MOST_CONNECTIONS = 32
 _MOST_PIECES = 32  # of a body that wait to be taken, each as the socket gave it
 _MOST_HEAD = 1 << 16  # about so many bytes in a row that are no body: a head without an end would be kept whole
-_HERE = (
-    "localhost",
-    "127.0.0.1",
-    "::1",
-)  # each answers or refuses at once: nothing to race for, and a race leaves a cycle
+_HERE = ("localhost", "127.0.0.1", "::1")  # each answers or refuses at once: no need of a race, which leaves a cycle
 _Origin = tuple[str, str, int]
 
 

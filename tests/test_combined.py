@@ -6,15 +6,19 @@ import json
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import msgspec
 import pyarrow.parquet as pq
 import pytest
 from h3.api.basic_str import latlng_to_cell
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import checkpoints, keys
 from pipeline.catalogue import FEATURES
@@ -308,6 +312,21 @@ def test_completeness_counts_the_users_events_behind_the_bridges_position(store)
     assert (backlog.behind("a"), backlog.behind("b")) == (2, 0)
     delivered = 4
     assert backlog.behind("a") == 0
+
+
+@given(st.lists(st.tuples(st.text("abc", min_size=1, max_size=40), st.integers(0, 60)), max_size=60))
+def test_completeness_of_a_long_backlog_is_counted_in_few_parts_as_it_is_event_by_event(
+    steps: list[tuple[str, int]],
+) -> None:
+    """Reads ask for it all the time: one part for each batch made them slower the longer the Python service was away."""
+    posted, delivered = "", 0
+    backlog = Backlog(lambda: delivered)
+    for users, more in steps:
+        backlog._add(len(posted), array("I", [crc32(user.encode()) for user in users]))
+        posted += users
+        delivered = min(delivered + more, len(posted))
+        assert [backlog.behind(user) for user in "abc"] == [posted[delivered:].count(user) for user in "abc"]
+        assert 2 ** len(backlog._parts) <= 2 * max(len(posted), 1)
 
 
 def test_completeness_counts_what_is_addressed_to_the_bridge_whoever_else_it_is_for(start_nexus):
