@@ -39,7 +39,7 @@ def run(options: Options) -> list[Row]:
         rows += (
             measure(path, options)
             if path.exists()
-            else [missing(name, "", f"not in {options.recorded}: see --recorded")]
+            else [missing(name, "", "not in the folder that --recorded names")]
         )
     return rows
 
