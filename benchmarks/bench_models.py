@@ -37,9 +37,7 @@ def run(options: Options) -> list[Row]:
     for name, measure in ((TAXI, _taxi), (PICKUPS, _pickups), (PAYMENTS, _payments)):
         path = options.recorded / name
         rows += (
-            measure(path, options)
-            if path.exists()
-            else [missing(name, "", "not in the folder that --recorded names")]
+            measure(path, options) if path.exists() else [missing(name, "", "not in the folder that --recorded names")]
         )
     return rows
 
