@@ -129,8 +129,11 @@ def _pieces(command: Command) -> list[Command]:
     return [(*command[:2], *command[at : at + _MOST_WORDS]) for at in range(2, len(command), _MOST_WORDS)]
 
 
-def _tell(progress: Progress, now: int) -> None:
-    """A line for the first dead letters of a stream, then one every ten seconds at most: a client can make thousands."""
+def tell_of_dead(progress: Progress, now: int) -> None:
+    """Once they are committed: a line for the first dead letters of a stream, then one every ten seconds at most, since a client can
+    make thousands."""
+    if not progress.dead:
+        return
     at, untold = _told.get(progress.stream, (0, 0))
     untold += len(progress.dead)
     if now - at >= _TELL_EVERY_MS or now < at:
@@ -153,7 +156,6 @@ def advance(progress: Progress, now: int) -> list[Command]:
         commands.append(("HINCRBY", key, "processed", progress.processed))
     if progress.dead:
         commands.append(("HINCRBY", key, "dead", len(progress.dead)))
-        _tell(progress, now)
         for letter in progress.dead:
             commands += bury(letter)
     return commands

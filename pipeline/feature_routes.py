@@ -105,7 +105,7 @@ def names_in(query: Mapping[str, str]) -> frozenset[str] | None:
     return _names(wanted) if wanted else None
 
 
-@lru_cache(maxsize=500)  # who asks for some features asks for the same ones again
+@lru_cache(maxsize=64)  # who asks for some features asks for the same ones again
 def _names(text: str) -> frozenset[str]:
     return frozenset(few_and_short("names", [name.strip() for name in text.split(",")], MAX_NAMES))
 

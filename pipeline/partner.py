@@ -198,9 +198,8 @@ class Partner:
             if not 200 <= delivery.status < 300:
                 delivery.error = failure(f"POST {path}", delivery.status, headers, raw)
         except PartnerError as error:
-            delivery.error = error.with_traceback(
-                None
-            )  # which refers to the delivery: a cycle, which may never be freed
+            # Without the traceback, which refers to the delivery: a cycle, which may never be freed.
+            delivery.error = error.with_traceback(None)
         delivery.latency_ms = delivery.slowest_ms = (time.perf_counter() - began) * 1000
         return delivery, raw
 

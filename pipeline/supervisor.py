@@ -261,7 +261,7 @@ def parts_of(settings: Settings, store: EmbeddedStore | None, demo: bool) -> lis
         answer = get(settings.nexus_host, settings.nexus_port, "/readyz", _PATIENCE_S)
         if answer is None or answer[0] not in (200, 503):
             return "GET /readyz is not answered"
-        return None if answer[0] == 200 else str(json.loads(answer[1])["why"])
+        return None if answer[0] == 200 else str(json.loads(answer[1]).get("why", "GET /readyz answered 503"))
 
     def nexus_serves() -> bool:
         answer = get(settings.nexus_host, settings.nexus_port, "/readyz")

@@ -181,8 +181,8 @@ def test_dead_letters_of_thousands_of_checkpoints_are_told_in_a_few_lines_that_c
     monkeypatch.setattr(checkpoints, "_told", {})
     letter = DeadLetter("storage-1", "storage", 1, "odd", 3, NOON, NOON, "test", NOON, b"{}")
     for n in range(1_000):  # one in ten milliseconds
-        checkpoints.advance(Progress("storage", Position(), dead=[letter]), NOON + 10 * n)
-    checkpoints.advance(Progress("storage", Position(), dead=[letter]), NOON + 10_000)
+        checkpoints.tell_of_dead(Progress("storage", Position(), dead=[letter]), NOON + 10 * n)
+    checkpoints.tell_of_dead(Progress("storage", Position(), dead=[letter]), NOON + 10_000)
     assert [vars(r)["events"] for r in caplog.records] == [1, 1_000]
 
 

@@ -374,6 +374,7 @@ class Bridge:
         if not commands:
             return
         checkpoints.commit(self._store, self._epoch, commands)
+        checkpoints.tell_of_dead(progress, self._clock())
         self._notes = []
         self.watch.kept()
         del self.sender.attempts[:tried]

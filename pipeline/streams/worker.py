@@ -263,6 +263,7 @@ class Worker(ABC):
         packed.append(checkpoints.pack(checkpoints.advance(progress, self.shared.clock())))
         yield from self._commit(b"".join(packed))
         cut.done()
+        checkpoints.tell_of_dead(progress, self.shared.clock())
         self._writing.pop(name, None)
         self._committed[name] = progress.position
         ms, ordinal = round((time.monotonic() - began) * 1000, 2), progress.position.ordinal
