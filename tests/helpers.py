@@ -88,6 +88,10 @@ class Clock:
         return self.now
 
 
+# What a killed server answered stands in its file: under everysec a write waits for a sync that runs.
+KEPT = ("--appendonly", "yes", "--appendfsync", "no", "--save", "")
+
+
 class Valkey:
     """A real server with an append-only file on a unix socket in `folder`."""
 
@@ -99,8 +103,8 @@ class Valkey:
 
     def start(self) -> Valkey:
         where = ["--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.folder)]
-        kept = ["--appendonly", "yes", "--save", "", "--logfile", str(self.folder / "valkey.log")]
-        self.process = subprocess.Popen([str(get_binary_path()), *where, *kept])
+        log = ["--logfile", str(self.folder / "valkey.log")]
+        self.process = subprocess.Popen([str(get_binary_path()), *where, *KEPT, *log])
         until(self.client.ping, "the store's start")
         return self
 
@@ -127,8 +131,8 @@ class Cluster:
             (folder := self._folder / f"node{n}").mkdir()
             where = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
             mode = ["--cluster-enabled", "yes", "--cluster-port", str(bus)]
-            kept = ["--appendonly", "yes", "--save", "", "--logfile", str(folder / "valkey.log")]
-            self._processes.append(subprocess.Popen([str(get_binary_path()), *where, *mode, *kept]))
+            log = ["--logfile", str(folder / "valkey.log")]
+            self._processes.append(subprocess.Popen([str(get_binary_path()), *where, *mode, *KEPT, *log]))
         for n, node in enumerate(self.nodes):
             until(node.ping, "the node's start")
             node.execute_command("CLUSTER", "SET-CONFIG-EPOCH", n + 1)

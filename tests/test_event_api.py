@@ -50,6 +50,10 @@ def free_port() -> int:
         return port
 
 
+# What a killed server answered stands in its file: under everysec a write waits for a sync that runs.
+KEPT = ("--appendonly", "yes", "--appendfsync", "no", "--save", "")
+
+
 class Store:
     """A Valkey server with an AOF, on the socket where the service looks for the embedded one."""
 
@@ -60,8 +64,8 @@ class Store:
 
     def start(self) -> None:
         where = ["--port", "0", "--unixsocket", str(self.folder / "valkey.sock"), "--dir", str(self.folder)]
-        options = ["--appendonly", "yes", "--save", "", "--logfile", str(self.folder / "valkey.log")]
-        self.process = subprocess.Popen([get_binary_path(), *where, *options])
+        log = ["--logfile", str(self.folder / "valkey.log")]
+        self.process = subprocess.Popen([get_binary_path(), *where, *KEPT, *log])
         until(self.client.ping)
 
     def kill(self) -> None:
@@ -706,8 +710,8 @@ class ClusterNode:
     def start(self) -> None:
         mode = ["--cluster-enabled", "yes", "--cluster-port", str(self.bus)]
         where = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
-        kept = ["--appendonly", "yes", "--logfile", str(self.folder / "log")]
-        self.process = subprocess.Popen([get_binary_path(), *where, *mode, *kept])
+        log = ["--logfile", str(self.folder / "log")]
+        self.process = subprocess.Popen([get_binary_path(), *where, *mode, *KEPT, *log])
         until(self.client.ping)
         if not self.client.cluster("slots"):
             self.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)

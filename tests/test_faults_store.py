@@ -17,7 +17,7 @@ from pipeline.embedded import alive
 from pipeline.runtime import Runtime
 from tests.conftest import Start, client_of, runtimes
 from tests.faults import HEALTH, INGEST, Fault, Load, Send, recount, routes, settled, stored_events
-from tests.helpers import Part, Valkey, clean_environment, event, free_port, until
+from tests.helpers import KEPT, Part, Valkey, clean_environment, event, free_port, until
 
 Record = Callable[[str, object], None]
 
@@ -27,18 +27,9 @@ class Frail(Valkey):
 
     def start(self, *options: str, wait: bool = True) -> Frail:
         where = ["--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.folder)]
-        kept = [
-            "--appendonly",
-            "yes",
-            "--appendfsync",
-            "no",
-            "--save",
-            "",
-            "--logfile",
-            str(self.folder / "valkey.log"),
-        ]
+        log = ["--logfile", str(self.folder / "valkey.log")]
         # Unrestored, SIGXFSZ stays ignored: a write beyond the limit fails as one on a full disk does.
-        self.process = subprocess.Popen([str(get_binary_path()), *where, *kept, *options], restore_signals=False)
+        self.process = subprocess.Popen([str(get_binary_path()), *where, *KEPT, *log, *options], restore_signals=False)
         if wait:
             until(self.client.ping, "the store's start")
         return self
