@@ -13,15 +13,16 @@ from granian import Granian
 from granian.constants import HTTPModes, Interfaces
 from granian.log import LogLevels
 
-from pipeline import logs, processes, settings
-from pipeline.connections import Turns
-from pipeline.dashboard import create_dashboard
+from pipeline import settings
 from pipeline.errors import NexusError, SettingError
-from pipeline.hot_route import HotRoute, SharedReads, takes_long
+from pipeline.operations import logs, processes
 from pipeline.routes import register
 from pipeline.runtime import Runtime
 from pipeline.settings import Settings
 from pipeline.supervisor import banner, say
+from pipeline.web.connections import Turns
+from pipeline.web.dashboard import create_dashboard
+from pipeline.web.hot_route import HotRoute, SharedReads, takes_long
 
 CONNECTIONS = 512  # each may hold a thread, which is there only as long as it is needed
 TURNS = 16  # requests that are worked on at a time

@@ -17,7 +17,8 @@ from granian import Granian
 from granian.constants import Interfaces
 
 import app as nexus_app
-from pipeline import embedded, processes, settings, supervisor
+from pipeline import embedded, settings, supervisor
+from pipeline.operations import processes
 from pipeline.runtime import Runtime
 
 

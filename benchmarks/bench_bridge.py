@@ -14,8 +14,8 @@ from benchmarks.partners import KINDS
 from benchmarks.peers.launch import process
 from benchmarks.table import Row
 from benchmarks.traffic import Traffic
-from pipeline.fault_proxy import FaultProxy
 from pipeline.keys import LOCAL_STREAMS
+from pipeline.tools.fault_proxy import FaultProxy
 
 TITLE = "The bridge: after an outage, during one, and at its beginning"
 BATCH = 500  # as the bridge sends them

@@ -17,20 +17,21 @@ from benchmarks.six_features import SIX, SixFeatures
 from benchmarks.table import Row
 from benchmarks.traffic import event as event_text
 from benchmarks.traffic import name_of
-from pipeline import checkpoints, offline
 from pipeline.catalogue import FEATURES
-from pipeline.checkpoints import Progress
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.checkpoints import Progress
+from pipeline.commit_log.frames import Frame, Position
+from pipeline.commit_log.lease import Lease
 from pipeline.definitions import Feature
 from pipeline.events import Parsed, parse
 from pipeline.feature_store import FeatureStore
-from pipeline.frames import Frame, Position
-from pipeline.lease import Lease
+from pipeline.features import offline
 from pipeline.log import Log, Request
 from pipeline.store import Store
 from pipeline.streams.features import Features
 from pipeline.streams.storage import EventStore, Storage
 from pipeline.streams.stream import Batch
-from pipeline.training_set import Label, TrainingSet
+from pipeline.tools.training_set import Label, TrainingSet
 
 TITLE = "Features: the cost of definitions, reads, history and backfill"
 USERS = 10_000
@@ -235,7 +236,7 @@ class Bench:
 
     def _with_definitions(self, before: Features, lease: Lease) -> Features:
         from pipeline import keys
-        from pipeline.families import pack_definitions
+        from pipeline.features.families import pack_definitions
 
         self.store.call("SET", keys.DEFINITIONS, pack_definitions(before.served, before.fold.families))
         stream = Features(self.store, FEATURES, epoch=lambda: lease.epoch)

@@ -22,8 +22,11 @@ from typing import Any
 from flask import Flask
 
 from benchmarks import altered
-from pipeline import checkpoints, hot_route, ingest, log, publisher, serving
+from pipeline import ingest, log, serving
+from pipeline.commit_log import checkpoints
+from pipeline.publishing import publisher
 from pipeline.streams import aggregates, features, group, inference, storage, stream, worker
+from pipeline.web import hot_route
 
 PATH = "/bench/stages"
 # owner, attribute, stage. Nested ones count for the inner stage alone.

@@ -8,14 +8,15 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from pipeline import foreign, keys, offline
+from pipeline import keys
 from pipeline.definitions import Entity, Feature
 from pipeline.errors import BadRequest
 from pipeline.events import rfc3339
-from pipeline.foreign import Partner, read_moment
-from pipeline.live_settings import LiveSettings
+from pipeline.features import foreign, offline
+from pipeline.features.foreign import Partner, read_moment
+from pipeline.features.reading import Values
 from pipeline.log import Log
-from pipeline.reading import Values
+from pipeline.operations.live_settings import LiveSettings
 from pipeline.store import Store
 from pipeline.streams.features import Features
 from pipeline.streams.storage import EventStore

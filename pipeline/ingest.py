@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.commit_log.frames import ALL_STREAMS, PER_FRAME
+from pipeline.concurrency.joint import Joint
+from pipeline.concurrency.precedence import Precedence
 from pipeline.errors import BadRequest, StoreError, StoreFull
 from pipeline.events import Parsed, Plain, Rejected, parse, parse_plain
-from pipeline.frames import ALL_STREAMS, PER_FRAME
-from pipeline.joint import Joint
 from pipeline.log import Log, Request, Taken
-from pipeline.posted import read_body, read_plain, unpack
-from pipeline.precedence import Precedence
+from pipeline.web.posted import read_body, read_plain, unpack
 
 _GROUP_BYTES = 4 << 20
 _MAX_WAIT_MS = 30_000

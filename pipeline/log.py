@@ -20,9 +20,7 @@ from typing import Any
 import msgspec
 
 from pipeline import keys
-from pipeline.errors import StoreUnavailable
-from pipeline.events import Parsed
-from pipeline.frames import (
+from pipeline.commit_log.frames import (
     ALL_STREAMS,
     HEADER,
     PER_FRAME,
@@ -38,7 +36,9 @@ from pipeline.frames import (
     record,
     split,
 )
-from pipeline.high_water import HighWater
+from pipeline.commit_log.high_water import HighWater
+from pipeline.errors import StoreUnavailable
+from pipeline.events import Parsed
 from pipeline.store import Command, Store, as_hash
 
 SEGMENT_BYTES = 8 << 20

@@ -18,9 +18,8 @@ import certifi
 import httpx
 import msgspec
 
-from pipeline.errors import PartnerError, PartnerStatus, PartnerTimeout, PartnerUnreachable
-from pipeline.health import Health, judge
-from pipeline.replies import (
+from pipeline.bridge.health import Health, judge
+from pipeline.bridge.replies import (
     Delivery,
     failure,
     read_json,
@@ -31,8 +30,9 @@ from pipeline.replies import (
     verdicts,
     words,
 )
+from pipeline.bridge.transport import KeptConnections
+from pipeline.errors import PartnerError, PartnerStatus, PartnerTimeout, PartnerUnreachable
 from pipeline.settings import masked
-from pipeline.transport import KeptConnections
 
 MAX_BODY_BYTES = 4 << 20
 MAX_REDIRECTS = 3

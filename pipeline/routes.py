@@ -14,7 +14,16 @@ from flask import Blueprint, Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 from pipeline import keys
-from pipeline.answers import (
+from pipeline.bridge.attempts import latest as latest_attempts
+from pipeline.bridge.outages import rows as outage_rows
+from pipeline.commit_log.lookups import event_object
+from pipeline.errors import BadRequest, Fenced, NexusError, NotFound, StoreError, TooLarge
+from pipeline.events import rfc3339
+from pipeline.features.foreign import FIRST_MS, read_moment
+from pipeline.streams.aggregates import DIMENSIONS, STEPS_S, Aggregates, counted, kept_ms
+from pipeline.streams.inference import Inference
+from pipeline.streams.storage import Query
+from pipeline.web.answers import (
     INTERNAL,
     JSON,
     answer,
@@ -27,20 +36,11 @@ from pipeline.answers import (
     required,
     strings,
 )
-from pipeline.attempts import latest as latest_attempts
-from pipeline.errors import BadRequest, Fenced, NexusError, NotFound, StoreError, TooLarge
-from pipeline.events import rfc3339
-from pipeline.feature_routes import feature_routes, names_in, of_partner_alone, vector, vector_of_now
-from pipeline.foreign import FIRST_MS, read_moment
-from pipeline.lookups import event_object
-from pipeline.metrics import metrics_routes
-from pipeline.model_routes import demand_answer, model_routes
-from pipeline.openapi import openapi_routes
-from pipeline.outages import rows as outage_rows
-from pipeline.posted import MAX_BODY_BYTES
-from pipeline.streams.aggregates import DIMENSIONS, STEPS_S, Aggregates, counted, kept_ms
-from pipeline.streams.inference import Inference
-from pipeline.streams.storage import Query
+from pipeline.web.feature_routes import feature_routes, names_in, of_partner_alone, vector, vector_of_now
+from pipeline.web.metrics import metrics_routes
+from pipeline.web.model_routes import demand_answer, model_routes
+from pipeline.web.openapi import openapi_routes
+from pipeline.web.posted import MAX_BODY_BYTES
 
 if TYPE_CHECKING:
     from pipeline.runtime import Runtime

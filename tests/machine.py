@@ -19,18 +19,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import pipeline.log as log_module
-from pipeline import checkpoints, keys, lease
-from pipeline.checkpoints import Audit, Progress
+from pipeline import keys
+from pipeline.commit_log import checkpoints, lease
+from pipeline.commit_log.checkpoints import Audit, Progress
+from pipeline.commit_log.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, Position, record
 from pipeline.errors import Fenced
 from pipeline.events import CANARY_USER, canary
-from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, Position, record
+from pipeline.features.tiles import Entity
 from pipeline.log import Log, Request, Taken
 from pipeline.models.fraud import Fraud
 from pipeline.store import Store, as_hash
 from pipeline.streams import fold
 from pipeline.streams.features import Features
 from pipeline.streams.storage import ROW
-from pipeline.tiles import Entity
 from tests.helpers import DAY_MS, HOUR_MS, NOON, STREAMS, Clock, parsed
 from tests.model import ADDRESSEES, DIES, LATE_MS, USERS, Entry, Event, Instance, Model, batch, events
 

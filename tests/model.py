@@ -11,9 +11,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from pipeline import checkpoints
-from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, REDRIVE
-from pipeline.lease import Lease
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, REDRIVE
+from pipeline.commit_log.lease import Lease
 from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.aggregates import Aggregates

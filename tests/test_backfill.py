@@ -10,20 +10,21 @@ from typing import Any
 import msgspec
 import pytest
 
-from pipeline import checkpoints, keys
-from pipeline.backfill import Backfill
+from pipeline import keys
 from pipeline.catalogue import FEATURES
-from pipeline.checkpoints import DeadLetter, Progress
-from pipeline.dead_letters import DeadLetters
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.checkpoints import DeadLetter, Progress
+from pipeline.commit_log.dead_letters import DeadLetters
+from pipeline.commit_log.frames import Position
+from pipeline.commit_log.lease import Lease
 from pipeline.definitions import DAY, HOUR, Feature
 from pipeline.errors import Fenced, StoreUnavailable
-from pipeline.frames import Position
-from pipeline.lease import Lease
+from pipeline.features.backfill import Backfill
 from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.features import Features
 from pipeline.streams.stream import Batch
-from pipeline.training_set import Label, TrainingSet
+from pipeline.tools.training_set import Label, TrainingSet
 from tests.helpers import HOUR_MS, MINUTE_MS, NOON, Clock, append, event, frames, payment, report, response
 
 OLD = (
@@ -172,8 +173,8 @@ def test_old_version_serves_until_the_new_one_has_caught_up(store, lease):
 
 def test_events_that_arrive_meanwhile_are_counted_once(store, lease, monkeypatch):
     worker = grown(store, lease)
-    monkeypatch.setattr("pipeline.backfill._READ_BYTES", 2_000)
-    monkeypatch.setattr("pipeline.backfill.STEP_S", 0.0)
+    monkeypatch.setattr("pipeline.features.backfill._READ_BYTES", 2_000)
+    monkeypatch.setattr("pipeline.features.backfill.STEP_S", 0.0)
     users = ["u1", "u2", "u3", "u4"]
     for turn in range(200):
         if turn < 6:
@@ -246,8 +247,8 @@ def test_backfill_goes_on_where_a_restart_interrupted_it(store, lease, monkeypat
     worker = grown(store, lease)
     filling = worker.stream.backfill
     assert isinstance(filling, Backfill)
-    monkeypatch.setattr("pipeline.backfill._READ_BYTES", 500)
-    monkeypatch.setattr("pipeline.backfill.STEP_S", 0.0)
+    monkeypatch.setattr("pipeline.features.backfill._READ_BYTES", 500)
+    monkeypatch.setattr("pipeline.features.backfill.STEP_S", 0.0)
     filling.step(NOON)
     monkeypatch.undo()
     kept = msgspec.json.decode(store.call("GET", keys.BACKFILL))
@@ -341,8 +342,8 @@ def test_catalogue_that_changes_while_it_is_filled_counts_every_event_once(store
     first.feed()
     first.checkpoint()
     second = Worker(store, lease, (OLD[0], EVENTS))
-    monkeypatch.setattr("pipeline.backfill._READ_BYTES", 500)
-    monkeypatch.setattr("pipeline.backfill.STEP_S", 0.0)
+    monkeypatch.setattr("pipeline.features.backfill._READ_BYTES", 500)
+    monkeypatch.setattr("pipeline.features.backfill.STEP_S", 0.0)
     assert second.stream.backfill is not None
     second.stream.backfill.step(NOON)
     monkeypatch.undo()

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import attempts, checkpoints, keys
+from pipeline import keys
+from pipeline.bridge import attempts
+from pipeline.commit_log import checkpoints
 from pipeline.errors import StoreUnavailable
 from pipeline.runtime import Runtime, wall_clock
 from tests import misbehaving as partners

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from pipeline import checkpoints
+from pipeline.bridge import delivery, linger
+from pipeline.bridge.delivery import Window, cut
+from pipeline.commit_log import checkpoints
 from pipeline.runtime import Runtime
-from pipeline.streams import delivery, linger
-from pipeline.streams.delivery import Window, cut
 from tests.conftest import Start, client_of
 from tests.helpers import DAY_MS, FakePartner, Valkey, event, response, until
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.streams import sender, suspects
-from pipeline.streams.sender import Sender
+from pipeline.bridge import sender, suspects
+from pipeline.bridge.sender import Sender
 from tests import misbehaving as partners
 from tests.bridging import post, reconcile, run, take
 from tests.conftest import Start, client_of

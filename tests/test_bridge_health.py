@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline import health
+from pipeline.bridge import health
 from pipeline.runtime import Runtime
 from tests import misbehaving as partners
 from tests.bridging import TIMEOUT_MS, post, run, settled

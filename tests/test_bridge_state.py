@@ -11,13 +11,15 @@ from unittest.mock import MagicMock
 import msgspec
 import pytest
 
-from pipeline import checkpoints, keys, outages
-from pipeline.checkpoints import Progress
-from pipeline.circuit import Circuit
+from pipeline import keys
+from pipeline.bridge import outages
+from pipeline.bridge.circuit import Circuit
+from pipeline.bridge.gate import Gate
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.checkpoints import Progress
 from pipeline.events import rfc3339
 from pipeline.log import Log
 from pipeline.runtime import Runtime, wall_clock
-from pipeline.streams.gate import Gate
 from tests import misbehaving as partners
 from tests.conftest import Start, client_of
 from tests.helpers import NOON, append, event, frames, until

@@ -6,12 +6,13 @@ import struct
 
 import pytest
 
-from pipeline import checkpoints, keys
+from pipeline import keys
 from pipeline import log as log_module
-from pipeline.checkpoints import DeadLetter, Progress, advance, audit, commit
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.checkpoints import DeadLetter, Progress, advance, audit, commit
+from pipeline.commit_log.frames import ALL_STREAMS, CANARY, Position
+from pipeline.commit_log.lease import TTL_MS, Lease
 from pipeline.errors import Fenced
-from pipeline.frames import ALL_STREAMS, CANARY, Position
-from pipeline.lease import TTL_MS, Lease
 from pipeline.log import Log
 from tests.helpers import NOON, STREAMS, Clock, append, event, frames
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from pipeline import circuit as breaker
-from pipeline.circuit import Circuit
-from pipeline.throttle import MOST_EVENTS, MOST_LANES, Throttle
+from pipeline.bridge import circuit as breaker
+from pipeline.bridge.circuit import Circuit
+from pipeline.bridge.throttle import MOST_EVENTS, MOST_LANES, Throttle
 
 NOW = 1_000_000
 PROBE_MS = 5_000

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from pipeline import keys
-from pipeline.footprint import Footprint
+from pipeline.operations.footprint import Footprint
 from pipeline.runtime import Runtime
 from tests.conftest import client_of, runtimes
 from tests.faults import HEALTH, INGEST

@@ -20,25 +20,26 @@ from h3.api.basic_str import latlng_to_cell
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import checkpoints, keys
+from pipeline import keys
 from pipeline.catalogue import FEATURES
-from pipeline.checkpoints import Progress
-from pipeline.completeness import Backlog
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.checkpoints import Progress
+from pipeline.commit_log.frames import ALL_STREAMS, BRIDGE_ONLY, Position, record
+from pipeline.commit_log.lease import Lease
 from pipeline.errors import PartnerUnreachable
 from pipeline.events import rfc3339
-from pipeline.feature_health import FeatureHealth
 from pipeline.feature_store import FeatureStore
-from pipeline.foreign import read_moment
-from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, Position, record
-from pipeline.lease import Lease
+from pipeline.features.completeness import Backlog
+from pipeline.features.foreign import read_moment
 from pipeline.log import Log, Request
-from pipeline.publisher import LEAST_SHARE, MOST_SHARE, Publisher
+from pipeline.publishing.feature_health import FeatureHealth
+from pipeline.publishing.publisher import LEAST_SHARE, MOST_SHARE, Publisher
+from pipeline.publishing.sync import synchronise
 from pipeline.runtime import wall_clock
 from pipeline.store import Store
 from pipeline.streams.features import Features
 from pipeline.streams.storage import EventStore, Storage
 from pipeline.streams.stream import Batch
-from pipeline.sync import synchronise
 from tests.helpers import (
     DAY_MS,
     HOUR_MS,
@@ -440,7 +441,7 @@ def test_user_whose_event_comes_between_a_cut_and_its_writing_is_published_too(s
 
 
 def test_published_position_follows_those_who_wait_longest_while_others_always_wait(store, publisher, monkeypatch):
-    monkeypatch.setattr("pipeline.publisher.MOST_PER_ROUND", 2)
+    monkeypatch.setattr("pipeline.publishing.publisher.MOST_PER_ROUND", 2)
     publish, both = publisher
     checkpointed = []
     for round_ in range(4):
@@ -557,7 +558,7 @@ def test_training_set_is_written_with_the_labels_columns_and_features_of_their_t
     rows = [f"u,{now},1", f"u,{rfc3339(now - 3 * HOUR_MS)},0", f"nobody,{now},0"]
     labels.write_text("user_id,timestamp,label\n" + "\n".join(rows) + "\n")
     out = tmp_path / "set.parquet"
-    command = [sys.executable, "-m", "pipeline.training_set", "--labels", str(labels), "--out", str(out)]
+    command = [sys.executable, "-m", "pipeline.tools.training_set", "--labels", str(labels), "--out", str(out)]
     environment = clean_environment(REDIS_URL=store_server.url, NEXUS_DATA_DIR=str(tmp_path))
     names = "payments_24h,payment_last_30d,completion_ratio_7d"
     subprocess.run([*command, "--features", names], cwd=ROOT, env=environment, check=True, capture_output=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.connections import Turns, close_idle
-from pipeline.hot_route import takes_long
-from pipeline.posted import MAX_BODY_BYTES
+from pipeline.web.connections import Turns, close_idle
+from pipeline.web.hot_route import takes_long
+from pipeline.web.posted import MAX_BODY_BYTES
 from tests.helpers import until
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from pipeline import checkpoints, keys
-from pipeline.checkpoints import Progress
-from pipeline.demand_history import demand_counts
+from pipeline import keys
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.checkpoints import Progress
+from pipeline.commit_log.frames import Position
 from pipeline.events import parse_rfc3339
-from pipeline.frames import Position
+from pipeline.learning.demand_history import demand_counts
 from pipeline.models import demand
 from pipeline.runtime import Runtime
 from pipeline.store import Store

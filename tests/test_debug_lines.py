@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.live_settings import LiveSettings
+from pipeline.operations.live_settings import LiveSettings
 from pipeline.runtime import Runtime
 from pipeline.store import Store
 from tests.conftest import client_of, quick

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.aggregations import error
 from pipeline.catalogue import FEATURES
 from pipeline.definitions import DAY, HOUR, MINUTE, Feature, WrongDefinition, check, from_object, to_object
 from pipeline.events import Stored
-from pipeline.families import Family, pack_definitions, plan, provides, unpack_definitions
+from pipeline.features.aggregations import error
+from pipeline.features.families import Family, pack_definitions, plan, provides, unpack_definitions
 from pipeline.runtime import Runtime
 from pipeline.settings import load
 from pipeline.windows import Windows

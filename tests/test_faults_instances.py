@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoints, keys, lease
+from pipeline import keys
+from pipeline.commit_log import checkpoints, lease
+from pipeline.commit_log.lease import Lease
 from pipeline.errors import Fenced
-from pipeline.lease import Lease
 from pipeline.store import Store
 from tests.conftest import Start, client_of, runtimes
 from tests.faults import HEALTH, INGEST, Fault, Load, Proxy, recount, routes, settled, sha_of

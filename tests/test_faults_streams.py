@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline import keys
-from pipeline.frames import ALL_STREAMS, CANARY
+from pipeline.commit_log.frames import ALL_STREAMS, CANARY
 from pipeline.jobs import PIPELINE
 from pipeline.log import Log
 from pipeline.runtime import Runtime, wall_clock

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 
 from pipeline.catalogue import FEATURES
 from pipeline.definitions import DAY, Entity, Feature, Malformed
-from pipeline.demo import City
 from pipeline.errors import Unprocessable
 from pipeline.events import Stored
-from pipeline.extraction import Owners, compile_counting
 from pipeline.feature_store import FeatureStore
+from pipeline.features.extraction import Owners, compile_counting
+from pipeline.features.offline import past
 from pipeline.ingest import judge
 from pipeline.log import Log, Request
-from pipeline.offline import past
 from pipeline.store import Store
 from pipeline.streams.features import Features
 from pipeline.streams.storage import EventStore, Storage
 from pipeline.streams.stream import Batch
-from pipeline.training_set import Label, TrainingSet, chosen, read_labels
+from pipeline.tools.demo import City
+from pipeline.tools.training_set import Label, TrainingSet, chosen, read_labels
 from pipeline.windows import Windows
 from tests.helpers import DAY_MS, HOUR_MS, NOON, append, batch_of, event, frames, payment, report, response, write
 

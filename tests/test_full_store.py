@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import outages
+from pipeline.bridge import outages
 from tests.bridging import post, run, settled
 from tests.conftest import Start, client_of, runtimes
 from tests.helpers import Valkey, until

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from pipeline import checkpoints
+from pipeline.commit_log import checkpoints
 from pipeline.errors import StoreUnavailable
 from pipeline.runtime import Runtime
 from pipeline.streams.worker import Worker

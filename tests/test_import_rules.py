@@ -21,11 +21,7 @@ ORDER = [LEAVES, FOUNDATIONS, PARTS, FRONT, {"runtime"}]
 FORBIDDEN_ABOVE = {name: set().union(*ORDER[level + 1 :]) for level, layer in enumerate(ORDER) for name in layer}
 MAX_LINES = 400
 WHOLE = {"event_api"}  # one file on purpose: it can be taken away and run alone
-SOURCES = sorted(
-    path
-    for folder in (".", "pipeline", "pipeline/streams", "pipeline/models", "pages")
-    for path in (ROOT / folder).glob("*.py")
-)
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "pages").glob("*.py"), *(ROOT / "pipeline").rglob("*.py")])
 MODULES = [path for path in SOURCES if path.is_relative_to(ROOT / "pipeline")]
 
 
@@ -55,8 +51,8 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: imports name their whole path"
             found.add(node.module or "")
             found.update(f"{node.module}.{alias.name}" for alias in node.names)
-    known = {name_of(source) for source in SOURCES}
-    return {name for name in found if name in known} - {"pipeline", "pipeline.streams", "pipeline.models", "pages"}
+    known = {name_of(source) for source in SOURCES if source.stem != "__init__"}
+    return {name for name in found if name in known}
 
 
 GRAPH = {name_of(path): imports(path) for path in SOURCES}
@@ -111,6 +107,12 @@ def test_pages_import_serving_and_what_pages_share_alone():
     for module, imported in GRAPH.items():
         if module.startswith("pages."):
             assert {m for m in imported if not m.startswith("pages._")} <= {"pipeline.serving"}, module
+
+
+def test_nexus_imports_no_tool():
+    tools = {module for module in GRAPH if module.startswith("pipeline.tools.")}
+    for module in GRAPH.keys() - tools:
+        assert not GRAPH[module] & tools, module
 
 
 def test_event_api_imports_nothing_of_nexus():

@@ -14,12 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import events
-from pipeline import posted as module
 from pipeline.errors import BadRequest, NexusError, StoreFull, StoreUnavailable, TooLarge
 from pipeline.ingest import Ingest, Verdicts, judge, judge_plain
 from pipeline.log import Log
-from pipeline.posted import MAX_BODY_BYTES, MAX_EVENTS, read_body, read_plain
 from pipeline.store import Store
+from pipeline.web import posted as module
+from pipeline.web.posted import MAX_BODY_BYTES, MAX_EVENTS, read_body, read_plain
 from tests.helpers import NOON, event, frames
 
 

@@ -15,12 +15,12 @@ import msgspec
 import pytest
 
 from app import create_app
-from pipeline.connections import Turns
+from pipeline.concurrency.joint import Joint
+from pipeline.concurrency.precedence import Precedence
 from pipeline.errors import StoreUnavailable
-from pipeline.hot_route import SharedReads
-from pipeline.joint import Joint
-from pipeline.precedence import Precedence
 from pipeline.routes import features_response, features_responses
+from pipeline.web.connections import Turns
+from pipeline.web.hot_route import SharedReads
 from tests.helpers import event, until
 
 
@@ -124,7 +124,7 @@ def read(user: str, query: str = "") -> dict[str, Any]:
 
 
 def test_reads_that_stand_still_with_the_store_do_not_hold_up_the_next_ones(aside, monkeypatch):
-    monkeypatch.setattr("pipeline.hot_route.PATIENCE_S", 0.01)
+    monkeypatch.setattr("pipeline.web.hot_route.PATIENCE_S", 0.01)
     nexus: Any = NoStore()
     reads = SharedReads(lambda environ, start: [b"on its own"], nexus)
     first = aside(reads, read("u1"), lambda *_: None)

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from pipeline.precedence import Precedence
-from pipeline.streams import linger
-from pipeline.streams.linger import LEAST_S, MOST_S, Linger
+from pipeline.bridge import linger
+from pipeline.bridge.linger import LEAST_S, MOST_S, Linger
+from pipeline.concurrency.precedence import Precedence
 
 PATIENCE_S = 20.0
 

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import checkpoints, keys
+from pipeline import keys
 from pipeline import log as log_module
-from pipeline.checkpoints import DeadLetter, Progress, bury
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.checkpoints import DeadLetter, Progress, bury
+from pipeline.commit_log.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, Position, record
+from pipeline.commit_log.lease import Lease
 from pipeline.errors import Fenced, StoreUnavailable
 from pipeline.events import decode
-from pipeline.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, Position, record
-from pipeline.lease import Lease
 from pipeline.log import Log, Request, Taken
 from pipeline.store import Store
 from tests.faults import Proxy, sha_of

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from pipeline import checkpoints
+from pipeline.commit_log import checkpoints
 from pipeline.store import Command, Store
 from pipeline.streams.aggregates import Aggregates
 from pipeline.streams.inference import Inference

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from pipeline.openapi import OPERATIONS, document, routes_of
 from pipeline.runtime import Runtime
+from pipeline.web.openapi import OPERATIONS, document, routes_of
 from tests.helpers import event, payment, report, response, until
 
 DOCUMENT = document("test")

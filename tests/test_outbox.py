@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.frames import Position
-from pipeline.outbox import Outbox
+from pipeline.commit_log.frames import Position
+from pipeline.publishing.outbox import Outbox
 
 CHECKPOINTS = [Position(1, 0, 0, 5 * n) for n in range(9)]
 USERS = st.lists(st.sampled_from("abcdef"), unique=True)

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
+from pipeline.bridge.replies import perhaps_its_events, retry_after_s, retryable, target_of
 from pipeline.errors import PartnerStatus
 from pipeline.partner import LACKS_MS, Partner
-from pipeline.replies import perhaps_its_events, retry_after_s, retryable, target_of
 from tests import misbehaving as partners
 from tests.helpers import Clock
 from tests.misbehaving import Behaviour, Misbehaving

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
+from pipeline.concurrency.precedence import Precedence
 from pipeline.log import Log, Request, Taken
-from pipeline.precedence import Precedence
 from pipeline.runtime import Runtime
 from pipeline.streams import group
 from tests.conftest import Start, client_of

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.catalogue import FEATURES
-from pipeline.read_lately import MOST, ReadLately
+from pipeline.features.read_lately import MOST, ReadLately
 from pipeline.windows import Windows
 from tests.helpers import HOUR_MS, MINUTE_MS, NOON, parsed, payment, response
 

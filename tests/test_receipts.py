@@ -6,8 +6,8 @@ from typing import Any
 
 from flask.testing import FlaskClient
 
+from pipeline.commit_log.frames import ALL_STREAMS, CANARY, Position
 from pipeline.events import canary, rfc3339, uuid7
-from pipeline.frames import ALL_STREAMS, CANARY, Position
 from pipeline.log import Request
 from pipeline.runtime import Runtime
 from tests.conftest import Start, client_of

@@ -22,8 +22,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import recorded, replay
-from pipeline.post import Outbox, Pace, Poster, Receipt, Refused, Unanswered
+from pipeline.tools import recorded, replay
+from pipeline.tools.post import Outbox, Pace, Poster, Receipt, Refused, Unanswered
 
 ROOT = Path(__file__).parents[1]
 NEW_YORK = ZoneInfo("America/New_York")
@@ -602,7 +602,17 @@ def test_interrupted_it_says_how_to_resume_and_resuming_completes_the_file(nexus
     rows = "".join(f"2014-04-01T00:00:{n % 60:02},40.7,-73.9,B{n}\n" for n in range(100))
     path = write(tmp_path, "pickup_at,lat,lon,base\n" + rows)
     nexus.script = [None, None, *[503] * 1_000]
-    command = [sys.executable, "-m", "pipeline.replay", str(path), "--url", nexus.url, "--batch", "10", *PICKUP_FLAGS]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.tools.replay",
+        str(path),
+        "--url",
+        nexus.url,
+        "--batch",
+        "10",
+        *PICKUP_FLAGS,
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     nexus.until(lambda: len(nexus.stored) == 20 and len(nexus.bodies) > 6)
     process.send_signal(signal.SIGINT)

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoints, retention
 from pipeline import log as log_module
-from pipeline.checkpoints import Progress
+from pipeline.commit_log import checkpoints, retention
+from pipeline.commit_log.checkpoints import Progress
+from pipeline.commit_log.frames import Position
+from pipeline.commit_log.lease import Lease
+from pipeline.commit_log.retention import Retention
 from pipeline.errors import Fenced
 from pipeline.events import rfc3339
-from pipeline.frames import Position
-from pipeline.lease import Lease
 from pipeline.log import Log, Request
-from pipeline.retention import Retention
+from pipeline.operations.store_watch import REFUSE_AT
 from pipeline.store import Store
-from pipeline.store_watch import REFUSE_AT
 from tests.conftest import Start, client_of, runtimes
 from tests.faults import HEALTH, INGEST, routes, settled
 from tests.helpers import (

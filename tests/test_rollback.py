@@ -74,7 +74,7 @@ def test_health_no_longer_tells_of_it_after_an_hour(store: Store, log: Log, monk
     store.client.flushall()
     append(log, [event()], NOON)
     assert f"{LOST}2, now it ends at 1" in str(log.mark.reason)
-    monkeypatch.setattr("pipeline.high_water.TOLD_S", 0.0)
+    monkeypatch.setattr("pipeline.commit_log.high_water.TOLD_S", 0.0)
     assert log.mark.reason is None
 
 

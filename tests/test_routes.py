@@ -15,15 +15,15 @@ from flask.testing import FlaskClient
 from jsonschema import Draft202012Validator
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
-from pipeline import checkpoints
+from pipeline.commit_log import checkpoints
 from pipeline.events import rfc3339
-from pipeline.footprint import Footprint
 from pipeline.log import Log
-from pipeline.openapi import document
-from pipeline.posted import MAX_BODY_BYTES
+from pipeline.operations.footprint import Footprint
 from pipeline.routes import features_responses, ingest_response
 from pipeline.runtime import Runtime
 from pipeline.store import Store
+from pipeline.web.openapi import document
+from pipeline.web.posted import MAX_BODY_BYTES
 from tests import misbehaving
 from tests.conftest import Start, client_of
 from tests.helpers import LOCAL, STREAMS, FakePartner, Valkey, event, events_of, payment, report, response, until
@@ -834,7 +834,7 @@ def test_dead_letters_are_listed_by_stream_and_reason_in_pages(nexus, client):
 
 @pytest.mark.parametrize("reason", ["", "&reason=transaction_id"])
 def test_dead_letters_page_ends_early_where_the_events_are_large(nexus, client, monkeypatch, reason):
-    monkeypatch.setattr("pipeline.dead_letters.PAGE_BYTES", 10_000)
+    monkeypatch.setattr("pipeline.commit_log.dead_letters.PAGE_BYTES", 10_000)
     posted = [event("payment", data={"amount": 5, "x": "x" * 6_000}) for _ in range(5)]
     names = post(client, *posted, event("payment", data={"transaction_id": "t", "amount": "much"}))[:5]
     settled(nexus)

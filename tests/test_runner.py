@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoints
+from pipeline.commit_log import checkpoints
 from pipeline.errors import StoreUnavailable
 from pipeline.runtime import Runtime
 from pipeline.store import Call

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoints
+from pipeline.commit_log import checkpoints
 from pipeline.runtime import Runtime
 from pipeline.serving import Drain
 from pipeline.streams.worker import Worker

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.live_settings import LiveSettings
+from pipeline.operations.live_settings import LiveSettings
 from pipeline.settings import RUNTIME, load
 from pipeline.store import Store
 from tests.conftest import client_of
@@ -105,7 +105,7 @@ def test_changes_and_orders_are_told_in_the_log_without_a_password(client, caplo
     caplog.set_level(logging.INFO)
     change(client, "moved", PYTHON_EVENT_API_URL="http://user:secret@127.0.0.1:1")
     client.post("/api/ml/bridge/python", json={"action": "pause"})
-    told = {r.getMessage(): vars(r) for r in caplog.records if r.name == "pipeline.live_settings"}
+    told = {r.getMessage(): vars(r) for r in caplog.records if r.name == "pipeline.operations.live_settings"}
     address, pause = told["PYTHON_EVENT_API_URL was changed"], told["bridge was changed"]
     assert (address["levelname"], address["reason"], address["by"]) == ("INFO", "moved", "127.0.0.1")
     assert address["to"] == "http://user:***@127.0.0.1:1"

@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from pipeline import keys
-from pipeline.checkpoints import commit
+from pipeline.commit_log.checkpoints import commit
 from pipeline.errors import Fenced, StoreFull, StoreRefused, StoreUnavailable
 from pipeline.settings import load
 from pipeline.store import Store

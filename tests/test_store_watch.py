@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 from flask.testing import FlaskClient
 
+from pipeline.operations.store_watch import MIN_FREE_DISK, REFUSE_AT
 from pipeline.runtime import Runtime
-from pipeline.store_watch import MIN_FREE_DISK, REFUSE_AT
 from tests.conftest import Start, client_of, runtimes
 from tests.faults import HEALTH, INGEST, routes, settled
 from tests.helpers import Valkey, append, event, until
@@ -97,7 +97,7 @@ def test_share_of_stored_events_is_not_the_one_before_the_store_filled(
     until(lambda: nexus.serving._footprint.of_events is not None, "the footprint of an empty store")
     for _ in range(20):
         append(nexus.log, [event(data={"note": "x" * 20_000}) for _ in range(50)], nexus.clock())
-    monkeypatch.setattr("pipeline.footprint._NOW_S", 0.0)
+    monkeypatch.setattr("pipeline.operations.footprint._NOW_S", 0.0)
     limit_memory(own_server, REFUSE_AT + 0.05)
     nexus.serving.store_watch.look()
     assert is_full(nexus)

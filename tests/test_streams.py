@@ -11,9 +11,9 @@ import msgspec
 import pytest
 
 from pipeline import keys
+from pipeline.commit_log.frames import ALL_STREAMS, CANARY, record
 from pipeline.events import canary
-from pipeline.frames import ALL_STREAMS, CANARY, record
-from pipeline.labelled import examples
+from pipeline.learning.labelled import examples
 from pipeline.log import Log, Request
 from pipeline.models import fraud
 from pipeline.store import Call

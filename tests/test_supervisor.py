@@ -217,7 +217,7 @@ def test_tied_system_stops_in_order_when_what_started_it_is_killed(tmp_path):
 
 def test_signal_that_another_thread_took_is_heeded_while_the_main_thread_waits():
     code = (
-        "import signal, sys, threading; from pipeline.processes import heed_signals\n"
+        "import signal, sys, threading; from pipeline.operations.processes import heed_signals\n"
         "stop = threading.Event(); signal.signal(signal.SIGTERM, lambda *_: stop.set())\n"
         "def waits(): return sys._current_frames()[threading.main_thread().ident].f_code.co_name == 'wait'\n"
         "def take():\n"

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from pipeline.streams import suspects
-from pipeline.streams.suspects import HOLD_S, MAX_ATTEMPTS, MAX_REFUSALS, PROOFS, Jury, Suspect
+from pipeline.bridge import suspects
+from pipeline.bridge.suspects import HOLD_S, MAX_ATTEMPTS, MAX_REFUSALS, PROOFS, Jury, Suspect
 
 LONG = 10 * HOLD_S
 

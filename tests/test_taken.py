@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoints
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.lease import Lease
 from pipeline.errors import StoreUnavailable
 from pipeline.feature_store import FeatureStore
-from pipeline.lease import Lease
 from tests.conftest import Start, client_of, runtimes
 from tests.helpers import Valkey, append, event, until
 

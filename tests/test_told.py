@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoints
-from pipeline.checkpoints import DeadLetter, Progress
-from pipeline.frames import Position
-from pipeline.lease import Lease
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.checkpoints import DeadLetter, Progress
+from pipeline.commit_log.frames import Position
+from pipeline.commit_log.lease import Lease
 from pipeline.store import Store
 from tests.conftest import Start, client_of, runtimes
 from tests.faults import INGEST

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.transport import _MOST_PIECES, KEPT_S, KeptConnections, _Connection
+from pipeline.bridge.transport import _MOST_PIECES, KEPT_S, KeptConnections, _Connection
 from tests.misbehaving import Answer, Asked, Misbehaving
 
 T = TypeVar("T")
@@ -168,7 +168,7 @@ def test_a_connection_that_has_rested_for_long_is_not_used_again(server, monkeyp
 
 
 def test_a_call_that_is_given_up_closes_its_connection_and_makes_room(server, monkeypatch):
-    monkeypatch.setattr("pipeline.transport.MOST_CONNECTIONS", 1)
+    monkeypatch.setattr("pipeline.bridge.transport.MOST_CONNECTIONS", 1)
     found = connections(monkeypatch)
 
     async def give_up(transport: KeptConnections) -> tuple[int, bytes]:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import app
-from pipeline.connections import Turns
+from pipeline.concurrency.turns import Line, turn_passed_on
 from pipeline.partner import MOST_QUESTIONS, Partner
 from pipeline.runtime import Runtime
 from pipeline.streams.awaited import Awaited
 from pipeline.streams.features import Features
-from pipeline.turns import Line, turn_passed_on
+from pipeline.web.connections import Turns
 from tests.conftest import Start, client_of
 from tests.helpers import FakePartner, event, payment, until
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.catalogue import FEATURES
 from pipeline.definitions import DAY, HOUR, Entity, Feature
 from pipeline.events import Stored
-from pipeline.extraction import Owners, compile_counting
+from pipeline.features.extraction import Owners, compile_counting
 from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.features import Features
@@ -289,7 +289,7 @@ def test_reader_waits_for_what_the_pipeline_is_about_to_finish(monkeypatch):
             entity.values[0] = 2
             entity.ended += 1
 
-    monkeypatch.setattr("pipeline.reading.time.sleep", pause)
+    monkeypatch.setattr("pipeline.features.reading.time.sleep", pause)
     assert windows.values(entity, NOON) == {"n": 2}
     entity.begun += 1
     assert windows.values(entity, NOON) == {"n": 2}, "one that never ends holds nobody up"

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoints, keys
-from pipeline.checkpoints import Progress
+from pipeline import keys
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.checkpoints import Progress
+from pipeline.commit_log.frames import Position
+from pipeline.commit_log.lease import Lease
 from pipeline.errors import Fenced
 from pipeline.events import Event, Stored
-from pipeline.frames import Position
-from pipeline.lease import Lease
 from pipeline.log import Log
 from pipeline.runtime import Runtime
 from pipeline.store import Call, Command, Store

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
-from pipeline.turns import turn_passed_on
+from pipeline.concurrency.turns import turn_passed_on
 
 
 class Awaited:

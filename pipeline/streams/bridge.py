@@ -13,29 +13,29 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from pipeline import attempts, checkpoints
-from pipeline.checkpoints import DeadLetter, Progress
-from pipeline.circuit import Circuit
+from pipeline.bridge import attempts
+from pipeline.bridge.circuit import Circuit
+from pipeline.bridge.delivery import Ahead, Window, truncated
+from pipeline.bridge.gate import Gate
+from pipeline.bridge.health import Health
+from pipeline.bridge.linger import Linger
+from pipeline.bridge.outages import Ledger
+from pipeline.bridge.sender import Sender
+from pipeline.bridge.throttle import Throttle
+from pipeline.bridge.watch import Watch
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.follower import Follower
+from pipeline.commit_log.frames import CANARY, Frame, Position
+from pipeline.commit_log.lease import Lease
+from pipeline.concurrency.precedence import Precedence
+from pipeline.concurrency.turns import turn_passed_on
 from pipeline.errors import Fenced, StoreError
-from pipeline.follower import Follower
-from pipeline.frames import CANARY, Frame, Position
-from pipeline.health import Health
-from pipeline.lease import Lease
-from pipeline.live_settings import LiveSettings
 from pipeline.log import Log
-from pipeline.outages import Ledger
+from pipeline.operations.live_settings import LiveSettings
 from pipeline.partner import Partner
-from pipeline.precedence import Precedence
 from pipeline.store import Command, Store
 from pipeline.streams.awaited import Awaited, looks_s
-from pipeline.streams.delivery import Ahead, Window, truncated
-from pipeline.streams.gate import Gate
-from pipeline.streams.linger import Linger
-from pipeline.streams.sender import Sender
 from pipeline.streams.trouble import Trouble
-from pipeline.streams.watch import Watch
-from pipeline.throttle import Throttle
-from pipeline.turns import turn_passed_on
 
 DEPTH = 3  # windows in memory: one under way, one to follow at once, one being read
 DAMAGED = "damaged: the log's frame cannot be decoded"
@@ -330,7 +330,7 @@ class Bridge:
         more = any(window.unfinished for window in self._windows)
         if more and time.monotonic() - self._flushed_at < _COMMIT_S:
             return
-        progress = Progress(self.name, self._committed)
+        progress = checkpoints.Progress(self.name, self._committed)
         arrival: int | None = None
         while self._windows and self._windows[0].unfinished == 0:
             window = self._windows.popleft()
@@ -342,7 +342,7 @@ class Bridge:
         if arrival is not None:
             self.delay_s = max(0.0, (self._clock() - arrival) / 1000)
 
-    def _enter(self, window: Window, count: int, progress: Progress) -> None:
+    def _enter(self, window: Window, count: int, progress: checkpoints.Progress) -> None:
         """Add the first `count` events of a window to the progress."""
         progress.position = window.after
         dead = [dead for part in window.parts for dead in part.dead if dead[0] < count]
@@ -352,17 +352,17 @@ class Bridge:
         broken = [self._letter(frame, at, frame.records[at][8:], DAMAGED, 1) for frame, at in window.broken]
         progress.dead += [*kept, *[letter for letter in broken if letter is not None]]
 
-    def _letter(self, frame: Frame, at: int, body: bytes, reason: str, tried: int) -> DeadLetter | None:
+    def _letter(self, frame: Frame, at: int, body: bytes, reason: str, tried: int) -> checkpoints.DeadLetter | None:
         """The dead letter of an event, None for a canary."""
         if frame.to & CANARY:
             self.canary_refusals = {frame.ordinal + at: reason}
             return None
         now, place = self._clock(), frame.place(at)
-        return DeadLetter(
+        return checkpoints.DeadLetter(
             f"{self.name}-{place}", self.name, place, reason, tried, now, now, frame.source, frame.received_at, body
         )  # fmt: skip
 
-    def _commit(self, progress: Progress) -> None:
+    def _commit(self, progress: checkpoints.Progress) -> None:
         """What is taken out to be kept counts as kept once it is: where the store fails, the next commit has it too."""
         noted, tried = bool(self._notes), len(self.sender.attempts)
         commands = [*self._notes, *self.watch.commands(), *attempts.keep(self.sender.attempts)]
@@ -395,6 +395,6 @@ class Bridge:
         self._flush()
         if self._windows:
             part = truncated(self._windows[0], self._committed)
-            progress = Progress(self.name, self._committed)
+            progress = checkpoints.Progress(self.name, self._committed)
             self._enter(part, len(part.bodies), progress)
             self._commit(progress)

@@ -11,22 +11,23 @@ from typing import Any
 
 import msgspec
 
-from pipeline import checkpoints, keys
-from pipeline.backfill import Backfill, forget_stale
+from pipeline import keys
 from pipeline.catalogue import FEATURES
-from pipeline.completeness import Backlog
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.frames import CANARY, Position, named, user_of
 from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature
 from pipeline.errors import StoreUnavailable
-from pipeline.families import Family, needs_of, pack_definitions, plan, provides, unpack_definitions
-from pipeline.frames import CANARY, Position, named, user_of
+from pipeline.features.backfill import Backfill, forget_stale
+from pipeline.features.completeness import Backlog
+from pipeline.features.families import Family, needs_of, pack_definitions, plan, provides, unpack_definitions
+from pipeline.features.reading import Values
+from pipeline.features.tiles import Entity
 from pipeline.log import Log
-from pipeline.outbox import Outbox
-from pipeline.reading import Values
+from pipeline.publishing.outbox import Outbox
 from pipeline.store import Command, Store, as_hash
 from pipeline.streams.fold import Fold
 from pipeline.streams.stream import Batch, Cut, Outcome, Stream
-from pipeline.tiles import Entity
 from pipeline.windows import Windows
 
 CACHED_USERS = 400_000

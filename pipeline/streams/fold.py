@@ -15,17 +15,17 @@ from typing import Any
 import msgspec
 
 from pipeline import keys
+from pipeline.commit_log.frames import REDRIVE
 from pipeline.definitions import Entity as Kind
 from pipeline.definitions import Feature, Malformed
 from pipeline.events import CANARY_TYPE
-from pipeline.extraction import Count, Counting, Dead, Owners, compile_counting
-from pipeline.families import Family
-from pipeline.frames import REDRIVE
-from pipeline.read_lately import ReadLately
+from pipeline.features.extraction import Count, Counting, Dead, Owners, compile_counting
+from pipeline.features.families import Family
+from pipeline.features.read_lately import ReadLately
+from pipeline.features.tiles import Entity
 from pipeline.store import Call, Command, Store, as_hash
 from pipeline.streams.payees import Made, Paid, Payees, merchant_of
 from pipeline.streams.stream import UNDECODABLE, Batch, Outcome
-from pipeline.tiles import Entity
 from pipeline.windows import Windows
 
 PAYMENT, REPORT = "payment", "fraud_report"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from pipeline import checkpoints
-from pipeline.follower import POLL_S, Follower
-from pipeline.frames import Frame, Position
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.follower import POLL_S, Follower
+from pipeline.commit_log.frames import Frame, Position
 from pipeline.streams.stream import Batch
 from pipeline.streams.worker import IDLE_CHECKPOINT_S, Shared, Worker, its_own
 

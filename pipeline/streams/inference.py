@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from pipeline import keys
+from pipeline.commit_log.frames import Head
 from pipeline.events import rfc3339
-from pipeline.frames import Head
 from pipeline.models import demand, fraud
 from pipeline.store import Command, Store
 from pipeline.streams.stream import Batch, Cut, Outcome, Stream

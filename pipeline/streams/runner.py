@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 
-from pipeline import checkpoints
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.frames import Position
+from pipeline.commit_log.lease import TTL_MS, Lease
+from pipeline.concurrency.precedence import Precedence
 from pipeline.errors import Fenced, StoreError
-from pipeline.frames import Position
 from pipeline.keys import LOCAL_STREAMS
-from pipeline.lease import TTL_MS, Lease
 from pipeline.log import Log
-from pipeline.precedence import Precedence
 from pipeline.store import Store
 from pipeline.streams.awaited import Awaited, looks_s
 from pipeline.streams.group import Failed, Group

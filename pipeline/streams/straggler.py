@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 
-from pipeline import checkpoints
-from pipeline.frames import CANARY, Frame, Position
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.frames import CANARY, Frame, Position
 from pipeline.streams.stream import Batch
 from pipeline.streams.worker import Shared, Worker, its_own
 

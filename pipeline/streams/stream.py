@@ -11,8 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 from h3.api.basic_int import latlng_to_cell
 
+from pipeline.commit_log.frames import CANARY, Frame, Position, event_time, split
 from pipeline.events import Stored
-from pipeline.frames import CANARY, Frame, Position, event_time, split
 from pipeline.store import Command, Store
 
 ZONE_RESOLUTION = 7  # H3 cells of about 5 km², the size of a city district

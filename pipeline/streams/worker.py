@@ -12,14 +12,14 @@ from functools import partial
 from itertools import islice
 from typing import TypeVar
 
-from pipeline import checkpoints
-from pipeline.checkpoints import DeadLetter, Progress
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.checkpoints import DeadLetter, Progress
+from pipeline.commit_log.frames import CANARY, Position
+from pipeline.commit_log.lease import Lease
+from pipeline.concurrency.precedence import Precedence
 from pipeline.errors import Fenced, StoreError, StoreWrongType
-from pipeline.frames import CANARY, Position
 from pipeline.keys import STREAMS
-from pipeline.lease import Lease
 from pipeline.log import Log
-from pipeline.precedence import Precedence
 from pipeline.store import Call, Store
 from pipeline.streams.stream import Batch, Stream
 

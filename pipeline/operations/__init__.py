@@ -1,0 +1,1 @@
+"""Operations: settings at run time, the log file, the store's room, and why all is not well."""
