@@ -20,6 +20,7 @@ _BY_HAND = (
     "FastAPI, pydantic, pipelined XADD per event, consumer with XREADGROUP and HINCRBY; features alone: no "
     "idempotency, no windows, not exactly once, no look-ups, aggregates, scores, partner"
 )
+_ONCE = "the same with SET NX per id; a crash between SET and XADD loses the event"
 _BYTEWAX = (
     "features alone, from a file, one worker: no HTTP, events not kept, no idempotency, no windows, no look-ups, "
     "aggregates, scores, partner, recovery"
@@ -29,7 +30,7 @@ _FEAST = "SDK push of 100 rows of finished values: computes nothing, takes no ev
 
 def run(options: Options) -> list[Row]:
     events = options.pick(40_000, 150_000, 300_000)
-    rates: dict[str, list[float]] = {"nexus": [], "byhand": [], "bytewax": [], "feast": []}
+    rates: dict[str, list[float]] = {"nexus": [], "byhand": [], "once": [], "bytewax": [], "feast": []}
     costs: dict[str, list[float]] = {}
     for _ in range(options.repetitions):
         rate, cost = nexus(options.data, events)
@@ -37,6 +38,7 @@ def run(options: Options) -> list[Row]:
         for name, value in cost.items():
             costs.setdefault(name, []).append(value)
         rates["byhand"].append(by_hand(options.data, events))
+        rates["once"].append(by_hand(options.data, events, "--once"))
         if not launch.unavailable("bytewax"):
             rates["bytewax"].append(bytewax(options.data, events))
         if not launch.unavailable("feast"):
@@ -55,6 +57,7 @@ def run(options: Options) -> list[Row]:
     options.found["top_rate"] = rows[0].value or 0.0
     for name, label, note, target in (
         ("byhand", "by hand", _BY_HAND, 1.5),
+        ("once", "by hand, ids looked up", _ONCE, None),
         ("bytewax", "Bytewax", _BYTEWAX, None),
         ("feast", "Feast push", _FEAST, None),
     ):
@@ -83,9 +86,9 @@ def nexus(data: Path, events: int, kind: type[System] = System) -> tuple[float, 
         return events / seconds, {part: (after[part] - before[part]) / events * 1e6 for part in after}
 
 
-def by_hand(data: Path, events: int) -> float:
+def by_hand(data: Path, events: int, *options: str) -> float:
     """Events/s through the hand-written peer."""
-    with launch.store(data) as store, launch.byhand(store) as port:
+    with launch.store(data) as store, launch.byhand(store, *options) as port:
 
         def done(wanted: int) -> None:
             wait_until(lambda: int(store.client.get("processed") or 0) >= wanted, 600, "the consumer")

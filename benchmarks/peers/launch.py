@@ -74,12 +74,12 @@ def store(data: Path) -> Iterator[PeerStore]:
 
 
 @contextlib.contextmanager
-def byhand(at: PeerStore) -> Iterator[int]:
+def byhand(at: PeerStore, *options: str) -> Iterator[int]:
     """The hand-written peer; its port."""
     port, module = free_port(), [sys.executable, "-m", "benchmarks.peers.byhand"]
     with (
         process([*module, "consume", "--socket", at.socket]),
-        process([*module, "serve", "--socket", at.socket, "--port", str(port)]),
+        process([*module, "serve", "--socket", at.socket, "--port", str(port), *options]),
     ):
         wait_until(lambda: at.client.exists("events") and _answers(port, "/features/nobody"), 20, "the peer by hand")
         yield port
