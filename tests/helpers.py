@@ -30,7 +30,7 @@ from pipeline.store import Store
 from pipeline.streams.stream import Batch
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 MINUTE_MS, HOUR_MS, DAY_MS = 60_000, 3_600_000, 86_400_000
 NOON = 4_102_488_000_000  # a noon (UTC) that lies ahead of the store's own clock, so that nothing has expired there
 LOCAL = ("features", "storage", "aggregates", "inference")

@@ -30,7 +30,7 @@ SOURCE = Path(api.__file__)
 NOW = 1_800_000_123_456
 
 
-def until(read: Callable[[], Any], seconds: float = 15.0) -> Any:
+def until(read: Callable[[], Any], seconds: float = 60.0) -> Any:
     """The first truthy result of `read`; while there is no connection it is asked again."""
     deadline, last = time.monotonic() + seconds, None
     while time.monotonic() < deadline:
@@ -92,7 +92,11 @@ class Service:
             self.process = subprocess.Popen(
                 self.command, cwd=SOURCE.parent, env={**clean(), **self.settings}, stderr=log
             )
-        until(lambda: self.http.get("/health").json()["status"] == wait_for)
+        try:
+            until(lambda: self.http.get("/health").json()["status"] == wait_for)
+        except BaseException:  # no fixture ends what it was never given
+            self.kill()
+            raise
         return self
 
     def kill(self) -> None:
