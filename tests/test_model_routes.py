@@ -65,16 +65,31 @@ def ask(client, **body):
     return client.post("/api/ml/predict", json=body)
 
 
-def test_prediction_unites_both_systems_scores(predicting, predictor):
+def test_partners_score_counts_while_nexus_model_is_warming_up(predicting, predictor):
     client, _ = predicting
     answer = ask(client, model="fraud", event=payment("t-1", 900.0, user="rider_9"))
     assert answer.status_code == 200
     body = answer.json
     assert body["python"] == predictor.says
     assert body["nexus"]["version"] == fraud.HABIT_VERSION
-    assert body["unified"] == {"score": (body["nexus"]["score"] + 0.5) / 2, "method": "mean", "of": ["nexus", "python"]}
+    assert body["unified"] == {"score": 0.5, "method": "precedence", "of": ["python"]}
     assert body["degraded"] is False
     assert predictor.questions[0]["event"]["data"]["amount"] == 900.0
+
+
+def test_score_of_a_model_that_is_ready_stands_whatever_the_partner_says(predicting, predictor):
+    client, nexus = predicting
+    nexus.stream("inference").model.frauds = fraud.LABELS_NEEDED
+    body = ask(client, model="fraud", event=payment("t-1", 900.0)).json
+    assert (body["nexus"]["status"], body["python"]) == ("ready", predictor.says)
+    assert body["unified"] == {"score": body["nexus"]["score"], "method": "precedence", "of": ["nexus"]}
+
+
+def test_partner_that_is_warming_up_as_well_leaves_nexus_own_prior(predicting, predictor):
+    client, _ = predicting
+    predictor.says = {"status": "warming_up", "score": 0.5}
+    body = ask(client, model="fraud", event=payment("t-1", 900.0)).json
+    assert body["unified"] == {"score": body["nexus"]["score"], "method": "precedence", "of": ["nexus"]}
 
 
 def test_prediction_leaves_no_trace_of_a_payment_that_was_not_made(predicting):
@@ -131,7 +146,7 @@ def test_partners_score_that_is_none_is_its_error_and_nexus_own_stands(predictin
     assert answer.status_code == 200
     assert answer.json["degraded"] is True
     assert answer.json["python"] == {"error": "the Python service's score is not a number from 0 to 1"}
-    assert answer.json["unified"] == {"score": answer.json["nexus"]["score"], "method": "mean", "of": ["nexus"]}
+    assert answer.json["unified"] == {"score": answer.json["nexus"]["score"], "method": "precedence", "of": ["nexus"]}
 
 
 @pytest.mark.parametrize("score", [0, 1, None])
@@ -140,7 +155,7 @@ def test_partners_score_at_the_bounds_or_not_yet_given_is_no_error(predicting, p
     predictor.says = {"score": score}
     body = ask(client, model="fraud", event=payment("t-1")).json
     assert (body["degraded"], body["python"]) == (False, {"score": score})
-    assert body["unified"]["of"] == (["nexus"] if score is None else ["nexus", "python"])
+    assert body["unified"]["of"] == (["nexus"] if score is None else ["python"])
 
 
 @pytest.mark.parametrize("wrong", [10**400, -1, -0.5])
@@ -181,16 +196,23 @@ def test_demand_without_a_zone_and_horizon_is_the_citys_next_step(predicting, pr
     assert predictor.questions == [{"model": "demand", "zone": None, "horizon": 1}] * 2
 
 
-def test_forecasts_of_the_same_step_are_united(predicting, predictor, store):
+def test_nexus_forecast_of_a_step_stands_and_the_partners_fills_what_it_has_not(predicting, predictor, store):
     client, nexus = predicting
     plant_demand(store, nexus.clock())
     own = ask(client, model="demand", horizon=2).json["nexus"]["forecasts"]
-    theirs = own[1]["value"] + 10
-    shifted = own[1]["at"].replace("Z", "+00:00")
-    predictor.says = {"forecasts": [{"at": shifted, "value": theirs, "low": 0, "high": 99}]}
+    shifted, beyond = own[1]["at"].replace("Z", "+00:00"), "2100-01-01T00:00:00.000Z"
+    theirs = {"value": own[1]["value"] + 10, "low": 0, "high": 99}
+    predictor.says = {"forecasts": [{"at": at, **theirs} for at in (shifted, beyond)]}
     united = ask(client, model="demand", horizon=2).json["unified"]["forecasts"]
-    assert [(f["at"], f["of"]) for f in united] == [(own[0]["at"], ["nexus"]), (own[1]["at"], ["nexus", "python"])]
-    assert united[1]["value"] == pytest.approx((own[1]["value"] + theirs) / 2, abs=0.01)
+    assert united == [*({**f, "of": ["nexus"]} for f in own), {"at": beyond, **theirs, "of": ["python"]}]
+
+
+def test_partners_forecasts_count_while_nexus_has_no_history(predicting, predictor):
+    client, _ = predicting
+    theirs = {"at": "2100-01-01T00:00:00.000Z", "value": 2, "low": 1, "high": 3}
+    predictor.says = {"forecasts": [theirs]}
+    body = ask(client, model="demand", horizon=2).json
+    assert (body["nexus"]["state"], body["unified"]["forecasts"]) == ("warming_up", [{**theirs, "of": ["python"]}])
 
 
 # ------------------------------------------------------------------------------------------- retraining

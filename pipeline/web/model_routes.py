@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
 _encode = msgspec.json.Encoder().encode
+_PARTS = ("value", "low", "high")  # of a forecast
+# As of features: Nexus's own where both have a value, the partner's where Nexus's model is still warming up. A mean of a good and a
+# poor prediction is a poor one, and one of two intervals says nothing of either.
+_METHOD = "precedence"
 log = logging.getLogger(__name__)
 
 
@@ -84,9 +88,9 @@ def _fraud(nexus: Runtime, posted: Any) -> dict[str, Any]:
         raise Unprocessable("malformed", str(error)) from error
     own = _own_score(score, stream)
     theirs, failed = _ask(nexus, {"model": "fraud", "event": kept}, _fraud_flaw)
-    given = {"nexus": own["score"], "python": theirs.get("score")}
-    said = {name: float(value) for name, value in given.items() if value is not None}
-    unified = {"score": round(sum(said.values()) / len(said), 6), "method": "mean", "of": list(said)}
+    told = theirs.get("score") if own["status"] == "warming_up" and theirs.get("status") != "warming_up" else None
+    of, chosen = ("nexus", float(own["score"])) if told is None else ("python", float(told))
+    unified = {"score": round(chosen, 6), "method": _METHOD, "of": [of]}
     return {"nexus": own, "python": theirs, "unified": unified, "degraded": failed}
 
 
@@ -104,19 +108,13 @@ def _demand(nexus: Runtime, zone: Any, horizon: Any) -> dict[str, Any]:
         raise BadRequest("invalid_zone", "zone is an H3 cell as a text, or absent")
     own = demand_answer(nexus, zone, str(horizon))
     theirs, failed = _ask(nexus, {"model": "demand", "zone": zone, "horizon": int(horizon)}, _demand_flaw)
-    steps: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for name, said in (("nexus", own), ("python", theirs)):
-        for forecast in _forecasts(said):
-            steps.setdefault(forecast["at"], []).append((name, forecast))
-    merged = [
-        {
-            "at": at,
-            **{part: round(sum(f[part] for _, f in made) / len(made), 3) for part in ("value", "low", "high")},
-            "of": [name for name, _ in made],
-        }
-        for at, made in sorted(steps.items())
-    ]
-    unified = {"forecasts": merged, "method": "mean"}
+    # Nexus forecasts nothing while it warms up.
+    steps = {
+        f["at"]: {"at": f["at"], **{part: round(float(f[part]), 3) for part in _PARTS}, "of": [name]}
+        for name, said in (("python", theirs), ("nexus", own))
+        for f in _forecasts(said)
+    }
+    unified = {"forecasts": [forecast for _, forecast in sorted(steps.items())], "method": _METHOD}
     return {"nexus": own, "python": theirs, "unified": unified, "degraded": failed}
 
 
@@ -128,7 +126,7 @@ def _forecasts(said: dict[str, Any]) -> list[dict[str, Any]]:
         for forecast in (listed if isinstance(listed, list) else [])
         if isinstance(forecast, dict)
         and (at := _moment(forecast.get("at"))) is not None
-        and all(type(forecast.get(part)) in (int, float) for part in ("value", "low", "high"))
+        and all(type(forecast.get(part)) in (int, float) for part in _PARTS)
     ]
 
 
@@ -142,7 +140,7 @@ def _fraud_flaw(said: dict[str, Any]) -> str | None:
 
 def _demand_flaw(said: dict[str, Any]) -> str | None:
     """Why an answer's forecasts are none."""
-    if all(0 <= f[part] <= sys.float_info.max for f in _forecasts(said) for part in ("value", "low", "high")):
+    if all(0 <= f[part] <= sys.float_info.max for f in _forecasts(said) for part in _PARTS):
         return None
     return "the Python service forecasts a number below 0, or one beyond all bounds"
 

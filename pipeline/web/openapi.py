@@ -123,7 +123,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         ("until", _WHEN, "inclusive"),
     ),
     ("POST", "/api/ml/predict"): Operation(
-        "Both systems' predictions and their union",
+        "Both systems' predictions, and as `unified` Nexus's own, or the Python service's where Nexus's model is warming up",
         {200: (operating.FraudPrediction, operating.DemandPrediction)},
         body=(bodies.PredictBody,),
     ),

@@ -35,13 +35,17 @@ class DemandForecast(TypedDict):
 
 class UnitedScore(TypedDict):
     score: float
-    method: str
-    of: list[str]
+    method: Literal["precedence"]
+    of: list[Literal["nexus", "python"]]
+
+
+class UnitedForecast(Forecast):
+    of: list[Literal["nexus", "python"]]
 
 
 class UnitedForecasts(TypedDict):
-    forecasts: list[Forecast]
-    method: str
+    forecasts: list[UnitedForecast]
+    method: Literal["precedence"]
 
 
 class FraudPrediction(TypedDict):
