@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from pipeline.models.demand import DAY_STEPS, STEP_S, WEEK_STEPS, Demand, History, Learned
+from pipeline.models.demand import DAY_STEPS, STEP_S, WEEK_STEPS, Demand, History, Learned, began
 
 AHEAD = 5  # half hours that are forecast and judged
 HELD_OUT = 0.3  # of the steps, the latest
@@ -22,7 +22,7 @@ Counts = Mapping[int, float]
 def origins(counts: Counts, now: int) -> list[int]:
     """The steps (epoch s) at which a forecast could be made and judged: a day of history before, AHEAD steps after."""
     current = now - now % STEP_S
-    first = min(counts, default=current) + DAY_STEPS * STEP_S
+    first = began(counts, now) + DAY_STEPS * STEP_S
     return list(range(first, current - (AHEAD - 1) * STEP_S, STEP_S))
 
 
@@ -52,7 +52,7 @@ def error(model: Demand, counts: Counts, at: list[int]) -> float | None:
 def naive_error(counts: Counts, at: list[int]) -> float | None:
     """The same of the baseline: a step is as it was a week ago, or a day where there is no week of history."""
     missed = came = 0.0
-    first = min(counts, default=0)
+    first = began(counts, at[-1] + STEP_S) if at else 0
     for origin in at:
         season = WEEK_STEPS if origin - first >= WEEK_STEPS * STEP_S else DAY_STEPS
         for i in range(AHEAD):
