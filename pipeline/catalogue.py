@@ -89,9 +89,9 @@ FEATURES: tuple[Feature, ...] = (
     Feature(name="payee_payers_7d", aggregation="distinct", event_type="payment", field="user_id", entity="merchant",
             window_s=7 * DAY, description="different payers"),
     Feature(name="payee_frauds_30d", aggregation="count", event_type="fraud_report", where=("is_fraud", (1,)),
-            entity="merchant", window_s=30 * DAY, description="payments received that were reported as fraud"),
+            entity="merchant", window_s=30 * DAY, description="payments received that were reported as fraud, withdrawn or not"),
     Feature(name="payee_fraud_rate_30d", aggregation="ratio", of=("payee_frauds_30d", "payee_payments_30d"), entity="merchant",
-            window_s=30 * DAY, low=0, high=1, description="reported frauds for each payment received"),
+            window_s=30 * DAY, low=0, high=1, description="reported frauds, withdrawn or not, for each payment received"),
     # Zones.
     Feature(name="zone_requests_15m", aggregation="count", event_type="ride_request", entity="zone", window_s=15 * MINUTE,
             description="rides asked for in the zone"),

@@ -210,11 +210,11 @@ def test_reported_fraud_counts_for_the_payee_of_the_payment_also_after_a_restart
     assert again.values(["m"], NOON, "merchant")["m"]["payee_fraud_rate_30d"] == 0.5
 
 
-def test_payment_reported_again_and_again_counts_once_as_reported(store):
+def test_payment_reported_again_and_again_or_withdrawn_counts_once_as_reported(store):
     log, features = Log(store), Features(store)
     paid = {"merchant_id": "m1"}
     first = [payment("t1", data=paid), report("t1"), report("t1")]
-    for some in (first, [report("t1")], [payment("t2", data=paid)], [report("t2", 0)]):
+    for some in (first, [report("t1")], [report("t1", 0)], [payment("t2", data=paid)], [report("t2", 0)]):
         append(log, some, NOON)
         features.process(Batch([frames(log)[-1]]), NOON)
         write(store, features.cut(NOON))
