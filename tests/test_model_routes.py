@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from pipeline import keys
+from pipeline.learning.labelled import examples
+from pipeline.learning.registry import LOOKED_AT
 from pipeline.models import backtest, demand, fraud, training
 from pipeline.models.training import Example
 from pipeline.streams.inference import Inference, Promoted, Score, stored_fraud
 from tests.conftest import client_of
-from tests.helpers import DAY_MS, FakePartner, batch_of, event, free_port, payment, report, until, write
+from tests.helpers import DAY_MS, NOON, FakePartner, batch_of, event, free_port, payment, report, until, write
 
 STEP_MS = demand.STEP_S * 1000
 
@@ -458,6 +460,31 @@ def test_figures_of_the_version_in_force_are_of_what_it_has_scored_itself(client
     nexus.models.look()
     week = client.get("/api/ml/models").json["models"][0]["metrics"]["7d"]
     assert (week["average_precision"], week["payments"]) == (1.0, 600)
+
+
+def test_figures_of_unchanged_data_are_the_same_each_time(client, nexus, store):
+    """Of more payments than are looked at, so that they are of a sample."""
+    now, chance = nexus.clock(), random.Random(3)
+    scored = {}
+    for i in range(5 * LOOKED_AT):
+        score = Score(chance.random(), fraud.HABIT_VERSION, now - i, [], [0.5] * len(fraud.NAMES), "m")
+        scored[f"t-{i}"] = msgspec.msgpack.encode(score)
+    day = now // DAY_MS
+    store.client.hset(f"{keys.SCORES}{day}", mapping=scored)
+    store.client.hset(f"{keys.LABELS}{day}", mapping={f"t-{i}": 1 for i in range(0, 2000, 40)})
+    looked = [nexus.models.look()["models"][0]["metrics"] for _ in range(5)]
+    assert looked == [looked[0]] * 5
+    assert looked[0]["24h"]["payments"] == pytest.approx(5 * LOOKED_AT, rel=0.02)
+    assert len(examples(store, now, 1, LOOKED_AT)) < 2 * LOOKED_AT
+    assert {e.transaction for e in examples(store, now, 1)} == {e.transaction for e in examples(store, now, 1)}
+
+
+def test_label_counts_as_known_from_the_end_of_the_day_it_came_on(store):
+    score = Score(0.5, fraud.HABIT_VERSION, NOON, [], [0.5] * len(fraud.NAMES), "m")
+    store.client.hset(f"{keys.SCORES}{NOON // DAY_MS}", "t-1", msgspec.msgpack.encode(score))
+    store.client.hset(f"{keys.LABELS}{NOON // DAY_MS + 1}", "t-1", 1)
+    [labelled] = examples(store, NOON + DAY_MS, 7)
+    assert (labelled.y, labelled.known_at) == (1, (NOON // DAY_MS + 2) * DAY_MS)
 
 
 def test_fit_finds_the_weights_that_made_the_labels():

@@ -1,7 +1,7 @@
 """The labelled history: payments of the past with the score they were given and the label that came since.
 
-Bounded whatever the history: at most MAX_LABELS labels, the latest, and of each day SAMPLE payments that nobody
-reported.
+Bounded whatever the history: at most MAX_LABELS labels, the latest, and of each day some SAMPLE payments that nobody
+reported, the same ones each time. These count as legitimate, also where a report may yet come.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def examples(store: Store, now: int, days: int, sample: int = SAMPLE) -> list[Ex
     ]
     for day in kept:
         key = f"{keys.SCORES}{day}"
-        flat = store.call("HRANDFIELD", key, sample, "WITHVALUES") or []
+        # By the store's hash of the transaction: the same payments each time, whatever else has come since, and no more work for more.
+        _, flat = store.call("HSCAN", key, 0, "COUNT", sample)
         rows = [(raw.decode(), _decode(packed)) for raw, packed in _pairs(flat)]
         unreported = [(t, s) for t, s in rows if t not in labels and s.scored_at >= now - days * DAY_MS]
         share = (
@@ -46,13 +47,13 @@ def examples(store: Store, now: int, days: int, sample: int = SAMPLE) -> list[Ex
 
 
 def _labels(store: Store, kept: Sequence[int]) -> dict[str, tuple[int, int]]:
-    """Of each transaction its latest label, and since when that has been known (epoch ms, to the day)."""
+    """Of each transaction its latest label, and when that was surely known (epoch ms): at the end of the day on which it came."""
     found: dict[str, tuple[int, int]] = {}
     for day in kept:
         if len(found) >= MAX_LABELS:
             break
         for raw, label in _pairs(store.call("HGETALL", f"{keys.LABELS}{day}")):
-            found.setdefault(raw.decode(), (int(label), day * DAY_MS))
+            found.setdefault(raw.decode(), (int(label), (day + 1) * DAY_MS))
     return found
 
 

@@ -139,7 +139,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         ("zone", _TEXT, "an H3 cell; absent: the city"),
         ("horizon", {**_INT, "maximum": 336, "default": 5}, "half hours"),
     ),
-    ("GET", "/api/ml/models"): _one("The models in force, how they do, and versions judged", operating.Models),
+    ("GET", "/api/ml/models"): _one(
+        "The models in force, how they do, and versions judged. Of the fraud model's figures: payments that nobody has reported count "
+        "as legitimate, those whose report may yet come as well, and are a sample of each day, the same one each time; all that were "
+        "reported count",
+        operating.Models,
+    ),
     ("POST", "/api/ml/models/{name}/retrain"): Operation(
         "Train on the labelled history, judge, promote where better",
         {200: (operating.Judged,), 202: (operating.InTraining,)},
