@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from pipeline.bridge.replies import perhaps_its_events, retry_after_s, retryable, target_of
+from pipeline.bridge.replies import on_proof_alone, perhaps_its_events, retry_after_s, retryable, target_of
 from pipeline.errors import PartnerStatus
 from pipeline.partner import LACKS_MS, Partner
 from tests import misbehaving as partners
@@ -118,13 +118,16 @@ def test_a_password_is_not_told_to_another_host():
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 405, 410, 411, 429, 500, 503])
-def test_a_wrong_address_is_no_events_fault(status):
+def test_a_call_that_met_a_wrong_address_or_a_busy_partner_is_made_again(status):
     assert retryable(PartnerStatus("no", status))
 
 
-@pytest.mark.parametrize(("status", "may"), [(500, True), (502, True), (503, False), (429, False), (404, False)])
-def test_an_event_may_make_the_partner_fail_but_not_busy(status, may):
-    assert perhaps_its_events(PartnerStatus("no", status)) is may
+@pytest.mark.parametrize(
+    ("status", "alone"), [(500, False), (502, False), (422, False), (503, True), (429, True), (404, True), (307, True)]
+)
+def test_any_status_may_be_an_events_fault_but_some_are_held_against_it_on_proof_alone(status, alone):
+    assert perhaps_its_events(PartnerStatus("no", status))
+    assert on_proof_alone(PartnerStatus("no", status)) is alone
 
 
 def test_a_partner_that_falls_over_a_call_may_do_so_for_what_it_held(server, clock):

@@ -82,3 +82,23 @@ def test_refusals_are_believed_until_too_many_follow_each_other():
     assert [jury.believes_refusal() for _ in range(MAX_REFUSALS + 2)] == [True] * MAX_REFUSALS + [False] * 2
     jury.took()
     assert jury.believes_refusal()
+
+
+def test_suspect_waits_as_long_as_the_one_that_was_taken_in_its_stead_had_waited_or_as_long_as_was_asked():
+    suspect = Suspect(0, 0.0)
+    suspect.waits(10.0, 0.0)
+    suspect.another_taken(12.0)
+    assert suspect.not_before == 14.0
+    suspect.another_taken(13.0)  # it does not wait anew for each
+    assert suspect.not_before == 14.0
+    suspect.waits(20.0, 60.0)
+    suspect.another_taken(21.0)
+    assert suspect.not_before == 80.0
+
+
+def test_so_many_users_whose_event_was_to_blame_are_remembered(monkeypatch):
+    monkeypatch.setattr(suspects, "MOST_CONVICTED", 2)
+    jury = Jury()
+    for user in (b"a", b"b", b"c"):
+        jury.convict(user, "http://one", 404)
+    assert jury.convicted == {b"b": ("http://one", 404), b"c": ("http://one", 404)}

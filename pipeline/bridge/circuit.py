@@ -123,6 +123,11 @@ class Circuit(msgspec.Struct):
         self.retry_at = 0
         return False
 
+    def sooner(self, at: int) -> None:
+        """There is something else to try: at this moment at the latest, unless the partner asked for more time."""
+        if self.retry_at > at:
+            self.retry_at = max(at, self.asked_until)
+
     def close(self) -> None:
         self.state, self.failures, self.opened_at, self.retry_at, self.reason = "closed", 0, None, 0, None
         self.failing_since, self.asked_until, self.probe_until, self.pauses = None, 0, 0, 0

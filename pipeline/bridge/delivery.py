@@ -86,6 +86,7 @@ class Window:
     unfinished: int = 0
     canaries: int = 0
     full: bool = False
+    size: int = 0  # about, in bytes
     broken: list[tuple[Frame, int]] = field(default_factory=list)  # events that cannot be sent: frame and index
     _frames: list[tuple[Frame, int]] = field(default_factory=list)  # each with the index at which its piece begins
     _starts: list[int] = field(default_factory=list)
@@ -166,6 +167,7 @@ def cut(
             frames.popleft()
         else:
             window.after = Position(frame.address >> 24, frame.address & 0xFFFFFF, stop, frame.ordinal + stop)
+    window.size = MOST_BYTES - room
     window.full = len(window.bodies) >= most or room <= 0
     window.divide()
     return window

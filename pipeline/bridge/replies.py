@@ -17,6 +17,7 @@ from pipeline.settings import masked
 
 KEPT_CHARS = 500  # of an answer's text
 KINDS = ("timeout", "connect", "status", "contract", "error")
+BUSY = (429, 503)
 _FINAL = (400, 406, 409, 413, 414, 415, 422, 431, 451)
 _decode = msgspec.json.Decoder().decode
 
@@ -53,18 +54,23 @@ class Delivery:
 
 
 def retryable(error: PartnerError) -> bool:
-    """May the same request succeed later? Timeouts, connections, 5xx and 429 may. Nor is an event to blame for a wrong
-    address or password (401, 403, 404, 405, 410, a redirect): such calls are made again too, until somebody has put it
-    right."""
+    """May the same request succeed later? Timeouts, connections, 5xx and 429 may. So may what met a wrong address or
+    password (401, 403, 404, 405, 410, a redirect), once somebody has put it right."""
     return not (isinstance(error, PartnerStatus) and error.status_code in _FINAL)
 
 
 def perhaps_its_events(error: PartnerError) -> bool:
     """Of a call that may be made again: may what it held be the reason? An event can make the partner fail, hang or
-    fall, but not be away, busy or misconfigured."""
-    if isinstance(error, PartnerStatus):
-        return error.status_code >= 500 and error.status_code != 503
-    return isinstance(error, PartnerTimeout) or bool(error.details.get("broke_off"))
+    fall, and any status may be meant for it alone (404: no such user), but no event makes the partner be away."""
+    return isinstance(error, (PartnerStatus, PartnerTimeout)) or bool(error.details.get("broke_off"))
+
+
+def on_proof_alone(error: PartnerError) -> bool:
+    """Such statuses are most often the partner's (busy, misconfigured): however long one lasts, an event is to blame for it only
+    where others are taken meanwhile."""
+    return (
+        retryable(error) and isinstance(error, PartnerStatus) and (error.status_code < 500 or error.status_code in BUSY)
+    )
 
 
 def kind_of(error: PartnerError) -> str:

@@ -7,14 +7,14 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from pipeline.bridge import attempts
 from pipeline.bridge.attempts import Attempt
 from pipeline.bridge.delivery import Part, Window
 from pipeline.bridge.gate import Gate
 from pipeline.bridge.health import SLOW_SHARE
-from pipeline.bridge.replies import Delivery, kind_of, perhaps_its_events, retryable
+from pipeline.bridge.replies import BUSY, Delivery, kind_of, on_proof_alone, perhaps_its_events, retryable
 from pipeline.bridge.suspects import MAX_ATTEMPTS, PROOFS, Jury, Suspect
 from pipeline.bridge.throttle import SINGLES_EVENTS, Throttle
 from pipeline.bridge.watch import Watch
@@ -26,6 +26,8 @@ from pipeline.partner import Partner
 PROBE_EVENTS = 50  # in a call that tries whether the partner is back
 FILL = 0.85  # of what a call may hold
 _SUSPECT_PAUSE_S = 1.0  # the most between two calls that tell the bad event from the good ones
+_NEWS_S = 3.0  # the longest that another event waits behind one that fails, at a partner that answers health checks
+_LOOK_S = 0.05
 _TOO_LARGE = 413
 log = logging.getLogger(__name__)
 Lane = deque[tuple[Window, Part]]  # what is to be sent one after the other, every user's events in one of them
@@ -75,6 +77,8 @@ class Sender:
 
     def send(self, window: Window) -> None:
         """Send a window's parts off, each after its lane's part of the window before."""
+        if self.starved and self._watch.answers and window.parts:
+            self._gate.circuit.sooner(self._clock() + int(1000 * _NEWS_S))
         self.starved = False
         for part in window.parts:
             lane = self._lanes.setdefault(part.lane, deque())
@@ -99,7 +103,10 @@ class Sender:
                 window, part = lane[0]
                 while part.todo:
                     await self._gate.admission()
-                    await self._call(lane, *self._choose(lane))
+                    if (chosen := self._choose(lane)) is None:
+                        await asyncio.sleep(_LOOK_S)
+                    else:
+                        await self._call(lane, *chosen)
                 lane.popleft()
                 window.unfinished -= 1
                 self._finished()
@@ -109,20 +116,24 @@ class Sender:
             self.crashed = error
             self._finished()
 
-    def _choose(self, lane: Lane) -> tuple[Window, Part, int]:
+    def _choose(self, lane: Lane) -> tuple[Window, Part, int] | None:
         """The part to send from, and how many events at most: the lane's first, or one of another user in the stead of
-        an event that fails, to see whether the partner takes that."""
+        an event that fails, to see whether the partner takes that. None where the lane is to wait."""
         window, part = lane[0]
         suspect = part.suspect
         if suspect is not None:
             part.pull(suspect.index)
-            if self._jury.wants_another(suspect):
+            waits = time.monotonic() < suspect.not_before
+            if waits or self._jury.wants_another(suspect):
                 suspect.due = False
-                if (other := _another(lane, suspect)) is not None:
+                if (other := _another(lane, suspect, self._jury.convicted)) is not None:
                     return *other, 1
                 suspect.cleared.clear()
                 self.starved = True
                 self._finished()
+                if waits:
+                    self._gate.circuit.probe_until = 0  # perhaps this lane's, which makes no call
+                    return None
         most = self.throttle.events
         if self._gate.circuit.state == "half_open":
             most = min(most, PROBE_EVENTS if self.batches else 1)
@@ -146,12 +157,21 @@ class Sender:
             if error is None:
                 part.settled(delivery.rejected)
             return
+        status = error.status_code if isinstance(error, PartnerStatus) else None
         instead = accused.suspect is not None and (part is not accused or start != accused.suspect.index)
         if error is None:
             self._settled(window, part, delivery)
+            if instead and accused.suspect is not None:
+                accused.suspect.another_taken(time.monotonic())
         elif retryable(error):
+            user = user_of(part.bodies[start])
+            known = alone and status is not None and self._jury.convicted.get(user) == (delivery.url, status)
+            if known and self._jury.believes_refusal():
+                part.give_up(f"refused: {error.message}")
+                self._answered(delivery)
+                return
             if perhaps_its_events(error):
-                self._blame(accused, part, error.message, instead)
+                self._blame(accused, part, error, instead)
             self._failed(error, delivery, accused)
         elif not alone:
             part.halve()
@@ -163,13 +183,16 @@ class Sender:
             self._answered(delivery)
         else:
             error.message = f"it refuses everything: {error.message}"
-            self._blame(accused, part, error.message, instead)
+            self._blame(accused, part, error, instead)
             self._failed(error, delivery, accused)
             if self._gate.circuit.confirm(self._clock(), error.message):
                 self._gate.changed()
 
     def _settled(self, window: Window, part: Part, delivery: Delivery) -> None:
         timeout_ms = float(self._live["PYTHON_SERVICE_TIMEOUT"])
+        if self._jury.convicted:
+            for body in part.bodies[slice(*part.todo[-1])]:
+                self._jury.convicted.pop(user_of(body), None)
         part.settled(delivery.rejected)
         if len(delivery.rejected) < delivery.events:
             self._jury.took()
@@ -197,7 +220,7 @@ class Sender:
                 self._watch.failed("degraded", circuit.reason or "its calls are slow")
             self._gate.changed()
 
-    def _blame(self, accused: Part, part: Part, reason: str, instead: bool) -> None:
+    def _blame(self, accused: Part, part: Part, error: PartnerError, instead: bool) -> None:
         """A call failed, and perhaps for what it held: close in on the event, or give it up."""
         start, stop = part.todo[-1]
         if instead:
@@ -207,13 +230,26 @@ class Sender:
         elif stop - start > 1:
             self._jury.failed += 1
             part.failures += 1
-            if part.failures >= MAX_ATTEMPTS:
+            convicted = self._jury.convicted
+            known = next((i for i in range(start, stop) if convicted and user_of(part.bodies[i]) in convicted), None)
+            if known is not None:
+                part.pull(known)
+            elif part.failures >= MAX_ATTEMPTS:
                 part.halve()
         else:
             now = time.monotonic()
             suspect = part.suspect = part.suspect or Suspect(start, now)
-            if self._jury.condemns(suspect, now, self._watch.answers):
-                part.give_up(f"failed {suspect.failures} times: {reason}")
+            status = error.status_code if isinstance(error, PartnerStatus) else None
+            if self._jury.condemns(suspect, now, self._watch.answers and not on_proof_alone(error)):
+                part.give_up(f"failed {suspect.failures} times: {error.message}")
+                if status is not None and status not in BUSY:
+                    self._jury.convict(user_of(part.bodies[start]), self._partner.url, status)
+            elif status in BUSY:
+                asked_s = error.details.get("retry_after_s") or 0.0
+                suspect.waits(now, asked_s)
+                suspect.due = suspect.due or asked_s > 0
+                if suspect.proofs > 0:
+                    error.details["retry_after_s"] = None  # it is asked of this event's user alone
 
     def _failed(self, error: PartnerError, delivery: Delivery, accused: Part) -> None:
         now, circuit = self._clock(), self._gate.circuit
@@ -235,14 +271,15 @@ class Sender:
         self._gate.changed()
 
 
-def _another(lane: Lane, suspect: Suspect) -> tuple[Window, Part] | None:
+def _another(lane: Lane, suspect: Suspect, convicted: Container[bytes]) -> tuple[Window, Part] | None:
     """Where an event of another user is now the next to be sent, the user's first: nobody's order suffers."""
     first = lane[0][1]
     passed = {*suspect.cleared, user_of(first.bodies[suspect.index])}
     for window, part in lane:
         for start, stop in sorted(part.todo):
             for index in range(start, stop):
-                if user_of(part.bodies[index]) not in passed:
+                user = user_of(part.bodies[index])
+                if user not in passed and user not in convicted:
                     part.pull(index)
                     return window, part
     return None

@@ -1,7 +1,8 @@
 """Who is to blame for calls that fail, an event or the partner? Pure: time is passed in, in s.
 
 Where an event fails alone, each time it is sent, while others are taken between its failures, it is to blame. Where
-nothing is taken it is the partner, and no event is given up, but for one now and then: all that wait may be bad.
+nothing is taken it is the partner, and no event is given up, but for one now and then: all that wait may be bad. Of a user
+whose event was to blame for a status, the next event that is answered so is believed to be refused too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 MAX_ATTEMPTS = 3  # of a slice before it is halved, of an event before another is tried in its stead
 PROOFS = 6  # failures between which others were taken: a partner that fails at random gets there once in 4^6 times
 MAX_REFUSALS = 5  # in a row, with nothing taken: from then on the partner is suspected
+MOST_CONVICTED = 10_000  # users that are remembered
 HOLD_S, MOST_HOLD_S = 300.0, 3600.0  # after so long an event that could not be proven guilty is given up all the same
 
 
@@ -26,6 +28,18 @@ class Suspect:
     failed: int = 0
     due: bool = False  # another event is to be tried in its stead
     cleared: set[bytes] = field(default_factory=set)  # users whose event was tried, and was not taken either
+    failed_at: float = 0.0
+    not_before: float = 0.0  # while others may go
+
+    def waits(self, now: float, asked_s: float) -> None:
+        """It failed at a partner that says it is busy, and is not to be sent again for so long."""
+        self.failed_at, self.not_before = now, now + asked_s
+
+    def another_taken(self, now: float) -> None:
+        """It is given the same pause as the one that was taken in its stead: else that would take its turn at a partner that takes so
+        many calls a second, time after time."""
+        if self.failed_at > 0.0:
+            self.not_before, self.failed_at = max(self.not_before, 2 * now - self.failed_at), 0.0
 
 
 class Jury:
@@ -34,6 +48,7 @@ class Jury:
     def __init__(self) -> None:
         self.taken = 0  # calls of which something was taken
         self.failed = 0  # calls that failed, but for those of events that fail again and again
+        self.convicted: dict[bytes, tuple[str, int]] = {}  # users: whose event was to blame, where, for which status
         self._refusals = 0  # of events alone, since something was taken
         self._unproven = 0  # given up for their time, since something was taken
 
@@ -46,8 +61,13 @@ class Jury:
         self._refusals += 1
         return self._refusals <= MAX_REFUSALS
 
+    def convict(self, user: bytes, url: str, status: int) -> None:
+        self.convicted[user] = url, status
+        if len(self.convicted) > MOST_CONVICTED:
+            del self.convicted[next(iter(self.convicted))]
+
     def condemns(self, suspect: Suspect, now: float, healthy: bool) -> bool:
-        """The event has failed alone, perhaps once more, at a partner that calls itself healthy or not."""
+        """The event has failed alone, perhaps once more. Where nothing proves it guilty time may, at a `healthy` partner."""
         taken, failed = self.taken - suspect.taken, self.failed - suspect.failed
         if suspect.failures > 0 and taken != failed:
             suspect.proofs = max(0, suspect.proofs + (1 if taken > failed else -1))

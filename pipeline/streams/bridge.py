@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from pipeline.bridge import attempts
 from pipeline.bridge.circuit import Circuit
-from pipeline.bridge.delivery import Ahead, Window, truncated
+from pipeline.bridge.delivery import MOST_BYTES, Ahead, Window, truncated
 from pipeline.bridge.gate import Gate
 from pipeline.bridge.health import Health
 from pipeline.bridge.linger import Linger
@@ -41,7 +41,6 @@ DEPTH = 3  # windows in memory: one under way, one to follow at once, one being 
 DAMAGED = "damaged: the log's frame cannot be decoded"
 _COMMIT_S = 0.02  # at most this often while there is more to send
 _IDLE_S, _POLL_S, _GRACE_S = 0.25, 0.5, 2.0
-_LOOK_S = 0.25  # who waits looks so often whether anything is sent at all
 
 
 class Bridge:
@@ -134,7 +133,7 @@ class Bridge:
         deadline, pauses = time.monotonic() + timeout_s, looks_s()
         self.wake()
         while self.ordinal < ordinal:
-            left, pause_s = deadline - time.monotonic(), _LOOK_S
+            left, pause_s = deadline - time.monotonic(), _IDLE_S
             if left <= 0 or self.halted is not None or self._stop():
                 return False
             if self.state == "standby":  # another instance does the work: its checkpoint tells
@@ -267,11 +266,12 @@ class Bridge:
     # ---------------------------------------------------------------------------------------- sending
 
     def _room(self) -> bool:
-        """May another window be cut? Small ones wait for those under way: what arrives meanwhile goes into one call."""
-        starved = self.sender.starved
-        if starved or not any(window.unfinished for window in self._windows):
+        """May another window be cut? Small ones wait for those under way: what arrives meanwhile goes into one call. Behind an
+        event that fails, as many as memory bears: only others can tell whether it is to blame."""
+        if (starved := self.sender.starved) or not any(window.unfinished for window in self._windows):
             self._at_end = False
-        return len(self._windows) < (2 * DEPTH if starved else DEPTH) and not self._at_end
+        more = len(self._windows) < 2 * DEPTH or sum(w.size for w in self._windows) < MOST_BYTES
+        return (more if starved else len(self._windows) < DEPTH) and not self._at_end
 
     async def _send_next(self) -> bool:
         """Cut the next window and send its parts off; False at the log's end, or while the number of lanes changes."""
