@@ -40,6 +40,7 @@ MOST_QUESTIONS = 16  # at a time, for requests: half of the connections is left 
 LACKS_MS = 300_000  # after so long, good health is reason to try again what was found lacking
 _SINGLE_ANSWER = 1 << 16  # bytes; of an answer to one event the status is what counts
 _KEPT_BODY = 1 << 13  # bytes of a health answer that are passed on as they are
+_JUST_MS = 10_000
 _SINGLES_MS = 1000.0  # how long events are sent one by one before it is looked whether that is still wanted
 _HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "Connection": "keep-alive", "User-Agent": "nexus"}
 _WITHOUT_ROUTE = (404, 405, 410, 501)
@@ -58,6 +59,10 @@ class Partner:
         self._known_url = ""
         self._took_batch = False  # the partner at this address has taken events of a batch
         self._asking = asyncio.Semaphore(MOST_QUESTIONS)
+        self._under_way: dict[
+            asyncio.Timeout, tuple[str, float]
+        ] = {}  # calls' deadlines: the address, and when they began
+        self._looked = ("", 0)
 
     @property
     def url(self) -> str:
@@ -83,8 +88,11 @@ class Partner:
         self._lacked_at = int(kept.get("lacked_at", 0))
 
     def rediscover(self) -> None:
-        """Forget what was found lacking: after a recovery it may be another version that answers."""
-        self.lacks, self._took_batch = {}, False
+        """Forget what was found lacking: after a recovery it may be another version that answers. But for what was found just now: it
+        may be what the recovery came of."""
+        if not 0 <= self._clock() - self._lacked_at < _JUST_MS:
+            self.lacks = {}
+        self._took_batch = False
 
     def _lack(self, url: str, what: str, why: str) -> None:
         """Of the partner at `url`, which need not be the one that is called from now on."""
@@ -130,7 +138,7 @@ class Partner:
     def _learn(self, url: str, body: Any) -> None:
         if url != self._known_url:
             self._known_url = url
-            self.rediscover()
+            self.lacks, self._took_batch = {}, False
         listed = body.get("supports") if isinstance(body, dict) else None
         self._said = frozenset(s for s in listed if isinstance(s, str)) if isinstance(listed, list) else frozenset()
 
@@ -148,6 +156,15 @@ class Partner:
         if error is None and not self._took_batch:
             self._lack(url, "batch", f"{batch.error.message}; POST /events took the same event")
         return [batch] if isinstance(error, PartnerStatus) and error.status_code in _WITHOUT_ROUTE else single
+
+    async def send_singly(self, event: bytes, why: str) -> list[Delivery]:
+        """Deliver an event that failed again and again in batches, for this reason, though it was alone, by the route that all
+        partners have. Where that takes it, it is the batches that fail."""
+        url = self._url()
+        made = await self._send_singly([event])
+        if made[0].error is None and "batch" in self.supports and not self._took_batch:
+            self._lack(url, "batch", f"{why}; POST /events took the same event")
+        return made
 
     async def _send_batch(self, url: str, events: Sequence[bytes]) -> Delivery | None:
         """All in one call; None when it turned out that the partner cannot do that."""
@@ -232,10 +249,12 @@ class Partner:
         if body is not None:
             sent["Content-Type"] = "application/json"
         self.open()
+        # httpx's own timeouts are per read: a partner that drips a byte at a time would never run into them.
+        deadline = asyncio.timeout(timeout_s)
+        self._under_way[deadline] = self._url(), asyncio.get_running_loop().time()
         try:
             url = httpx.URL(base + path)
-            # httpx's own timeouts are per read: a partner that drips a byte at a time would never run into them.
-            async with asyncio.timeout(timeout_s):
+            async with deadline:
                 for _ in range(MAX_REDIRECTS + 1):
                     status, answered, raw = await self._exchange(method, url, body, sent, most)
                     target = target_of(url, method, path, status, answered)
@@ -244,12 +263,29 @@ class Partner:
                     url = target
             raise PartnerStatus(f"{method} {path} was redirected more than {MAX_REDIRECTS} times", status)
         except TimeoutError as error:
+            if base != self._url().rstrip("/"):
+                raise PartnerTimeout(f"{method} {path} was given up: the address is another now") from error
+            timeout_s = min(timeout_s, self._timeout_ms() / 1000)
             raise PartnerTimeout(f"{method} {path} was not answered within {timeout_s:g} s") from error
         except (httpx.ConnectError, OSError) as error:
             raise PartnerUnreachable(f"no connection to {masked(base)}: {error}") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             message = f"{method} {path} broke off: {str(error) or type(error).__name__}"
             raise PartnerUnreachable(message, details={"broke_off": True}) from error
+        finally:
+            del self._under_way[deadline]
+
+    def look(self) -> None:
+        """Where the address or the timeout has been changed, what is under way keeps to it too. Costs next to nothing where it has
+        not."""
+        now = self._url(), self._timeout_ms()
+        if now == self._looked:
+            return
+        self._looked = now
+        for deadline, (url, began) in self._under_way.items():
+            due = 0.0 if url != now[0] else began + now[1] / 1000
+            if not deadline.expired() and (before := deadline.when()) is not None and due < before:
+                deadline.reschedule(due)
 
     async def _exchange(
         self, method: str, url: httpx.URL, body: bytes | None, headers: dict[str, str], most: int
@@ -267,6 +303,8 @@ class Partner:
                         raw += part
                         if len(raw) >= most:
                             break
+                except httpx.DecodingError:
+                    pass  # it says that it is packed, and is not: the status tells what became of the call
                 finally:
                     await response.aclose()
                 return response.status_code, response.headers, bytes(raw)

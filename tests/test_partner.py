@@ -196,6 +196,41 @@ def test_a_lone_event_that_a_batch_is_refused_for_is_tried_by_itself(server, clo
     assert (only.error, lacks) == (None, {})
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_an_answer_that_says_it_is_packed_and_is_not_tells_by_its_status(encoding, server, clock):
+    server.supports = None
+    server.on_post = partners.says(200, b"taken", [f"Content-Encoding: {encoding}"])
+    [delivery] = using(lambda: server.url, clock, lambda partner: partner.send(BODIES))
+    assert (delivery.error, delivery.events) == (None, len(BODIES))
+    assert [len(server.posts()), server.applied] == [len(BODIES), [f"e{i}" for i in range(6)]]
+
+
+@pytest.mark.parametrize("change", ["address", "timeout"])
+def test_call_that_hangs_is_freed_by_another_address_or_a_shorter_timeout(change, server, clock):
+    urls, timeouts = [server.url], [60_000]
+
+    async def work() -> Any:
+        partner = Partner(lambda: urls[-1], lambda: timeouts[-1], clock)
+        try:
+            partner.look()
+            sending = asyncio.create_task(partner.send(BODIES))
+            while not server.posts():
+                await asyncio.sleep(0.01)
+            if change == "address":
+                urls.append("http://127.0.0.1:9")
+            else:
+                timeouts.append(50)
+            partner.look()
+            return await asyncio.wait_for(sending, 20)
+        finally:
+            await partner.close()
+
+    server.supports, server.on_post = None, partners.hangs
+    [delivery] = asyncio.run(work())
+    why = "the address is another now" if change == "address" else "not answered within 0.05 s"
+    assert why in str(delivery.error)
+
+
 def test_a_refusal_stands_where_single_events_have_no_route(server, clock):
     server.on_post = lambda s, asked, answer: answer.send(422 if asked.path.endswith("/batch") else 404)
     [delivery] = using(lambda: server.url, clock, lambda partner: partner.send(BODIES[:1]))

@@ -102,9 +102,11 @@ class Watch:
 
     async def new_address(self, stop: Callable[[], bool]) -> None:
         """Ask at once where the partner's address is new, before anything is sent there."""
+        self._partner.look()
         while (self._asked is None or self._asked.url != self._partner.url) and not stop():
             checking = self._ask()
             while not checking.done() and not stop():
+                self._partner.look()
                 await asyncio.wait((checking,), timeout=_LOOK_S)
             if checking.done():
                 checking.result()
