@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.bridge import sender, suspects
 from pipeline.bridge.sender import Sender
+from pipeline.bridge.suspects import PROOFS
 from pipeline.commit_log import checkpoints
 from pipeline.streams.bridge import DEPTH
 from tests import misbehaving as partners
@@ -116,8 +117,11 @@ def test_user_whose_events_are_taken_again_is_believed_to_be_refused_no_more(sta
 
 @pytest.mark.parametrize("retry_after", [(), ("Retry-After: 1",)], ids=["", "retry after"])
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_partner_that_takes_so_many_calls_a_second_gets_all_events(status, retry_after, start_nexus, server):
+def test_a_partner_that_takes_so_many_calls_a_second_gets_all_events(
+    status, retry_after, start_nexus, server, monkeypatch
+):
     """None is given up, though each that is taken makes the next one fail."""
+    monkeypatch.setattr(suspects, "PROOFS", PROOFS)
     apart_s, refused = (1.0 if retry_after else 0.25), partners.says(status, {"detail": "slow down"}, retry_after)
     free_at = 0.0
 
@@ -197,7 +201,7 @@ def test_a_wrong_address_or_password_or_a_busy_partner_buries_nothing_however_lo
 ):
     monkeypatch.setattr(suspects, "HOLD_S", 0.0)
     server.supports, server.on_post = None, partners.says(status, b"<html>nginx</html>", content_type="text/html")
-    nexus = run(start_nexus, server)
+    nexus = run(start_nexus, server, PYTHON_SERVICE_TIMEOUT=20_000)
     posted = post(nexus, 20)
     until(lambda: nexus.bridge.circuit.state == "open", "the circuit open")
     server.on_post = partners.answer_well
@@ -234,6 +238,17 @@ def test_batches_in_another_form_than_agreed_are_sent_as_single_events(start_nex
     nexus = run(start_nexus, server)
     reconcile(nexus, server, post(nexus, 50))
     assert "field required" in nexus.bridge.partner.lacks["batch"]
+
+
+@pytest.mark.parametrize("fails", ["401", "403", "429", "500", "503", "hangs", "falls"])
+def test_a_partner_whose_batches_fail_though_it_lists_them_gets_single_events(fails, start_nexus, server):
+    behave = POISONS[fails]
+    server.on_post = lambda s, asked, answer: (
+        behave if asked.path.endswith("/batch") else partners.answer_well
+    )(s, asked, answer)  # fmt: skip
+    nexus = run(start_nexus, server, PYTHON_SERVICE_TIMEOUT=150 if fails == "hangs" else 2_000)
+    reconcile(nexus, server, post(nexus, 50))
+    assert "POST /events took the same event" in nexus.bridge.partner.lacks["batch"]
 
 
 def test_calls_that_are_too_large_are_made_smaller_and_stay_so(start_nexus, server):

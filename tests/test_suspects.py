@@ -7,7 +7,7 @@ import random
 import pytest
 
 from pipeline.bridge import suspects
-from pipeline.bridge.suspects import HOLD_S, MAX_ATTEMPTS, MAX_REFUSALS, PROOFS, Jury, Suspect
+from pipeline.bridge.suspects import HOLD_S, MAX_ATTEMPTS, MAX_REFUSALS, MOST_PATIENCE_S, PROOFS, Jury, Suspect
 
 LONG = 10 * HOLD_S
 
@@ -87,10 +87,16 @@ def test_refusals_are_believed_until_too_many_follow_each_other():
 def test_suspect_waits_as_long_as_the_one_that_was_taken_in_its_stead_had_waited_or_as_long_as_was_asked():
     suspect = Suspect(0, 0.0)
     suspect.waits(10.0, 0.0)
-    suspect.another_taken(12.0)
-    assert suspect.not_before == 14.0
-    suspect.another_taken(13.0)  # it does not wait anew for each
-    assert suspect.not_before == 14.0
+    suspect.another_taken(10.5)
+    assert suspect.not_before == 11.0
+    suspect.another_taken(10.8)  # it does not wait anew for each
+    assert suspect.not_before == 11.0
+    suspect.waits(11.0, 0.0)
+    suspect.another_taken(11.1)
+    assert suspect.not_before == 12.1  # longer each time, up to a limit
+    suspect.waits(12.1, 0.0)
+    suspect.another_taken(19.0)
+    assert suspect.not_before == 19.0 + MOST_PATIENCE_S
     suspect.waits(20.0, 60.0)
     suspect.another_taken(21.0)
     assert suspect.not_before == 80.0

@@ -124,16 +124,16 @@ class Sender:
         if suspect is not None:
             part.pull(suspect.index)
             waits = time.monotonic() < suspect.not_before
-            if waits or self._jury.wants_another(suspect):
+            if (waits and suspect.asked) or self._jury.wants_another(suspect):
                 suspect.due = False
                 if (other := _another(lane, suspect, self._jury.convicted)) is not None:
                     return *other, 1
                 suspect.cleared.clear()
                 self.starved = True
                 self._finished()
-                if waits:
-                    self._gate.circuit.probe_until = 0  # perhaps this lane's, which makes no call
-                    return None
+            if waits:
+                self._gate.circuit.probe_until = 0  # perhaps this lane's, which makes no call
+                return None
         most = self.throttle.events
         if self._gate.circuit.state == "half_open":
             most = min(most, PROBE_EVENTS if self.batches else 1)
@@ -141,7 +141,12 @@ class Sender:
 
     async def _call(self, lane: Lane, window: Window, part: Part, most: int) -> None:
         start, stop = part.next(most)
-        for delivery in await self._partner.send(part.bodies[start:stop]):
+        events, suspect = part.bodies[start:stop], part.suspect
+        if suspect is not None and suspect.failures == MAX_ATTEMPTS and suspect.index == start and self._watch.answers:
+            made = await self._partner.send_singly(events[0], suspect.reason)
+        else:
+            made = await self._partner.send(events)
+        for delivery in made:
             self._settle(lane[0][1], window, part, delivery)
 
     def _settle(self, accused: Part, window: Window, part: Part, delivery: Delivery) -> None:
@@ -239,15 +244,14 @@ class Sender:
         else:
             now = time.monotonic()
             suspect = part.suspect = part.suspect or Suspect(start, now)
+            suspect.reason = error.message
             status = error.status_code if isinstance(error, PartnerStatus) else None
             if self._jury.condemns(suspect, now, self._watch.answers and not on_proof_alone(error)):
                 part.give_up(f"failed {suspect.failures} times: {error.message}")
                 if status is not None and status not in BUSY:
                     self._jury.convict(user_of(part.bodies[start]), self._partner.url, status)
             elif status in BUSY:
-                asked_s = error.details.get("retry_after_s") or 0.0
-                suspect.waits(now, asked_s)
-                suspect.due = suspect.due or asked_s > 0
+                suspect.waits(now, error.details.get("retry_after_s") or 0.0)
                 if suspect.proofs > 0:
                     error.details["retry_after_s"] = None  # it is asked of this event's user alone
 

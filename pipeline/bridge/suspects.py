@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 MAX_ATTEMPTS = 3  # of a slice before it is halved, of an event before another is tried in its stead
 PROOFS = 6  # failures between which others were taken: a partner that fails at random gets there once in 4^6 times
 MAX_REFUSALS = 5  # in a row, with nothing taken: from then on the partner is suspected
+MOST_PATIENCE_S = 3.0  # with an event that others were taken in the stead of
 MOST_CONVICTED = 10_000  # users that are remembered
 HOLD_S, MOST_HOLD_S = 300.0, 3600.0  # after so long an event that could not be proven guilty is given up all the same
 
@@ -28,18 +29,23 @@ class Suspect:
     failed: int = 0
     due: bool = False  # another event is to be tried in its stead
     cleared: set[bytes] = field(default_factory=set)  # users whose event was tried, and was not taken either
+    reason: str = ""  # of its latest failure
     failed_at: float = 0.0
-    not_before: float = 0.0  # while others may go
+    not_before: float = 0.0
+    patience: float = 0.0
+    asked: bool = False  # to wait, by the partner: others go meanwhile
 
     def waits(self, now: float, asked_s: float) -> None:
         """It failed at a partner that says it is busy, and is not to be sent again for so long."""
-        self.failed_at, self.not_before = now, now + asked_s
+        self.failed_at, self.not_before, self.asked = now, now + asked_s, asked_s > 0
+        self.due = self.due or self.asked
 
     def another_taken(self, now: float) -> None:
-        """It is given the same pause as the one that was taken in its stead: else that would take its turn at a partner that takes so
-        many calls a second, time after time."""
+        """It is given the same pause as the one that was taken in its stead, and a longer one each time: else that would take its turn
+        at a partner that takes so many calls a second, time after time."""
         if self.failed_at > 0.0:
-            self.not_before, self.failed_at = max(self.not_before, 2 * now - self.failed_at), 0.0
+            self.patience = min(MOST_PATIENCE_S, max(now - self.failed_at, 2 * self.patience))
+            self.not_before, self.failed_at = max(self.not_before, now + self.patience), 0.0
 
 
 class Jury:
