@@ -251,6 +251,59 @@ def test_canaries_do_not_go_to_a_partner_that_does_not_say_it_takes_them(start_n
     assert len(server.posts()) == 1
 
 
+@pytest.mark.parametrize(
+    ("halt", "why"),
+    [("pause", "paused by hand"), ("open_circuit", "opened by hand"), (None, "switched off")],
+)
+def test_the_integration_test_of_a_partner_without_canaries_fails_where_the_bridge_is_halted_and_calls_nobody(
+    halt, why, start_nexus, server
+):
+    server.supports = None
+    nexus = start(start_nexus, server)
+    if halt is None:
+        nexus.live.change({"ENABLE_PYTHON_BRIDGE": False}, None, "test")
+    else:
+        nexus.bridge.control(halt)
+    answer = nexus.actions.test_integration()[1]
+    [step] = [s for s in answer["steps"] if s["name"] == "bridge"]
+    assert (answer["success"], step["ok"], server.posts()) == (False, False, [])
+    assert why in step["detail"]
+
+
+@pytest.mark.parametrize("change", ["PYTHON_EVENT_API_URL", "PYTHON_SERVICE_TIMEOUT"])
+def test_events_in_a_call_that_hangs_are_sent_again_at_once_after_a_change_of_address_or_of_the_timeout(
+    change, start_nexus, server
+):
+    other = Misbehaving()
+    server.on_post = partners.hangs
+    nexus = start(start_nexus, server)
+    nexus.live.change({"PYTHON_SERVICE_TIMEOUT": 600_000}, None, "test")
+    post(nexus, event())
+    until(server.posts, "the call that hangs")
+    server.on_post = partners.answer_well
+    nexus.live.change({change: other.url if change == "PYTHON_EVENT_API_URL" else 500}, None, "test")
+    settled(nexus)
+    assert [len(server.applied), len(other.applied)] == ([0, 1] if change == "PYTHON_EVENT_API_URL" else [1, 0])
+    other.close()
+
+
+def test_the_integration_test_of_a_partner_without_canaries_fails_where_the_backlog_does_not_move(start_nexus, server):
+    server.supports = None
+    server.on_post = lambda s, asked, answer: (
+        partners.answer_well if asked.events[0]["event_type"] == "nexus.canary" else partners.says(404)
+    )(s, asked, answer)
+    nexus = start(start_nexus, server)
+    post(nexus, event())
+    until(lambda: nexus.bridge.errors_total > 2, "failures")
+    answer = nexus.actions.test_integration()[1]
+    [step] = [s for s in answer["steps"] if s["name"] == "bridge"]
+    assert (answer["success"], step["ok"]) == (False, False)
+    assert "sent directly, answered 200, but the backlog does not move" in step["detail"]
+    server.on_post = partners.answer_well
+    settled(nexus)
+    assert nexus.actions.test_integration()[1]["success"]
+
+
 def test_a_canary_that_the_partner_refuses_fails_its_hop_and_is_no_dead_letter(start_nexus, server):
     nexus = start(start_nexus, server)
     server.refuse = lambda _: True

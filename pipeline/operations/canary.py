@@ -103,12 +103,20 @@ class Canary:
         if "canary" not in bridge.partner.supports:
             if not partner_always:
                 raise NotTried("the Python service does not say that it takes canaries")
+            if bridge.gate.shut:
+                raise NotReached(bridge.halted or "the bridge is halted")
+            before = bridge.reached()
             delivery = nexus.in_bridge(bridge.partner.send([body]))[0]
             if delivery.error is not None:
                 raise delivery.error
             if delivery.rejected:
                 raise NotReached(f"the Python service refused it: {delivery.rejected[0][1]}")
-            return f"sent directly, answered {delivery.status}"
+            sent = f"sent directly, answered {delivery.status}"
+            if taken is None or bridge.wait_for(taken.end, self._timeout_s()):
+                return sent
+            if bridge.reached() > before:
+                return f"{sent}; a backlog is on its way"
+            raise NotReached(f"{sent}, but the backlog does not move" + (f": {why}" if (why := bridge.halted) else ""))
         if taken is None:
             raise NotReached("not tried: the log did not take the canary")
         if not bridge.wait_for(taken.end, self._timeout_s()):
