@@ -9,6 +9,7 @@ NexusError                500  anything that Nexus raises on purpose
 ├── AlreadyRunning        409  another process owns the data folder or the port
 ├── StoreError            503  the store did not do what was asked
 │   ├── StoreUnavailable       away, loading, read-only; `lost`: the write may have happened
+│   │   └── OutcomeUnknown     so is told of a write: nobody may take it for not done
 │   ├── StoreFull              it takes no more (memory limit, disk): nothing was written
 │   └── StoreRefused           a script or a key is not what it should be: not to be mended by waiting
 │       └── StoreWrongType     one key, so that others need not care
@@ -99,17 +100,27 @@ class _Busy(_Named):
 
 
 class StoreError(_Busy):
+    """`lost`: the request was sent and its answer never came, so that what was asked may have been done."""
+
     default_code = "store_error"
+    lost = False
 
 
 class StoreUnavailable(StoreError):
-    """`lost`: the connection broke before the answer came, so that what was asked may have been done."""
-
     default_code = "store_unavailable"
 
-    def __init__(self, message: str, *, lost: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, lost: bool = False, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, details=details)
         self.lost = lost
+
+
+class OutcomeUnknown(StoreUnavailable):
+    """What was to be written may stand in the store, or may not: the message says how to go on without doing it twice."""
+
+    default_code = "outcome_unknown"
+
+    def __init__(self, message: str, *, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, lost=True, details=details)
 
 
 class StoreFull(StoreError):

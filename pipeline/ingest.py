@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.commit_log.frames import ALL_STREAMS, PER_FRAME
 from pipeline.concurrency.joint import Joint
 from pipeline.concurrency.precedence import Precedence
-from pipeline.errors import BadRequest, StoreError, StoreFull
+from pipeline.errors import BadRequest, OutcomeUnknown, StoreError, StoreFull
 from pipeline.events import Parsed, Plain, Rejected, parse, parse_plain
 from pipeline.log import Log, Request, Taken
 from pipeline.web.posted import read_body, read_plain, unpack
@@ -62,7 +62,7 @@ class Ingest:
     def post(
         self, body: bytes, content_type: str, encoding: str, query: Mapping[str, str]
     ) -> tuple[int, dict[str, Any]]:
-        """The status and the answer's object. Raises BadRequest, TooLarge, StoreUnavailable, StoreFull."""
+        """The status and the answer's object. Raises BadRequest, TooLarge, StoreError."""
         began = time.perf_counter()
         wait_s = _wait_s(query)
         with self._precedence:
@@ -128,7 +128,8 @@ class Ingest:
         return judge(events, now), source
 
     def take(self, verdicts: Verdicts, source: str, to: int = ALL_STREAMS) -> Taken:
-        """Bring judged events to the log and wake its readers; while it is too full, StoreFull."""
+        """Bring judged events to the log and wake its readers. Raises StoreError: nothing was taken, except where it is
+        OutcomeUnknown."""
         taken = self._submit(verdicts, source, to)
         self._taken()
         return taken
@@ -136,7 +137,11 @@ class Ingest:
     def _submit(self, verdicts: Verdicts, source: str, to: int) -> Taken:
         if self.closed is not None:
             raise StoreFull(self.closed)
-        return self._group.ask(Request(verdicts.kept, source, to, len(verdicts.rejected)))
+        try:
+            return self._group.ask(Request(verdicts.kept, source, to, len(verdicts.rejected)))
+        except OutcomeUnknown as error:
+            message = f"{error.message}: send the events again with the ids in details.event_ids, and none counts twice"
+            raise OutcomeUnknown(message, details={"event_ids": verdicts.event_ids}) from error
 
 
 def _size(request: Request) -> int:

@@ -37,7 +37,7 @@ from pipeline.commit_log.frames import (
     split,
 )
 from pipeline.commit_log.high_water import HighWater
-from pipeline.errors import StoreUnavailable
+from pipeline.errors import OutcomeUnknown, StoreError, StoreUnavailable
 from pipeline.events import Parsed
 from pipeline.store import Command, Store, as_hash
 
@@ -48,8 +48,9 @@ _DIGEST_BYTES = 10  # accept.lua knows it, too
 _TAIL_EVENTS, _TAIL_BYTES = 50_000, 64 << 20
 _FORGET_WORDS = 2_000
 _MOVED_AT_ONCE = 500  # buckets of an earlier version's id table: some 20 ms of the store
-_PATIENCE_MS = 4_000  # less than the connection's time-out: whoever is told no must not find it done later
+_PATIENCE_MS = 4_000  # less than the connection's time-out: what is asked again is not to be done late on top
 _INSIST_S = 3.0  # the embedded store is back within this
+_OPEN = "whether it was done is not known"
 _PLACE = struct.Struct("<6sH")
 log = logging.getLogger(__name__)
 
@@ -105,13 +106,15 @@ class Log:
         self._answered = keys.ANSWERED + uuid.uuid4().hex
         self._number = 0  # of the latest accept
         self._accepting = threading.Lock()
+        self._silent = False  # the latest accept was never answered
         self._ids_moved = False
 
     def accept(self, requests: Sequence[Request], now: int) -> list[Taken]:
-        """Take the requests in one atomic step; `now` in epoch ms. Raises StoreUnavailable or StoreFull: nothing was taken.
+        """Take the requests in one atomic step; `now` in epoch ms. Raises StoreError: nothing was taken, except where it is
+        OutcomeUnknown.
 
-        Where the connection breaks before the answer, they are brought again until it is known: the store keeps its last
-        answer to this log. Only a store that stays away longer than that leaves it open.
+        Where no answer comes they are brought again until it is known: the store keeps its last answer to this log. Only one
+        that stays away for longer leaves it open.
         """
         rejected = sum(r.rejected for r in requests)
         args: list[str | bytes | int] = []
@@ -133,18 +136,24 @@ class Log:
         return found
 
     def _accept(self, args: list[str | bytes | int]) -> Any:
-        """The script's answer, asked for again while it gets lost."""
+        """The script's answer, asked for again while it gets lost. What is said then of the request that comes again says nothing
+        of the one before."""
         names = (keys.HEAD, keys.LOG, self._ids(), keys.SEGMENTS, self._answered)
-        lost: StoreUnavailable | None = None
-        until = 0.0
+        if self._silent:  # one that still says nothing is not sent what it may take after all
+            self._store.lean("EXISTS", keys.HEAD)
+            self._silent = False
+        until: float | None = None
         while True:
             try:
                 return self._store.run("accept", names, [*args, self._store.deadline(_PATIENCE_MS)])
-            except StoreUnavailable as error:
-                if lost is None and error.lost:
-                    lost, until = error, time.monotonic() + _INSIST_S
-                if lost is None or time.monotonic() > until:
-                    raise
+            except StoreError as error:
+                if until is None:
+                    if not error.lost:
+                        raise
+                    until = time.monotonic() + _INSIST_S
+                if time.monotonic() > until:
+                    self._silent = True
+                    raise OutcomeUnknown(f"{error.message}; {_OPEN}") from error
                 time.sleep(0.02)
 
     def _remember(self, taken: Taken, received_at: int, request: Request, records: list[bytes]) -> None:
@@ -274,7 +283,12 @@ class Log:
         for stream, letter_id, source, packed in letters:
             args += [stream, 1 << keys.STREAMS.index(stream), letter_id, source.encode(), packed]
         names = (keys.HEAD, keys.LOG, keys.SEGMENTS, keys.DEAD, keys.DEAD_ORDER, keys.CHECKPOINT, keys.REDRIVEN)
-        return [bool(sent) for sent in self._store.run("redrive", names, args)]
+        try:
+            return [bool(sent) for sent in self._store.run("redrive", names, args)]
+        except StoreUnavailable as error:
+            if error.lost:
+                raise OutcomeUnknown(f"{error.message}; {_OPEN}, ask again: what was sent is dead no more") from error
+            raise
 
     def trim(self, segment: int, epoch: int) -> bool:
         """Let go of the oldest segment, the ids in it and its index; False while a stream has yet to read it. Raises

@@ -29,6 +29,7 @@ _FEW = 1_000  # look-ups that are done in one call, whatever their hashes
 _ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)  # the second is none of the first
 _AWAY = (redis.exceptions.ReadOnlyError, redis.exceptions.ClusterError)
 _AWAY_WORDS = ("LATE", "BUSY", "NOREPLICAS")  # answers of a store that is there, but not just now
+_UNANSWERED = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
 _NOT_BEGUN = (redis.exceptions.BusyLoadingError, redis.exceptions.AuthenticationError)
 
 
@@ -90,7 +91,7 @@ class Call:
 class Store:
     """A Valkey or Redis server, embedded server or Cluster.
 
-    Nothing is retried in here: a write whose answer is lost may have happened, and only the caller knows what to do then.
+    Nothing is retried in here: a write whose answer is lost, or late, may have happened, and only the caller knows what to do then.
     Raises StoreUnavailable (away, loading, read-only), StoreFull (memory limit, disk), StoreRefused (a wrong script or
     key) and Fenced (the lease is lost).
     """
@@ -172,8 +173,8 @@ class Store:
     def _send(self, words: Command, anew: Command) -> Call:
         try:
             return Call(self.client, self.cluster, words, anew)
-        except _ERRORS as error:
-            raise translate(error) from error
+        except _ERRORS as error:  # not all of it has left, so it is not carried out
+            raise translate(error, sent=False) from error
 
     def find(self, hashes: Sequence[str], fields: Sequence[str]) -> list[bytes | None]:
         """For each field its value in the first of the hashes that has it, None where none does."""
@@ -209,8 +210,8 @@ def _script(path: Path) -> str:
     )
 
 
-def translate(error: Exception) -> Exception:
-    """The project's error for a client library's one."""
+def translate(error: Exception, sent: bool = True) -> Exception:
+    """The project's error for a client library's one; of a request that was `sent` it may be open whether it was carried out."""
     text = str(error)
     if "FENCED" in text:
         return Fenced("another instance holds the lease")
@@ -222,11 +223,12 @@ def translate(error: Exception) -> Exception:
     if refused and not text.startswith(_AWAY_WORDS):
         kind = StoreWrongType if "WRONGTYPE" in text else StoreRefused
         return kind(f"the store refuses what was asked: {text}")
-    return StoreUnavailable(f"the store does not answer: {text}", lost=_broke(error))
+    return StoreUnavailable(f"the store does not answer: {text}", lost=sent and _broke(error))
 
 
 def _broke(error: BaseException | None) -> bool:
-    """Whether an established connection broke. A Cluster's client tells instead that it found no node afterwards."""
-    if isinstance(error, redis.exceptions.ConnectionError) and not isinstance(error, _NOT_BEGUN):
+    """Whether an established connection broke, or stayed silent for too long. A Cluster's client tells instead that it found no node
+    afterwards."""
+    if isinstance(error, _UNANSWERED) and not isinstance(error, _NOT_BEGUN):
         return "connecting to" not in str(error)
     return isinstance(error, redis.exceptions.RedisClusterException) and _broke(error.__context__)

@@ -172,6 +172,7 @@ class Proxy:
 
     `swallow(mark)`: the next request that contains `mark` is carried out, its answer is lost with the connection.
     `hold(mark)`: the next such request is kept back, its connection closed; `deliver()` brings it to the store.
+    `hold_answers(mark)`: from the next such request on all are carried out, but nobody hears of it until `let_answers_go()`.
     """
 
     def __init__(self, target: Path, folder: Path) -> None:
@@ -186,6 +187,9 @@ class Proxy:
         self._held = b""
         self._lose: set[socket.socket] = set()
         self.struck = threading.Event()
+        self._silence: bytes | None = None
+        self._flows = threading.Event()
+        self._flows.set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def swallow(self, mark: str) -> None:
@@ -200,7 +204,14 @@ class Proxy:
             store.sendall(self._held)
             return store.recv(1 << 16)
 
+    def hold_answers(self, mark: str) -> None:
+        self._silence = mark.encode()
+
+    def let_answers_go(self) -> None:
+        self._flows.set()
+
     def close(self) -> None:
+        self._flows.set()
         self._listener.close()
 
     def _connect(self) -> socket.socket:
@@ -232,6 +243,9 @@ class Proxy:
                 self._held = request + self._rest(client)
                 self.struck.set()
                 return
+            if self._silence is not None and self._silence in request:
+                self._silence = None
+                self._flows.clear()
             if self._swallow is not None and self._swallow in request:
                 self._swallow = None
                 self._lose.add(store)
@@ -251,4 +265,5 @@ class Proxy:
             if store in self._lose:
                 self.struck.set()
                 return
+            self._flows.wait()
             client.sendall(answer)

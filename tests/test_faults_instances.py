@@ -14,11 +14,13 @@ import pytest
 
 from pipeline import keys
 from pipeline.commit_log import checkpoints, lease
+from pipeline.commit_log.frames import Head, record
 from pipeline.commit_log.lease import Lease
-from pipeline.errors import Fenced
+from pipeline.errors import Fenced, OutcomeUnknown
+from pipeline.log import Log
 from pipeline.store import Store
 from tests.conftest import Start, client_of, runtimes
-from tests.faults import HEALTH, INGEST, Fault, Load, Proxy, recount, routes, settled, sha_of
+from tests.faults import HEALTH, INGEST, Fault, Load, Proxy, Send, recount, routes, settled, sha_of
 from tests.helpers import Clock, Part, Valkey, clean_environment, event, free_port, until
 
 Record = Callable[[str, object], None]
@@ -158,6 +160,74 @@ def test_an_accept_whose_answer_is_lost_is_asked_for_again_and_told_as_what_it_w
     assert (lost, doubled) == (0, 0)
     shows = "nothing: the answer is asked for again, and comes a moment later"
     Fault(record_property).seen("the answer to an accept is lost", shows, took_s, lost, doubled)
+
+
+@pytest.fixture
+def impatient(proxy: Proxy, start: Start, monkeypatch: pytest.MonkeyPatch) -> Send:
+    """The routes of an instance that soon gives up an answer of the store."""
+    monkeypatch.setattr("pipeline.store._TIMEOUT_S", 0.5)
+    monkeypatch.setattr("pipeline.log._INSIST_S", 0.0)
+    return routes(client_of(start()))
+
+
+@pytest.mark.parametrize("path", [INGEST, "/api/ml/bridge/python"], ids=["ingest", "send_batch"])
+def test_events_whose_acceptance_was_never_answered_are_sent_again_by_the_ids_that_the_503_names(
+    impatient: Send, proxy: Proxy, own_server: Valkey, path: str
+) -> None:
+    nameless = [{"event_type": "ghost", "user_id": "u"}, {"event_type": "Bad"}, event(event_id="mine")]
+    status, body = impatient("POST", path, {"action": "send_batch", "events": [event(event_id="first")]})
+    assert status in (200, 202), body  # the store knows the script from now on
+    before = taken_by(own_server)
+    proxy.hold_answers("ghost")
+    status, body = impatient("POST", path, {"action": "send_batch", "events": nameless})
+    assert (status, body["error"]["code"]) == (503, "outcome_unknown")
+    made, rejected, given = body["error"]["details"]["event_ids"]
+    assert (rejected, given) == (None, "mine")
+    assert taken_by(own_server) == before + 2
+    proxy.let_answers_go()
+
+    named = [{**nameless[0], "event_id": made}, nameless[2]]
+
+    def again() -> Any:
+        status, body = impatient("POST", path, {"action": "send_batch", "events": named})
+        return body if status < 300 else None
+
+    assert until(again, "the store to answer again")["duplicates"] == 2
+    assert taken_by(own_server) == before + 2
+
+
+def taken_by(server: Valkey) -> int:
+    """Events, canaries aside; asked at the store itself, not through the proxy."""
+    head = Head.unpack(server.client.get(keys.HEAD))
+    return head.accepted + head.bridge_only
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "mark"),
+    [
+        ("POST", "/api/ml/bridge/python", {"action": "pause"}, "HSETNX"),
+        ("PATCH", "/api/ml/settings", {"settings": {"FEATURE_SYNC_INTERVAL": 60}}, "FEATURE_SYNC"),
+    ],
+    ids=["order", "setting"],
+)
+def test_an_order_whose_answer_is_lost_is_told_as_open(
+    impatient: Send, proxy: Proxy, method: str, path: str, body: Any, mark: str
+) -> None:
+    assert impatient(method, path, body)[0] == 200
+    proxy.hold_answers(mark)
+    status, answer = impatient(method, path, body)
+    assert (status, answer["error"]["code"]) == (503, "outcome_unknown")
+    assert "ask again" in answer["error"]["message"]
+    proxy.let_answers_go()
+
+
+def test_a_redrive_whose_answer_is_lost_is_told_as_open(proxy: Proxy, own_server: Valkey) -> None:
+    log = Log(Store(proxy.url))
+    letters = [("storage", "storage-1", "app", record(0, b"{}"))]
+    assert log.redrive(letters, 1) == [False]
+    proxy.swallow(sha_of(log._store, "redrive"))
+    with pytest.raises(OutcomeUnknown, match="ask again"):
+        log.redrive(letters, 1)
 
 
 def test_a_commit_that_arrives_after_its_sender_gave_up_writes_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import struct
 import threading
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +17,7 @@ from pipeline.commit_log import checkpoints
 from pipeline.commit_log.checkpoints import DeadLetter, Progress, bury
 from pipeline.commit_log.frames import ALL_STREAMS, BRIDGE_ONLY, CANARY, Position, record
 from pipeline.commit_log.lease import Lease
-from pipeline.errors import Fenced, StoreUnavailable
+from pipeline.errors import Fenced, OutcomeUnknown, StoreUnavailable
 from pipeline.events import decode
 from pipeline.log import Log, Request, Taken
 from pipeline.store import Store
@@ -190,15 +191,16 @@ def test_events_of_a_log_that_has_run_for_years_are_found_and_let_go_of_one_by_o
     assert log.locate(names) == [None] * 6
 
 
-def test_store_that_was_stalled_does_not_take_what_its_sender_was_told_it_had_not(own_server, monkeypatch):
+def test_store_that_was_stalled_does_not_take_what_its_sender_was_told_may_be_taken(own_server, monkeypatch):
     monkeypatch.setattr("pipeline.store._TIMEOUT_S", 0.6)
     monkeypatch.setattr(log_module, "_PATIENCE_MS", 400)
     store = Store(own_server.url)
     log = Log(store)
     append(log, [event(event_id="before")], NOON)  # the store knows the script
     checkpoints.audit(store)  # which tells the store's clock
+    monkeypatch.setattr(log_module, "_INSIST_S", 0.0)
     own_server.process.send_signal(signal.SIGSTOP)
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(OutcomeUnknown):
         append(log, [event()], NOON)
     own_server.process.send_signal(signal.SIGCONT)
     append(log, [event(event_id="after")], NOON)
@@ -221,6 +223,90 @@ def test_answer_lost_on_its_way_is_asked_for_again_and_nothing_is_taken_twice(st
     head = log.head()
     assert (head.accepted, head.duplicates, head.rejected, head.ordinal) == (4, 1, 4, 4)
     proxy.close()
+
+
+@pytest.fixture
+def held(store, store_server, tmp_path, monkeypatch) -> Iterator[tuple[Log, Proxy]]:
+    """A log whose store has answered once, and what can hold back its further answers."""
+    monkeypatch.setattr("pipeline.store._TIMEOUT_S", 0.3)
+    proxy = Proxy(store_server.socket, tmp_path)
+    log = Log(Store(proxy.url))
+    append(log, [event()], NOON)
+    yield log, proxy
+    proxy.close()
+
+
+def test_answer_that_is_late_is_asked_for_again_and_nothing_is_taken_twice(held, store):
+    log, proxy = held
+    proxy.hold_answers(sha_of(log._store, "accept"))
+    answers: list[Taken] = []
+    asking = threading.Thread(target=lambda: answers.append(append(log, [event(event_id="a")], NOON)))
+    asking.start()
+    until(lambda: Log(store).head().accepted == 2, "the event in the log")
+    asking.join(0.4)
+    assert not answers
+    proxy.let_answers_go()
+    asking.join(30)
+    assert (answers[0].taken, answers[0].duplicates) == (1, [])
+    assert Log(store).head().accepted == 2
+
+
+def test_answer_that_never_comes_is_told_as_open_and_the_next_request_waits_for_the_store_first(
+    held, store, monkeypatch
+):
+    monkeypatch.setattr(log_module, "_INSIST_S", 0.1)
+    log, proxy = held
+    proxy.hold_answers(sha_of(log._store, "accept"))
+    with pytest.raises(OutcomeUnknown):
+        append(log, [event(event_id="a")], NOON)
+    with pytest.raises(StoreUnavailable) as told:
+        append(log, [event(event_id="b")], NOON)
+    assert not isinstance(told.value, OutcomeUnknown)
+    proxy.let_answers_go()
+    assert ids_in(Log(store))[1:] == ["a"]
+    assert append(log, [event(event_id="a")], NOON).duplicates == [0]
+    assert append(log, [event(event_id="b")], NOON).taken == 1
+
+
+def test_refusal_of_a_request_that_comes_again_does_not_say_that_the_first_was_refused(
+    store, store_server, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(log_module, "_INSIST_S", 0.1)
+    proxy = Proxy(store_server.socket, tmp_path)
+    log = Log(Store(proxy.url))
+    append(log, [event()], NOON)
+    proxy.swallow(sha_of(log._store, "accept"))
+    run = log._store.run
+
+    def full_from_now_on(*words):
+        try:
+            return run(*words)
+        finally:
+            store.call("CONFIG", "SET", "maxmemory", 1)
+
+    monkeypatch.setattr(log._store, "run", full_from_now_on)
+    try:
+        with pytest.raises(OutcomeUnknown):
+            append(log, [event(event_id="a")], NOON)
+    finally:
+        store.call("CONFIG", "SET", "maxmemory", 0)
+    assert ids_in(Log(store))[1:] == ["a"]
+    proxy.close()
+
+
+def test_request_that_never_left_is_told_as_not_done(own_server, monkeypatch):
+    monkeypatch.setattr("pipeline.store._TIMEOUT_S", 0.3)
+    log = Log(Store(own_server.url))
+    log._ids_moved = True
+    own_server.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(StoreUnavailable) as told:  # the connection is made, and nobody welcomes it
+            append(log, [event()], NOON)
+    finally:
+        own_server.process.send_signal(signal.SIGCONT)
+    assert not told.value.lost
+    assert not isinstance(told.value, OutcomeUnknown)
+    assert ids_in(log) == []
 
 
 def test_request_that_reaches_the_store_after_a_later_one_of_its_sender_takes_nothing(store, log):

@@ -13,6 +13,7 @@ import msgspec
 
 from pipeline import keys
 from pipeline.commit_log.frames import Head, Position
+from pipeline.errors import OutcomeUnknown, StoreUnavailable
 from pipeline.store import Call, Command, Store, as_hash
 
 JOURNAL_LENGTH = 20_000  # commits remembered per stream: hours at one a second, days when quiet
@@ -96,8 +97,13 @@ def commit(store: Store, epoch: int, commands: Iterable[Command]) -> None:
 
 def write(store: Store, commands: Iterable[Command]) -> None:
     """The same for what any instance may write, whoever holds the lease: people's orders, statistics. Like a commit it passes
-    where the store is over its memory limit, which refuses such commands by themselves."""
-    store.run("write", (keys.OWNER,), (pack(commands),))
+    where the store is over its memory limit, which refuses such commands by themselves. Raises StoreError."""
+    try:
+        store.run("write", (keys.OWNER,), (pack(commands),))
+    except StoreUnavailable as error:
+        if error.lost:
+            raise OutcomeUnknown(f"{error.message}; whether it was done is not known: look, or ask again") from error
+        raise
 
 
 def begin(store: Store, epoch: int, packed: bytes) -> Call:

@@ -49,7 +49,7 @@ def _one(summary: str, answer: type[Any], *query: Query, body: Types = (), **mor
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/api/ml/events/ingest"): Operation(
         "Take events, durably before the answer; also a bare array, one event, NDJSON, gzip",
-        {202: (data.Ingested,), 422: (data.Ingested,)},
+        {202: (data.Ingested,), 422: (data.Ingested,), 503: (data.Open, data.Error)},
         (
             ("wait", {"enum": ["features"]}, "answer when the events are readable"),
             ("timeout_ms", {**_INT, "maximum": 30_000}, "how long to wait"),
@@ -73,6 +73,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
             200: (data.Sent, data.Hybrid, data.Integration, data.Switched),
             202: (data.Sent,),
             422: (data.Sent, data.Hybrid),
+            503: (data.Open, data.Error),
         },
         body=(bodies.ActionBody,),
         own=True,

@@ -21,6 +21,23 @@ class Error(TypedDict):
     error: ErrorBody
 
 
+class EventIds(TypedDict):
+    event_ids: list[str | None]
+
+
+class OpenBody(TypedDict):
+    code: Literal["outcome_unknown"]
+    message: str
+    details: EventIds
+
+
+class Open(TypedDict):
+    """The store was asked to take the events and did not answer. Send them again with these ids, one for each input position, null
+    where rejected: those that were taken are duplicates then. With any other code of a 503 nothing was taken."""
+
+    error: OpenBody
+
+
 class Rejection(TypedDict):
     index: int
     event_id: str | None
