@@ -252,13 +252,14 @@ def _size(path: Path) -> int:
 
 
 def is_serving(settings: Settings, timeout: float = 1.0) -> bool:
-    """The embedded store answers PONG, so it is up and its data is loaded."""
+    """The embedded store answers, and not that it is loading. One whose disk is full answers with that, and serves."""
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connection:
         connection.settimeout(timeout)
         try:
             connection.connect(str(settings.socket_path))
             connection.sendall(b"PING\r\n")
-            return connection.recv(64).startswith(b"+PONG")
+            answer = connection.recv(64)
+            return bool(answer) and not answer.startswith(b"-LOADING")
         except OSError:
             return False
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
+import resource
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import threading
 
 import pytest
 import redis
@@ -48,6 +50,39 @@ def test_store_serves_on_its_socket_and_opens_no_port(settings, store):
     assert is_serving(settings)
     with client(settings) as redis_client:
         assert redis_client.config_get("port") == {"port": "0"}
+
+
+@pytest.mark.parametrize(("says", "serves"), [("-MISCONF its disk is full", True), ("-LOADING", False), ("", False)])
+def test_store_that_answers_anything_but_that_it_is_loading_serves(settings, says, serves):
+    settings.data_dir.mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(settings.socket_path))
+        listener.listen(1)
+
+        def answer() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(64)
+                connection.sendall(f"{says}\r\n".encode() if says else b"")
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        assert is_serving(settings) is serves
+        answering.join()
+
+
+def test_store_whose_disk_is_full_serves(settings, store):
+    resource.prlimit(store.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    with client(settings) as redis_client:
+        redis_client.set("answered", "though not written")
+
+        def refused() -> bool:
+            try:
+                return not redis_client.ping()
+            except redis.ResponseError as error:
+                return "MISCONF" in str(error)
+
+        until(refused, "the store to notice that its disk is full")
+        assert is_serving(settings)
 
 
 def test_settings_reach_the_server(settings, store):
