@@ -30,6 +30,7 @@ _ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)  # the seco
 _AWAY = (redis.exceptions.ReadOnlyError, redis.exceptions.ClusterError)
 _AWAY_WORDS = ("LATE", "BUSY", "NOREPLICAS")  # answers of a store that is there, but not just now
 _UNANSWERED = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError)
+_IN_PIPELINE = " of pipeline caused error: "  # the client puts the command before it, whatever that says
 _NOT_BEGUN = (redis.exceptions.BusyLoadingError, redis.exceptions.AuthenticationError)
 
 
@@ -212,7 +213,7 @@ def _script(path: Path) -> str:
 
 def translate(error: Exception, sent: bool = True) -> Exception:
     """The project's error for a client library's one; of a request that was `sent` it may be open whether it was carried out."""
-    text = str(error)
+    text = str(error).rpartition(_IN_PIPELINE)[2]
     if "FENCED" in text:
         return Fenced("another instance holds the lease")
     if isinstance(error, redis.exceptions.OutOfMemoryError) or "OOM" in text or "MISCONF" in text:

@@ -136,6 +136,34 @@ def test_commit_takes_a_command_of_any_length(store, command, read, size):
         assert store.call("LRANGE", key, 0, 1) == [b"20000", b"19999"]
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_store_that_is_busy_is_away_for_now_whichever_way_it_is_asked(own_server, at_once):
+    own_server.client.config_set("busy-reply-threshold", 1)
+    connection, stopped = Store(own_server.url), threading.Event()
+
+    def work() -> None:
+        with pytest.raises(redis.ResponseError, match="killed"):
+            own_server.client.eval("while true do end", 0)
+        stopped.set()
+
+    threading.Thread(target=work).start()
+    ask = (lambda: connection.many([("GET", "OOM")])) if at_once else (lambda: connection.call("GET", "OOM"))
+
+    def busy() -> Any:
+        try:
+            return ask() and None
+        except Exception as error:  # noqa: BLE001  looked at
+            return [error]
+
+    [error] = until(busy, "the store to be busy")
+    with redis.Redis(unix_socket_path=str(own_server.socket)) as other:
+        other.script_kill()
+    assert stopped.wait(30)
+    assert isinstance(error, StoreUnavailable)
+    assert error.message.startswith("the store does not answer: BUSY ")
+    connection.close()
+
+
 def test_script_that_fails_is_told_as_refused_and_not_as_a_store_that_is_away(store):
     store.call("SET", keys.OWNER, "not a hash")
     with pytest.raises(StoreRefused, match="refuses what was asked: WRONGTYPE"):
