@@ -3,7 +3,7 @@
   "use strict";
   const nexus = (window.nexus = window.nexus || {});
   const STREAMS = (nexus.STREAMS = ["features", "storage", "aggregates", "inference", "bridge"]);
-  const STORE = { online: "ok", degraded: "warn", loading: "warn" };
+  const STORE = { online: "ok", degraded: "warn", unknown: "warn", loading: "warn" };
   const RANK = ["ok", "idle", "unknown", "warn", "bad"];
   const worse = (a, b) => RANK[Math.max(RANK.indexOf(a), RANK.indexOf(b))];
 
@@ -14,7 +14,7 @@
   nexus.behind = (stream) => (stream && nexus.known(stream.lag) ? Math.max(0, stream.lag - (stream.unsaved || 0)) : null);
 
   /* A store that is degraded takes events; every other state but online refuses them. */
-  nexus.refuses = (feed) => !["online", "degraded", undefined, null].includes(nexus.at(feed, "store.status"));
+  nexus.refuses = (feed) => !["online", "degraded", "unknown", undefined, null].includes(nexus.at(feed, "store.status"));
 
   function partner(feed) {
     const { at } = nexus;

@@ -69,23 +69,26 @@
       covers: ["pipeline", "streams", "asked", ...ALL_AGES] };
   }
 
+  /* What limits the memory: of the embedded store a setting, of another one what its server is told. */
+  const limit = (feed) => (at(feed, "store.embedded") === false ? "maxmemory" : "STORE_MAX_MEMORY");
+
   /* Of a full disk the store refuses every write. In a full memory the streams go on, and retention makes room as far as they came:
      who holds it back is the cause. */
   function full(feed, why) {
     if (at(feed, "store.full_of") === "disk") {
       return { level: "bad", title: "The store's disk is full: ingest refuses with 503, Nexus resumes by itself", rings: "apart",
-        detail: why + "Free room on that disk; a higher STORE_MAX_MEMORY does not help.", covers: ["pipeline", "streams"] };
+        detail: why + "Free room on that disk; a higher " + limit(feed) + " does not help.", covers: ["pipeline", "streams"] };
     }
     const held = (at(feed, "retention.held_back") || []).filter((name) => nexus.behind(at(feed, "streams." + name)) !== 0); // it looks every ten seconds
     if (!held.length) {
       return { level: "bad", title: "Store is full: ingest refuses with 503 until retention has made room", rings: "apart",
-        detail: why + "It lets go of the oldest events, those within their retention too: raise STORE_MAX_MEMORY to keep them." };
+        detail: why + "It lets go of the oldest events, those within their retention too: raise " + limit(feed) + " to keep them." };
     }
     const cause = held.includes("bridge") ? bridge(feed) : null;
     const called = (name) => (name === "bridge" ? "the bridge" : name);
     return { level: "bad", title: "Store is full and retention waits for " + list(held.map(called)) + ": ingest refuses with 503", rings: "apart",
       detail: why + upper(list(held.map((name) => called(name) + " has " + events(nexus.behind(at(feed, "streams." + name))) + " to read"))) + (cause ? ": " + cause.also : "")
-        + ". Room comes as far as " + (held.length > 1 ? "they get" : "it gets") + ", or by a higher STORE_MAX_MEMORY.",
+        + ". Room comes as far as " + (held.length > 1 ? "they get" : "it gets") + ", or by a higher " + limit(feed) + ".",
       acts: cause ? cause.acts : [], covers: ["retention", ...(cause ? ["bridge", "backlog", "python age"] : [])] };
   }
 
@@ -94,7 +97,7 @@
     const [n, latest] = [at(feed, "retention.within_retention"), Date.parse(at(feed, "retention.within_retention_at"))];
     if (!(n > 0) || !(feed.at - latest < EARLY_MS)) return null;
     return { level: "warn", title: events(n) + " within their retention were let go of for want of memory", rings: "joined",
-      detail: "The latest at " + format.minute(latest) + ". Raise STORE_MAX_MEMORY, or lower EVENT_RETENTION_HOURS to what it holds.",
+      detail: "The latest at " + format.minute(latest) + ". Raise " + limit(feed) + ", or lower EVENT_RETENTION_HOURS to what it holds.",
       also: events(n) + " within their retention were let go of for want of memory" };
   }
 
@@ -187,6 +190,10 @@
 
   /* Its events are taken, and may yet be lost: the store's own words say how. */
   function frail(feed) {
+    if (at(feed, "store.status") === "unknown") {
+      return { level: "warn", title: "How the store stands is not known", rings: "joined", detail: sentence(at(feed, "store.detail")) + "Both systems go on.",
+        also: "how the store stands is not known" };
+    }
     if (at(feed, "store.status") !== "degraded") return null;
     return { level: "warn", title: "The store is degraded: acknowledged events are not safe in it", rings: "joined",
       detail: sentence(at(feed, "store.detail")) + "Both systems go on.", also: "the store is degraded" };

@@ -252,6 +252,12 @@ def store_degraded() -> Feed:
     return feed
 
 
+def store_unseen() -> Feed:
+    feed = busy()
+    feed["store"].update(status="unknown", detail="grant +info", used_bytes=None, max_bytes=None, durable=None)
+    return feed
+
+
 def frail_and_paused() -> Feed:
     feed = store_degraded()
     feed["circuit"]["paused"] = True
@@ -385,6 +391,7 @@ SCENARIOS: dict[str, Callable[[], Feed]] = {
         room_again,
         slow_checkpoint,
         store_degraded,
+        store_unseen,
         frail_and_paused,
         frail_and_away,
         frail_on_standby,

@@ -125,6 +125,7 @@ def test_a_second_dashboard_in_one_process_has_every_callback_of_the_first() -> 
         ("unexplained", "bad", "1 event unexplained"),
         ("local_dead", "warn", "1 dead letter needs a look: inference"),
         ("store_degraded", "warn", "The store is degraded: acknowledged events are not safe in it"),
+        ("store_unseen", "warn", "How the store stands is not known"),
         ("rolled_back", "bad", "Acknowledged events are lost"),
         ("job_broken", "warn", "The job retention fails: ValueError: not found"),
         ("half_open", "warn", "The bridge probes the Python service"),

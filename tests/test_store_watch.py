@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from pipeline.operations.store_watch import MIN_FREE_DISK, REFUSE_AT
 from pipeline.runtime import Runtime
 from tests.conftest import Start, client_of, runtimes
 from tests.faults import HEALTH, INGEST, routes, settled
-from tests.helpers import Valkey, append, event, until
+from tests.helpers import ROOT, Valkey, append, event, until
 
 
 class Disk(NamedTuple):
@@ -102,6 +103,44 @@ def test_share_of_stored_events_is_not_the_one_before_the_store_filled(
     nexus.serving.store_watch.look()
     assert is_full(nexus)
     assert nexus.serving.store_watch.status["detail"].endswith("on")
+
+
+def test_remedy_for_the_full_memory_of_a_store_elsewhere_is_a_setting_of_its_own(
+    start_own: Start, own_server: Valkey
+) -> None:
+    nexus = start_own(ENABLE_PYTHON_BRIDGE="false")
+    limit_memory(own_server, REFUSE_AT + 0.05)
+    until(lambda: is_full(nexus), "the store to show as full")
+    assert nexus.serving.store_watch.status["detail"].endswith("raise the maxmemory of its server")
+
+
+def test_user_of_the_store_who_may_do_little_sees_all_and_one_who_may_not_ask_for_its_state_is_told_so(
+    own_server: Valkey, tmp_path: Path
+) -> None:
+    rights = re.findall(r"ACL SETUSER nexus on >password (.*)$", (ROOT / "docs/store.md").read_text(), re.M)[0].split()
+    server = own_server.client
+    server.execute_command("ACL", "SETUSER", "nexus", "on", ">password", *rights)
+    starts = runtimes(f"unix://nexus:password@{own_server.socket}", tmp_path)
+    start: Start = next(starts)
+    nexus = start(ENABLE_PYTHON_BRIDGE="false")
+    client, watch = client_of(nexus), nexus.serving.store_watch
+    assert post(client, 3)[0] == 202
+    settled(routes(client))
+    watch.look()
+    assert watch.status["status"] == "online"
+    assert [row["error"] for row in nexus.scheduler.describe() if row["error"]] == []
+
+    server.execute_command("ACL", "SETUSER", "nexus", "-info")
+    until(lambda: watch.status["status"] == "unknown", "the right to be missed")
+    assert post(client)[0] == 202
+    health = client.get(HEALTH)
+    assert (health.status_code, health.json["status"]) == (200, "degraded")
+    [reason] = [text for text in health.json["reasons"] if text.startswith("how the store stands is not known: ")]
+    assert reason.endswith("grant Nexus's user +info")
+
+    server.execute_command("ACL", "SETUSER", "nexus", "+info")
+    until(lambda: watch.status["status"] == "online", "the state to be seen again")
+    next(starts, None)
 
 
 def test_ingest_refuses_while_the_disk_is_nearly_full_and_opens_again_by_itself(

@@ -71,7 +71,10 @@ def reasons(nexus: Runtime, audit: Audit | None, lags: Mapping[str, Lag], store:
     if (partner := nexus.partner_status())["status"] not in ("online", "disabled"):
         add("partner", f"the Python service is {partner['status']}: {partner['reason']}")
     if store["status"] != "online":
-        add("store", f"the store is {store['status']}: {store['detail']}")
+        stands = (
+            "how the store stands is not known" if store["status"] == "unknown" else f"the store is {store['status']}"
+        )
+        add("store", f"{stands}: {store['detail']}")
     if fell := nexus.log.mark.reason:
         add("log", fell)
     if audit is not None and audit.unexplained:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import StoreError
+from pipeline.errors import StoreError, StoreRefused
 from pipeline.ingest import Ingest
 from pipeline.settings import Settings
 from pipeline.store import Store
@@ -15,12 +15,13 @@ from pipeline.store import Store
 MIN_FREE_DISK = 64 << 20  # bytes
 REFUSE_AT = 0.85  # of the store's memory limit
 _NO_AOF = "append-only file is off: a crash of the store loses acknowledged events; set appendonly yes"
+_NO_INFO = "how full it is and what it keeps is not seen, so ingest refuses nothing before it is full: grant Nexus's user +info"
 log = logging.getLogger(__name__)
 
 
 class StoreWatch:
-    """What the store said of itself at the last look: status (online, degraded, full, readonly, loading, offline), bytes, and
-    whether it keeps what it has acknowledged (`durable`, None before it was asked)."""
+    """What the store said of itself at the last look: status (online, degraded, full, readonly, loading, offline; unknown where it
+    does not let itself be asked), bytes, and whether it keeps what it has acknowledged (`durable`, None where it has not said)."""
 
     def __init__(self, store: Store, settings: Settings, ingest: Ingest, of_events: Callable[[], float | None]) -> None:
         """`of_events`: bytes that stored events take just now, where that is known."""
@@ -45,6 +46,12 @@ class StoreWatch:
         """Ask the store; close ingest near its memory limit and open it again. Raises StoreError when it is away."""
         try:
             info = self._store.info("memory", "persistence", "replication")
+        except StoreRefused as error:
+            unknown = dict.fromkeys(("used_bytes", "max_bytes", "full_of", "durable"))
+            self.status = {**self.status, **unknown, "status": "unknown", "detail": f"{error.message}; {_NO_INFO}"}
+            self._close(None)
+            self._tell()
+            return
         except StoreError as error:
             self.status.update(status=_why_away(str(error)), detail=error.message, full_of=None)
             self._tell()
@@ -101,7 +108,7 @@ class StoreWatch:
                 return refuses
             return (
                 f"{refuses}. Stored events are {of_events / limit:.0%}, the rest is mostly users' state, which retention "
-                "does not let go of: raise the limit (STORE_MAX_MEMORY)"
+                f"does not let go of: raise {'STORE_MAX_MEMORY' if self._settings.embedded else 'the maxmemory of its server'}"
             )
         return None
 

@@ -22,7 +22,7 @@ QUANTILES = {"0.5": 49, "0.9": 89, "0.99": 98}
 CIRCUIT_STATES = ("closed", "half_open", "open")
 PARTNER_STATES = ("online", "degraded", "offline", "disabled", "starting")
 STREAM_STATES = ("running", "behind", "failed", "paused", "restarting", "standby", "starting", "stopped")
-STORE_STATES = ("online", "degraded", "loading", "readonly", "full", "offline")
+STORE_STATES = ("online", "degraded", "loading", "readonly", "full", "offline", "unknown")
 _decode = msgspec.json.Decoder().decode
 
 
