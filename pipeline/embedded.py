@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import signal
 import socket
@@ -24,9 +25,11 @@ from pipeline.settings import Settings, child_environment
 _GRACE_S = 30.0  # a large append-only file takes its time to reach the disk
 _LOG_LIMIT = 10 * 2**20  # bytes; the log is turned over at a start beyond this
 _POLL_S = 0.02
+_BLOCK = 1 << 20  # bytes
 _APPENDED_BYTES = 32 << 20  # a start reads them in a third of a second
 REWRITE_EVERY_S = 10.0
 _QUIET_S = 1.0  # of processor time between two looks: without requests Nexus uses a quarter of that
+log = logging.getLogger(__name__)
 
 # Runs as a process of its own between fork and exec: unlike a preexec_fn it is safe beside threads. The parent's id is
 # compared after prctl, since a parent that died before it would never be noticed. The signals unblocked here are those
@@ -120,6 +123,7 @@ class EmbeddedStore:
         if self.log_path.exists() and self.log_path.stat().st_size > _LOG_LIMIT:
             self.log_path.replace(self.log_path.with_suffix(".log.1"))
         self._logged = _size(self.log_path)
+        cut_nuls(self.settings.data_dir / "appendonlydir")
         environment = child_environment(self.settings)
         if library := _jemalloc():
             environment["LD_PRELOAD"] = library
@@ -210,6 +214,26 @@ class EmbeddedStore:
             os.truncate(self._lock, 0)
             os.close(self._lock)
             self._lock = None
+
+
+def cut_nuls(folder: Path) -> None:
+    """Take off the NULs that a file system may leave, after a power cut, behind what was appended last: no record ends so, and the
+    server would never start. A record cut in two before them it takes off itself."""
+    files = sorted(folder.glob("*.incr.aof"), key=lambda path: int(path.name.split(".")[-3]))
+    if not files:
+        return
+    with files[-1].open("r+b") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        kept = b""
+        while end and not kept:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            kept = file.read(end - start).rstrip(b"\0")
+            end = start + len(kept)
+        if end < size:
+            file.truncate(end)
+            os.fsync(file.fileno())
+            log.warning("%s ended in %d NUL bytes, as after a power cut: cut off at %d", files[-1], size - end, end)
 
 
 def sync_to_disk(settings: Settings) -> None:

@@ -194,6 +194,39 @@ def test_torn_tail_of_the_log_file_loses_only_the_torn_record(settings, store):
         assert redis_client.get("torn") is None
 
 
+@pytest.mark.parametrize("torn", [0, 9, 150], ids=["whole", "in the last record", "in a step of several"])
+@pytest.mark.parametrize("nuls", [1, 5000])
+def test_nuls_at_the_end_of_the_log_file_are_cut_off(settings, store, monkeypatch, caplog, nuls, torn):
+    monkeypatch.setattr("pipeline.embedded._BLOCK", 4096)
+    with client(settings) as redis_client:
+        redis_client.set("whole", "yes")
+        with redis_client.pipeline(transaction=True) as together:
+            together.set("one", "x" * 50).set("other", "x").execute()
+        redis_client.set("last", "x\0\0")
+    store.stop()
+    [log] = (settings.data_dir / "appendonlydir").glob("*.incr.aof")
+    end = log.stat().st_size - torn
+    os.truncate(log, end)
+    os.truncate(log, end + nuls)
+    store.start()
+    store.wait_ready()
+    assert f"{log} ended in {nuls} NUL bytes, as after a power cut: cut off at {end}" in caplog.text
+    with client(settings) as redis_client:
+        assert redis_client.get("whole") == "yes"
+        assert redis_client.exists("one", "other") == (0 if torn == 150 else 2)
+        assert redis_client.get("last") == (None if torn else "x\0\0")
+
+
+def test_log_file_of_nothing_but_nuls_is_empty(settings, store):
+    store.stop()
+    [log] = (settings.data_dir / "appendonlydir").glob("*.incr.aof")
+    os.truncate(log, 0)
+    os.truncate(log, 5000)
+    store.start()
+    store.wait_ready()
+    assert is_serving(settings)
+
+
 def test_second_store_on_a_folder_is_refused_in_one_line_that_names_it(settings, store):
     with pytest.raises(AlreadyRunning) as caught:
         EmbeddedStore(settings).start()
