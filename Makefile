@@ -15,8 +15,8 @@ PYTHON ?= $(shell for needed in venv,ensurepip sys; do \
 	done; done)
 ARGS ?=
 
-# exec: a signal sent to make reaches the process itself, and make waits for its clean end. --tied: kill -9 of make is a
-# stop too.
+# exec: SIGTERM sent to make reaches the process itself, and make waits for its clean end. --tied: SIGINT and SIGHUP, which
+# make keeps to itself, kill -9 of make and the end of its terminal stop it too.
 
 help:
 	echo 'make run    the embedded store, the Python service and Nexus; Ctrl-C stops them'

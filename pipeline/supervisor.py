@@ -2,7 +2,8 @@
 
     python -m pipeline.supervisor [--demo] [--tied]
 
-It is one thread that waits for signals: SIGCHLD when a part has ended, SIGTERM, SIGINT or SIGHUP when all is to stop.
+It is one thread that waits for signals: SIGCHLD when a part has ended, SIGTERM, SIGINT or SIGHUP when all is to stop. Those
+that reached only who started it are noticed within a second (--tied).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from pipeline.embedded import EmbeddedStore, is_serving, spawn
 from pipeline.errors import AlreadyRunning, NexusError, SettingError
 from pipeline.operations.processes import tie_to_parent
+from pipeline.operations.starter import Starter
 from pipeline.settings import Settings, address, child_environment, load, make_folders
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,10 @@ _STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 def _always() -> bool:
     return True
+
+
+def _never() -> bool:
+    return False
 
 
 def _nothing() -> str | None:
@@ -161,20 +167,21 @@ class _Run:
         self._told = why
         self._backoff = min(self._backoff * 2, _BACKOFF_MOST_S)
 
-    def wake_in(self, now: float) -> float | None:
-        """Seconds until it wants step() again; None: not before a signal."""
+    def wake_in(self, now: float) -> float:
+        """Seconds until it wants step() again, if no signal comes before."""
         if self._process is None:
             return max(self._due - now, _PROBE_EVERY_S)
         if not self.ready:
             return _PROBE_EVERY_S
-        return None if self.part.lost is _nothing and self._settled is None else _LOOK_EVERY_S
+        return _LOOK_EVERY_S
 
 
 class Supervisor:
-    """Runs the parts until a stop signal. `parts` are in the order of the start; the stop goes the other way."""
+    """Runs the parts until a stop signal, or until `left`: who started it wants it no more. `parts` are in the order of the start;
+    the stop goes the other way."""
 
-    def __init__(self, parts: Sequence[Part], say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, parts: Sequence[Part], say: Callable[[str], None], left: Callable[[], bool] = _never) -> None:
+        self._say, self._left = say, left
         self._runs = [_Run(part, say) for part in parts]
         self._stopping = 0
 
@@ -198,19 +205,18 @@ class Supervisor:
 
     def _supervise(self, watched: set[signal.Signals]) -> None:
         began, announced = time.monotonic(), False
-        while not self._stopping:
+        while not self._stopping and not self._left():
             for run in self._runs:
                 run.step(time.monotonic())
             if not announced and all(run.ready for run in self._runs):
                 announced = True
                 self._say(f"all ready after {time.monotonic() - began:.1f} s; Ctrl-C stops")
             now = time.monotonic()
-            waits = [wait for run in self._runs if (wait := run.wake_in(now)) is not None]
-            self._wait(watched, min(waits, default=None))
+            self._wait(watched, min(run.wake_in(now) for run in self._runs))
 
-    def _wait(self, watched: set[signal.Signals], seconds: float | None) -> bool:
+    def _wait(self, watched: set[signal.Signals], seconds: float) -> bool:
         """Wait for a signal; True once a second stop signal says to hurry."""
-        info = signal.sigwaitinfo(watched) if seconds is None else signal.sigtimedwait(watched, seconds)
+        info = signal.sigtimedwait(watched, seconds)
         if info is not None and info.si_signo in _STOP:
             self._stopping += 1
         return self._stopping > 1
@@ -356,7 +362,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         killed = store.lock() if store else False
         check_ports(settings, _AFTER_KILL_S if killed else 0.0)
         say(banner(settings, sys.stdout.isatty()))
-        return Supervisor(parts_of(settings, store, given.demo), lambda text: say(f"nexus: {text}")).run()
+        parts, left = parts_of(settings, store, given.demo), Starter().has_left if given.tied else _never
+        return Supervisor(parts, lambda text: say(f"nexus: {text}"), left).run()
     except KeyboardInterrupt:  # before the first part was started
         return 0
     except SettingError as error:

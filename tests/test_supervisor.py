@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -76,11 +77,13 @@ def until(condition, timeout=20.0):
 class Supervised:
     """A supervisor in a process of its own, what it said, and what its parts noted."""
 
-    def __init__(self, folder: Path, argv: list[str], environ: dict[str, str] | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, argv: list[str], environ: dict[str, str] | None = None, stdin: int | None = None
+    ) -> None:
+        self.folder, env = folder, {**os.environ, **(environ or {})}
         with (folder / "said").open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, *argv], cwd=ROOT, env={**os.environ, **(environ or {})}, stdout=out, stderr=out
+                [sys.executable, *argv], cwd=ROOT, env=env, stdin=stdin, stdout=out, stderr=out
             )
 
     def said(self) -> str:
@@ -243,6 +246,88 @@ def test_hangup_under_nohup_stops_nothing(supervise):
     supervised.process.send_signal(signal.SIGHUP)
     os.kill(supervised.starts("one")[0][0], signal.SIGKILL)
     assert until(lambda: len(supervised.starts("one")) == 2)
+    assert "stopping" not in supervised.said()
+
+
+# Starts make as a terminal or a script would: with these signals at their defaults, or SIGHUP ignored; as the leader of a session
+# on the terminal at its stdin, where that is one. What leads and is not make lives through a hangup and waits.
+LAUNCHER = """
+import fcntl, os, signal, subprocess, sys, termios
+way, words = sys.argv[1], sys.argv[2:]
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_IGN if way == "nohup" else signal.SIG_DFL)
+if os.isatty(0):
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+if way in ("other", "background"):
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    sys.exit(subprocess.call(words, process_group=0 if way == "background" else None))
+os.execvp(words[0], words)
+"""
+TIED = (
+    "from pipeline.operations.processes import tie_to_parent\n"
+    "from pipeline.operations.starter import Starter\n"
+    "tie_to_parent()" + DRIVER.replace(", say).run()", ", say, Starter().has_left).run()")
+)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Starts a supervised part by a Makefile, by way of LAUNCHER; whatever is left of it ends with the test."""
+    (tmp_path / "part.py").write_text(PART)
+    (tmp_path / "tied.py").write_text(TIED)
+    (tmp_path / "Makefile").write_text("run:\n\t@exec $(COMMAND)\n")
+    started = []
+
+    def start(way: str, terminal: int | None = None) -> Supervised:
+        hangup = "nohup" if way == "nohup" else "default"
+        command = [sys.executable, str(tmp_path / "tied.py"), str(tmp_path), '{"one": ["willing", 5]}', hangup, "3"]
+        words = [*("make", "-f", str(tmp_path / "Makefile")), f"COMMAND={shlex.join(command)}"]
+        environ = {**make_environment(), "PYTHONPATH": str(ROOT)}
+        words = command if way in ("other", "background") else words
+        started.append(Supervised(tmp_path, ["-c", LAUNCHER, way, *words], environ, terminal))
+        assert started[-1].says("all ready"), started[-1].said()
+        return started[-1]
+
+    yield start
+    for supervised in started:
+        supervised.process.kill()
+        supervised.process.wait()
+        assert until(lambda supervised=supervised: not any(map(alive, supervised.all_ids())))
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_sent_to_make_alone_stops_what_it_runs_in_order(made, sign):
+    supervised = made("make")
+    supervised.process.send_signal(sign)
+    supervised.process.wait(20)
+    assert "stopped" in supervised.said()
+    assert (supervised.folder / "order").read_text() == "one\n"
+    assert not any(map(alive, supervised.all_ids()))
+
+
+@pytest.mark.parametrize("leader", ["make", "other"])
+def test_closed_terminal_stops_all_whatever_leads_its_session(made, leader):
+    near, far = os.openpty()
+    supervised = made(leader, far)
+    os.close(far)
+    os.close(near)
+    assert supervised.says("stopped"), supervised.said()
+    supervised.process.wait(20)
+    assert not any(map(alive, supervised.all_ids()))
+
+
+@pytest.mark.parametrize("way", ["nohup", "background"])
+def test_what_is_to_outlive_its_terminal_goes_on(made, way):
+    near, far = os.openpty()
+    supervised = made(way, far)
+    os.close(far)
+    os.close(near)
+    if way == "nohup":
+        supervised.process.send_signal(signal.SIGHUP)
+    for n in (1, 2):  # each is noticed by a turn in which it is looked at
+        os.kill(supervised.starts("one")[-1][0], signal.SIGKILL)
+        assert until(lambda n=n: len(supervised.starts("one")) == n + 1)
     assert "stopping" not in supervised.said()
 
 
