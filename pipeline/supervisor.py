@@ -8,12 +8,16 @@ that reached only who started it are noticed within a second (--tied).
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # the imports take a while, and until main() there is nothing to let go of
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import http.client
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -356,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tie_to_parent()
     store: EmbeddedStore | None = None
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         settings = load()
         make_folders(settings)
         store = EmbeddedStore(settings) if settings.embedded else None

