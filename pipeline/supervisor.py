@@ -26,11 +26,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.embedded import EmbeddedStore, is_serving, spawn
-from pipeline.errors import AlreadyRunning, NexusError, SettingError
-from pipeline.operations.processes import tie_to_parent
-from pipeline.operations.starter import Starter
-from pipeline.settings import Settings, address, child_environment, load, make_folders
+try:
+    from pipeline.embedded import EmbeddedStore, is_serving, spawn
+    from pipeline.errors import AlreadyRunning, NexusError, SettingError
+    from pipeline.operations.processes import missing_package, tie_to_parent
+    from pipeline.operations.starter import Starter
+    from pipeline.settings import Settings, address, child_environment, load, make_folders
+except ModuleNotFoundError as lacking:
+    sys.exit(f"nexus: {lacking}; run make clean, then make run")
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S, _HEALTHY_AFTER_S = 0.2, 10.0, 3.0
@@ -61,8 +64,8 @@ class Part:
     """One supervised process: how it starts, when it counts as ready, what must hold before it starts, its grace in s.
 
     `spawn` starts a process in a session of its own; embedded.spawn() is such a function. `lost` tells why a process that
-    runs cannot be reached any more and has to be started again, `why` for what trouble it has ended, `idle` why it is ready
-    and yet cannot do its work: told once, since starting it again would not help.
+    runs cannot be reached any more and has to be started again, `why` for what trouble it has ended, `lacks` what its program
+    cannot be run without, `idle` why it is ready and yet cannot do its work: told once, since starting it again would not help.
     """
 
     name: str
@@ -72,11 +75,12 @@ class Part:
     grace: float = 10.0
     lost: Callable[[], str | None] = _nothing
     why: Callable[[], str | None] = _nothing
+    lacks: Callable[[], str | None] = _nothing
     idle: Callable[[], str | None] = _nothing
 
 
 class _Refused(Exception):
-    """A part ended before it was ever ready, for a setting that starting it again will not mend."""
+    """A part ended before it was ever ready, for what starting it again will not mend."""
 
 
 class _Run:
@@ -158,6 +162,9 @@ class _Run:
         waits longer each time."""
         if code == _WRONG_SETTING and not self._was_ready:
             raise _Refused
+        if code > 0 and not self._was_ready and self._backoff == _BACKOFF_FIRST_S and (lack := self.part.lacks()):
+            self._say(f"{self.part.name} cannot be started: {lack}; run make clean, then make run")
+            raise _Refused
         alive = now - self._began
         if healthy:
             self._backoff = _BACKOFF_FIRST_S
@@ -192,7 +199,7 @@ class Supervisor:
     def run(self) -> int:
         """Block until stopped; the parts have ended then, whatever happens. Call it from the main thread.
 
-        0, or 2 where a part could not start for a setting, which it has named itself.
+        0, or 2 where a part could not start for a setting, which it has named itself, or for a package that is not installed.
         """
         watched = {signal.SIGCHLD, *_watched_stops()}
         signal.pthread_sigmask(signal.SIG_BLOCK, watched)  # none gets lost between a check and the wait that follows
@@ -277,9 +284,13 @@ def parts_of(settings: Settings, store: EmbeddedStore | None, demo: bool) -> lis
         answer = get(settings.nexus_host, settings.nexus_port, "/readyz")
         return answer is not None and answer[0] == 200
 
+    def lacks(module: str) -> Callable[[], str | None]:
+        return lambda: missing_package(module, _ROOT)
+
+    service, nexus = python("event_api.py"), python("app.py", "--no-banner")
     parts = [
-        Part("Python service", python("event_api.py"), service_up, has_store, grace=10),
-        Part("Nexus", python("app.py", "--no-banner"), nexus_up, has_store, grace=30, idle=nexus_idle),
+        Part("Python service", service, service_up, has_store, grace=10, lacks=lacks("event_api")),
+        Part("Nexus", nexus, nexus_up, has_store, grace=30, lacks=lacks("app"), idle=nexus_idle),
     ]
     if store is not None:
         parts.insert(0, Part("store", store.start, has_store, grace=30, lost=store.lost, why=store.trouble))

