@@ -115,6 +115,15 @@ def test_bad_line_of_ndjson_never_spoils_the_others(ingest):
     assert [r["code"] for r in answer["rejected"]] == ["not_json", "not_json"]
 
 
+@pytest.mark.parametrize("last", ["", "\n{"])
+def test_line_is_one_event_whatever_the_others_are(ingest, last):
+    one, two, three = (LINE.replace("{", f'{{"event_id":"{name}",') for name in "abc")
+    lines = "\n".join([one + two, one.replace(",", ",\n", 1), three]) + last
+    _, answer = post(ingest, lines.encode(), "application/x-ndjson")
+    assert answer["event_ids"][:4] == [None, None, None, "c"]
+    assert [(r["index"], r["code"]) for r in answer["rejected"]][:3] == [(n, "not_json") for n in range(3)]
+
+
 def test_duplicates_alone_are_202_and_rejections_alone_are_422(ingest, log):
     post(ingest, [event(event_id="a")])
     assert post(ingest, [event(event_id="a")]) == (
@@ -369,6 +378,9 @@ def test_requests_that_come_together_are_each_answered_with_their_own_verdicts(i
     assert len(bodies(log)) == 17
 
 
+LINE = '{"event_type":"t","user_id":"u"}'
+
+
 def deep(levels: int) -> str:
     return '{"x":[' * (levels // 2) + ("{}" if levels % 2 else "1") + "]}" * (levels // 2)
 
@@ -431,6 +443,10 @@ posted_bodies = st.one_of(
 @example(('[{"event_type":"t","user_id":"u","data":{"n":' + "1" * 4400 + "}}]", ""))
 @example(('[{"event_type":"t","user_id":"u","data":{"s":"' + "x" * 65_400 + '"}}]', ""))
 @example((f"[{','.join(['{}'] * 5001)}]", ""))
+@example((f"{LINE}{LINE}\n{LINE}", "application/x-ndjson"))
+@example((LINE.replace(",", ",\n") + "\n" + LINE, "application/x-ndjson"))
+@example((f"{LINE} {LINE}\n" + LINE.replace(",", ",\n"), "application/x-ndjson"))
+@example((f"\x0b\n{LINE}\x0c\n{LINE}\r\n \r\n\n{LINE}", "application/x-ndjson"))
 def test_plain_bodies_get_the_verdicts_and_the_stored_form_that_each_event_gets_by_itself(given_body):
     text, kind = given_body
     body = text.encode("utf-8", "surrogatepass")
