@@ -54,7 +54,7 @@ from pipeline.streams.stream import Stream
 from pipeline.web.actions import Actions
 from pipeline.web.connections import close_idle
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"
 YOUNG = 1_000  # new objects between two collections: one takes a ms
 SWITCH_INTERVAL_S = 0.0005  # default 5 ms: a request would wait that long behind the pipeline's thread
 _FREEZE_S = 5.0

@@ -39,7 +39,7 @@ def busy() -> Feed:
     return {
         "at": at,
         "boot": "one",
-        "version": "0.1.0",
+        "version": "1.0.0",
         "store": {"status": "online", "detail": None, "used_bytes": 312e6, "max_bytes": 3.2e9, "embedded": True}
         | {"durable": True, "full_of": None},
         "pipeline": {"state": "running", "detail": None, "checkpoint_age_s": 0.4},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import event_api
 from pipeline import keys
 from pipeline.catalogue import FEATURES
 from pipeline.runtime import VERSION, Runtime
@@ -121,6 +123,11 @@ def test_licence_is_mit_of_the_authors():
     text = (ROOT / "LICENSE").read_text()
     assert text.startswith("MIT License")
     assert "The Nexus authors" in text
+
+
+def test_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert VERSION == event_api.VERSION == project["version"]
 
 
 def test_changelog_begins_with_the_version_that_runs():
