@@ -20,6 +20,7 @@ MAX_NESTING = 8
 NOT_UNICODE = "texts are valid Unicode; one in this event is not"
 MAX_AHEAD_MS = 3_600_000
 MIN_EPOCH_MS = 10**11
+SECONDS = "is below 10^11, so it is seconds; multiply by 1000 to give epoch milliseconds"
 MAX_NUMBER = int(sys.float_info.max)  # whoever reads an event reads its numbers as doubles
 CANARY_TYPE = "nexus.canary"
 CANARY_USER = "nexus-canary"
@@ -330,7 +331,7 @@ def _epoch_ms(stamp: Any) -> tuple[int, str]:
         raise Rejected(
             "timestamp",
             "looks_like_seconds",
-            f"{stamp} is below 10^11, so it is seconds; multiply by 1000 to give epoch milliseconds",
+            f"{stamp} {SECONDS}",
         )
     if not stamp < 253_402_300_800_000:
         raise _bad("timestamp", stamp, "a time before the year 10000, in epoch milliseconds")

@@ -738,6 +738,27 @@ def test_aggregates_count_recent_events_by_default(client, by, step):
     until(lambda: counted() == ([2], 2), "two events of two users")
 
 
+SECONDS = (
+    "events?since=1767225600", "events?until=4102444800", "aggregates?since=1767225600", "aggregates?until=-1767225600",
+    "features/driver_1?as_of=1767225600", "features/driver_1?as_of=1767225600000&known_at=99999999999",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SECONDS)
+def test_seconds_are_refused_in_a_query_with_the_words_of_ingest(client, path):
+    name, number = re.search(r"(\w+)=(-?\d+)$", path).groups()
+    refused = client.get(f"/api/ml/{path}")
+    assert_error(refused, 400, "looks_like_seconds")
+    told = client.post(INGEST, json=event(timestamp=int(number))).json["rejected"][0]
+    assert (told["code"], f"{name}: {told['message']}") == ("looks_like_seconds", refused.json["error"]["message"])
+
+
+def test_a_query_takes_any_time_in_milliseconds_and_the_moment_that_is_the_same_in_both(client):
+    post(client, event(event_id="a"))
+    for since in (0, 10**11, -(10**11)):
+        assert [e["event_id"] for e in client.get(f"/api/ml/events?since={since}").json["events"]] == ["a"]
+
+
 def test_aggregates_count_by_event_time_between_two_moments(client):
     at = time.time_ns() // 1_000_000 // 3_600_000 * 3_600_000
     post(client, *[event(timestamp=at - n * 3_600_000) for n in range(5)])

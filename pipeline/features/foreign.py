@@ -14,11 +14,10 @@ import redis
 
 from pipeline import keys
 from pipeline.errors import BadRequest, StoreRefused
-from pipeline.events import parse_rfc3339
+from pipeline.events import MIN_EPOCH_MS, SECONDS, parse_rfc3339
 from pipeline.store import Store, translate
 
 _decode = msgspec.json.Decoder().decode
-_EARLIEST_MS = 10**11  # a number below is seconds
 _PLUS = re.compile(r" (?=\d\d:\d\d\Z)")  # of an offset; unescaped in a query it arrives as a space
 _LONGEST_TIME = 64  # characters
 _SHORT_BYTES = 4096  # of a text that is worth keeping
@@ -175,7 +174,7 @@ def _moment(value: Any, now: int) -> int | None:
     """Epoch ms of a foreign stamp, None where it tells no age: no time at all, or one that has yet to come (another unit,
     a clock that is wrong), which would count as fresh until then."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        ms = value if value > _EARLIEST_MS else value * 1000
+        ms = value if value > MIN_EPOCH_MS else value * 1000
     elif isinstance(value, str) and len(value) <= _LONGEST_TIME and (read := _ms_of(value)) is not None:
         ms = read
     else:
@@ -194,8 +193,10 @@ def _ms_of(text: str) -> int | None:
 def read_moment(name: str, text: str) -> int:
     """Epoch ms of a query parameter: RFC 3339 or epoch milliseconds. Raises BadRequest that names it."""
     digits = text.isascii() and text.removeprefix("-").isdecimal()
-    if digits and len(text) < 18 and FIRST_MS <= int(text) <= _LAST_MS:
-        return int(text)
+    if digits and len(text) < 18 and FIRST_MS <= (ms := int(text)) <= _LAST_MS:
+        if 0 < abs(ms) < MIN_EPOCH_MS:  # 0 is the same moment in both
+            raise BadRequest("looks_like_seconds", f"{name}: {text} {SECONDS}")
+        return ms
     try:
         return parse_rfc3339(_PLUS.sub("+", text))[0]
     except Exception as error:
