@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.concurrency import turns
 from pipeline.web.connections import Turns, close_idle
 from pipeline.web.hot_route import takes_long
 from pipeline.web.posted import MAX_BODY_BYTES
@@ -150,10 +151,24 @@ def test_turn_of_a_request_that_fails_goes_to_the_next():
             app(request(), start)
 
 
-@pytest.mark.parametrize("length", [str(MAX_BODY_BYTES + 2), "9" * 30])
-def test_body_that_is_too_long_is_left_to_the_route_unread(length):
+@pytest.mark.parametrize(("length", "more"), [(str(4 * MAX_BODY_BYTES + 1), {}), ("9" * 30, {}),
+    (str(MAX_BODY_BYTES + 2), {"HTTP_EXPECT": "100-continue"})])  # fmt: skip
+def test_body_that_is_far_too_long_or_waits_for_a_word_is_left_unread(length, more):
     app = Turns(lambda environ, _: [type(environ["wsgi.input"]).__name__.encode()], 1)
-    assert app(request(body=Unread(), CONTENT_LENGTH=length), start) == [b"Unread"]
+    assert app(request(body=Unread(), CONTENT_LENGTH=length, **more), start) == [b"Unread"]
+
+
+@pytest.mark.parametrize("length", [MAX_BODY_BYTES + 1, 4 * MAX_BODY_BYTES])
+def test_body_that_is_too_long_is_read_off_before_the_request_takes_a_turn(length):
+    class Body(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            assert size in range(1 << 20)  # never whole in memory
+            assert turns._here.line is None
+            return super().read(size)
+
+    body = Body(bytes(length))
+    app = Turns(lambda environ, _: [str(environ["wsgi.input"].tell()).encode()], 1)
+    assert app(request(body=body, CONTENT_LENGTH=str(length)), start) == [str(length).encode()]
 
 
 def test_body_without_a_length_is_read_to_one_byte_beyond_the_limit():

@@ -9,12 +9,14 @@ import os
 import socket
 import stat
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pipeline.concurrency.turns import Line
 from pipeline.web.posted import MAX_BODY_BYTES
 
+_MOST_DROPPED, _DROPPED_S, _PIECE = 4 * MAX_BODY_BYTES, 10.0, 256 << 10  # of a body that is refused for its length
 _NO_TURN = {"/healthz", "/readyz"}  # a probe answers however long the line is
 # In Linux's struct tcp_info: ms since data was last sent, since an acknowledgement was, since data was last received.
 _LAST_MOVED, _INFO_BYTES = struct.Struct("=44xIII"), 104
@@ -41,6 +43,8 @@ class Turns:
             return self._app(environ, start_response)
         if size := _to_read(environ):
             environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(size))
+        else:
+            _read_off(environ)
         with self._long_line if self._takes_long(environ) else contextlib.nullcontext(), self.line:
             return self._app(environ, start_response)
 
@@ -52,6 +56,18 @@ def _to_read(environ: dict[str, Any]) -> int:
     length = environ.get("CONTENT_LENGTH") or ""
     size = int(length) if length.isdecimal() and len(length) < 10 else 0
     return size if size <= MAX_BODY_BYTES else 0
+
+
+def _read_off(environ: dict[str, Any]) -> None:
+    """Drop a body that is too long, where that is soon done: the server closes the connection upon an answer before its end, and a
+    client that is still sending then does not read it. One that waits for a word before it sends has the answer at once."""
+    length = environ.get("CONTENT_LENGTH") or ""
+    left = int(length) if length.isdecimal() and len(length) < 10 else 0
+    if left > _MOST_DROPPED or "HTTP_EXPECT" in environ:
+        return
+    deadline = time.monotonic() + _DROPPED_S
+    while left > 0 and time.monotonic() < deadline and (piece := environ["wsgi.input"].read(min(left, _PIECE))):
+        left -= len(piece)
 
 
 def close_idle(port: int, after_s: float, at_stop_s: float) -> int:
