@@ -746,7 +746,7 @@ SECONDS = (
 
 @pytest.mark.parametrize("path", SECONDS)
 def test_seconds_are_refused_in_a_query_with_the_words_of_ingest(client, path):
-    name, number = re.search(r"(\w+)=(-?\d+)$", path).groups()
+    name, number = re.findall(r"(\w+)=(-?\d+)$", path)[0]
     refused = client.get(f"/api/ml/{path}")
     assert_error(refused, 400, "looks_like_seconds")
     told = client.post(INGEST, json=event(timestamp=int(number))).json["rejected"][0]
