@@ -211,6 +211,9 @@ class EmbeddedStore:
     def release(self) -> None:
         """Let go of the folder; the file emptied says that its owner ended in order."""
         if self._lock is not None:
+            if self.process and (folder := self.settings.socket_path.parent) != self.settings.data_dir:
+                with contextlib.suppress(OSError):  # the server was killed and has left its socket there
+                    folder.rmdir()
             os.truncate(self._lock, 0)
             os.close(self._lock)
             self._lock = None
