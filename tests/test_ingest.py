@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import threading
@@ -58,6 +59,15 @@ def test_batch_with_source_is_taken_and_answered_by_position(ingest, log):
 def test_every_form_of_a_body_brings_its_event(ingest, log, posted, kind):
     assert post(ingest, posted, kind)[1]["event_ids"] == ["a"]
     assert [body["event_id"] for body in bodies(log)] == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/x-ndjson"])
+def test_byte_order_mark_before_a_body_is_no_part_of_it(ingest, kind):
+    body = codecs.BOM_UTF8 + b'{"event_id":"a","event_type":"t","user_id":"u"}'
+    assert post(ingest, body, kind)[1]["event_ids"] == ["a"]
+    assert post(ingest, gzip.compress(body), kind, encoding="gzip")[1] == {
+        "accepted": 0, "duplicates": 1, "rejected": [], "event_ids": ["a"],
+    }  # fmt: skip
 
 
 def test_gzip_is_unpacked(ingest):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from codecs import BOM_UTF8
 from io import BytesIO
 from itertools import islice
 from typing import Any
@@ -38,7 +39,8 @@ _encode = msgspec.json.Encoder().encode
 
 
 def unpack(body: bytes, encoding: str) -> bytes:
-    """The body without its Content-Encoding. Raises TooLarge beyond MAX_BODY_BYTES, BadRequest for a broken one."""
+    """The body without its Content-Encoding, and without a byte-order mark. Raises TooLarge beyond MAX_BODY_BYTES, BadRequest for a
+    broken one."""
     encoding = encoding.strip().lower()
     if encoding in ("gzip", "x-gzip"):
         body = _gunzip(body)
@@ -48,7 +50,7 @@ def unpack(body: bytes, encoding: str) -> bytes:
         )
     if len(body) > MAX_BODY_BYTES:
         raise TooLarge("body_too_large", f"a body is at most {MAX_BODY_BYTES} bytes; send fewer events at a time")
-    return body
+    return body.removeprefix(BOM_UTF8)
 
 
 def _gunzip(body: bytes) -> bytes:
