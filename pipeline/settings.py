@@ -274,7 +274,8 @@ _TABLE = (
     Spec("PYTHON_SERVICE_TIMEOUT", "python_service_timeout_ms", _whole, _N, "5000",
          "how long one request to the Python service may take", 1, 10 * _MINUTE_MS, "ms"),
     Spec("ENABLE_PYTHON_BRIDGE", "enable_python_bridge", _flag, _TRUE, "true",
-         "events are forwarded to the Python service"),
+         "events are forwarded to the Python service; false keeps all for it until it is true again, past their retention too,"
+         " and ingest refuses once the memory is full of them"),
     Spec("HYBRID_FEATURE_MODE", "hybrid_feature_mode", _flag, _TRUE, "true",
          "combined features merge both systems; false serves Nexus's own only"),
     Spec("FEATURE_SYNC_INTERVAL", "feature_sync_interval_s", _whole, _N, "300",

@@ -17,6 +17,7 @@ from pipeline.commit_log.retention import Retention
 from pipeline.errors import Fenced
 from pipeline.events import rfc3339
 from pipeline.log import Log, Request
+from pipeline.operations.standing import BRIDGE_OFF
 from pipeline.operations.store_watch import REFUSE_AT
 from pipeline.store import Store
 from tests.conftest import Start, client_of, runtimes
@@ -308,7 +309,8 @@ def test_health_tells_for_whom_events_past_their_retention_are_kept(
     health = client.get(HEALTH).json
     kept = health["retention"]
     assert (health["status"], kept["held_back"], kept["due_for"]) == ("degraded", ["bridge"], "age")
-    assert "events past their retention are kept for bridge, yet to read them" in health["reasons"]
+    remedy = f": it is switched off. {BRIDGE_OFF}"
+    assert f"events past their retention are kept for bridge, yet to read them{remedy}" in health["reasons"]
     nexus.serving.refresh()
     assert client.get("/nexus/feed.json").json["retention"] == kept
 
@@ -316,7 +318,9 @@ def test_health_tells_for_whom_events_past_their_retention_are_kept(
     nexus.retention.run(nexus.clock(), FULL)
     health = client.get(HEALTH).json
     assert health["retention"]["due_for"] == "memory"
-    assert "for want of memory events should go, but are kept for bridge, yet to read them" in health["reasons"]
+    assert (
+        f"for want of memory events should go, but are kept for bridge, yet to read them{remedy}" in health["reasons"]
+    )
 
 
 def test_health_names_retention_while_it_fails(start_nexus: Start, monkeypatch: pytest.MonkeyPatch) -> None:

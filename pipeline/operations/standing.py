@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from pipeline.runtime import Runtime
 
 BEHIND_S = 10.0
+BRIDGE_OFF = (
+    "Set ENABLE_PYTHON_BRIDGE to true, with a Python service that takes them (event_api.py does):"
+    " nothing of its backlog is given up, and ingest refuses once the memory is full of it"
+)
 
 
 class Reason(TypedDict):
@@ -82,7 +86,9 @@ def reasons(nexus: Runtime, audit: Audit | None, lags: Mapping[str, Lag], store:
     kept = nexus.retention.told()  # some seconds ago
     if held_by := [name for name in kept["held_back"] if audit is None or audit.accounts[name].pending]:
         due = "events past their retention" if kept["due_for"] == "age" else "for want of memory events should go, but"
-        add("retention", f"{due} are kept for {', '.join(held_by)}, yet to read them")
+        off = "bridge" in held_by and not nexus.live["ENABLE_PYTHON_BRIDGE"]
+        remedy = f": it is switched off. {BRIDGE_OFF}" if off else ""
+        add("retention", f"{due} are kept for {', '.join(held_by)}, yet to read them{remedy}")
     for text in nexus.scheduler.broken():
         add("job", text)
     return found
