@@ -19,7 +19,8 @@ states live in this process; an event is counted when its user is next published
 second `features:{user_id}` is written for those who were asked for and those who have waited for the longest, so many
 that it stays cheap: at once under light load, within five seconds under any. States are stored likewise, but more
 seldom, and the journal is cut to what no stored state has yet; whoever starts, or had lost the store, claims it and
-replays the journal. The scripts refuse a process that is no longer the owner; it then drops what it holds. The keys of a
+replays the journal. The scripts refuse a process that is no longer the owner; it then drops what it holds. What is stored
+but cannot be read counts as empty, and is kept under `py:{py}:unreadable:` for eight days. The keys of a
 script share the tag {py}, for Cluster: there the public keys are written just before the states, with the journal as
 outbox.
 """
@@ -39,13 +40,13 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from hashlib import blake2b, sha1, sha256
 from heapq import heappop, heappush
-from itertools import islice
-from typing import Annotated, Any, NamedTuple
+from itertools import chain, islice
+from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -57,7 +58,14 @@ from fastapi.responses import HTMLResponse
 from msgspec import Meta
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import MovedError, NoScriptError, OutOfMemoryError, RedisClusterException, RedisError
+from redis.exceptions import (
+    MovedError,
+    NoScriptError,
+    OutOfMemoryError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -77,13 +85,15 @@ PUBLISHED, PUBLISH_MS, LATEST_MS = 100, 900, 5_000  # users a tick; a user at mo
 WRITTEN = 50  # users in one step
 GROUPED = 1_000  # events in one step, where several requests wait
 SAVED, LATEST_SAVE_MS = 20, 20_000  # states a tick; a state at the latest, which bounds the journal
+PAUSE_S = 5.0  # the longest pause between attempts to flush
 STORE_TIMEOUT_S = 2.0
 LARGEST = 1e15  # in size, that a number may have to be summed
 OTHER, ACCEPTED, REJECTED, ANSWERED, PAYMENT, REQUEST = range(6)
 EPOCH, MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 CITY = " city"  # the demand of the city, kept like a user; no user_id holds a space
-OWNER, JOURNAL, COUNTS, STATE, SEEN = (
-    f"py:{{py}}:{name}" for name in ("owner", "journal", "counts", "state:", "seen:")
+PREFIX = "py:{py}:"
+OWNER, JOURNAL, COUNTS, STATE, SEEN, ASIDE = (
+    PREFIX + name for name in ("owner", "journal", "counts", "state:", "seen:", "unreadable:")
 )
 log = logging.getLogger("event_api")
 
@@ -92,7 +102,8 @@ redis.call('SET', KEYS[1], ARGV[1])
 return redis.call('XRANGE', KEYS[2], '-', '+')
 """
 # Over the memory limit this one is refused before its first write. Where ids are known it writes nothing and answers
-# their positions, so that the caller comes back with a frame of the new ones only.
+# their positions, so that the caller comes back with a frame of the new ones only. What can fail comes before the ids
+# are added: an event whose id is seen would never be taken again.
 ACCEPT = """#!lua
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('NOTOWNER') end
 local ids, known = {}, {}
@@ -106,14 +117,23 @@ if #ids > 0 then
     end
   end
   if #known > 0 then return known end
+end
+local counts = redis.call('HMGET', KEYS[3], 'seq', 'accepted', 'duplicates')
+local seq, accepted, duplicates = tonumber(counts[1] or 0), tonumber(counts[2] or 0), tonumber(counts[3] or 0)
+if not (seq and accepted and duplicates and seq < 1e14 and accepted + duplicates < 1e14) then
+  return redis.error_reply('WRONGTYPE a count in ' .. KEYS[3])
+end
+seq = math.max(ARGV[7], seq + 1)
+if ARGV[5] ~= '' then
+  local added = redis.pcall('XADD', KEYS[2], seq .. '-0', 'facts', ARGV[5])
+  if added.err then return redis.error_reply('WRONGTYPE ' .. added.err .. ' in ' .. KEYS[2]) end
+end
+accepted, duplicates = string.format('%d', accepted + ARGV[3]), string.format('%d', duplicates + ARGV[4])
+redis.call('HSET', KEYS[3], 'seq', seq, 'accepted', accepted, 'duplicates', duplicates)
+if #ids > 0 then
   redis.call('SADD', KEYS[4], unpack(ids))
   redis.call('EXPIRE', KEYS[4], ARGV[6])
 end
-redis.call('HINCRBY', KEYS[3], 'accepted', ARGV[3])
-redis.call('HINCRBY', KEYS[3], 'duplicates', ARGV[4])
-local seq = math.max(ARGV[7], (redis.call('HGET', KEYS[3], 'seq') or 0) + 1)
-redis.call('HSET', KEYS[3], 'seq', seq)
-if ARGV[5] ~= '' then redis.call('XADD', KEYS[2], seq .. '-0', 'facts', ARGV[5]) end
 return seq
 """
 # Allowed over the memory limit: cutting the journal gives memory back. Keys and values come joined, with their sizes:
@@ -129,12 +149,38 @@ for i = 1, #words, 2 do redis.call('SET', words[i], words[i + 1], 'EX', ARGV[3])
 return redis.call('XTRIM', KEYS[2], 'MINID', ARGV[2])
 """
 
+# What cannot be read is kept under another name: keys that are not of the given types (without a token whoever the owner
+# is), or entries of the journal.
+SET_ASIDE = """#!lua flags=allow-oom
+if ARGV[1] ~= '' and redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('NOTOWNER') end
+local moved = {}
+for i = 2, #KEYS, 2 do
+  local is = redis.call('TYPE', KEYS[i]).ok
+  if is ~= 'none' and is ~= ARGV[2 + i / 2] then
+    redis.call('RENAME', KEYS[i], KEYS[i + 1])
+    redis.call('EXPIRE', KEYS[i + 1], ARGV[2])
+    moved[#moved + 1] = KEYS[i]
+  end
+end
+return moved
+"""
+FRAMES_ASIDE = """#!lua flags=allow-oom
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return redis.error_reply('NOTOWNER') end
+for i = 3, #ARGV do
+  for _, entry in ipairs(redis.call('XRANGE', KEYS[2], ARGV[i], ARGV[i])) do
+    redis.call('XADD', KEYS[3], entry[1], unpack(entry[2]))
+    redis.call('XDEL', KEYS[2], entry[1])
+  end
+end
+return redis.call('EXPIRE', KEYS[3], ARGV[2])
+"""
 # ---------------------------------------------------------------------------------------------- events
 
 NAME, TYPE = r"[^\s/\x00-\x1f\x7f-\x9f]{1,128}", r"[a-z0-9_.\-]{1,64}"
 # The patterns are for the documents: checked by msgspec they would cost three times as much as all the decoding.
 Name = Annotated[str, Meta(extra_json_schema={"pattern": f"^{NAME}$"})]
 Type = Annotated[str, Meta(extra_json_schema={"pattern": f"^{TYPE}$"})]
+Parsed = TypeVar("Parsed")
 Fact = tuple[str, int, int, float, str | None]  # entity, event time, kind, value (NaN: none), session
 
 
@@ -212,6 +258,7 @@ class ApiError(Exception):
         self.status, self.code, self.message, self.details = status, code, message, details or {}
 
 
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 decode_batch = msgspec.json.Decoder(Batch).decode
 decode_raw_batch = msgspec.json.Decoder(RawBatch).decode
 decode_few = msgspec.json.Decoder(FewOfBatch).decode
@@ -236,9 +283,20 @@ def parse_events(body: bytes) -> tuple[list[tuple[int, Event]], list[Rejection]]
         for index, raw in enumerate(decode_raw_batch(body).events):
             try:
                 events.append((index, decode_event(raw)))
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            except UNDECODABLE as error:
                 rejected.append(Rejection(index, _event_id(raw), *verdict(error)))
         return events, rejected
+
+
+def parse(decode: Callable[[bytes], Parsed], body: bytes) -> Parsed:
+    """What a request's body holds; the only place where what cannot be decoded is the request's fault."""
+    try:
+        return decode(body)
+    except UNDECODABLE as error:
+        if not isinstance(error, msgspec.ValidationError):
+            raise ApiError(400, "not_json", str(error)) from error
+        field, code, message = verdict(error)
+        raise ApiError(422, code, message, {"field": field}) from error
 
 
 def require_few(body: bytes) -> None:
@@ -249,7 +307,7 @@ def require_few(body: bytes) -> None:
 def _event_id(raw: msgspec.Raw) -> str | None:
     try:
         return msgspec.json.decode(raw, type=OnlyId).event_id
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNDECODABLE:
         return None
 
 
@@ -503,6 +561,12 @@ def drop(parts: list[dict[bytes, tuple[Fact, ...]]], digests: list[bytes]) -> No
             part.pop(digest, None)
 
 
+def seen_keys() -> list[str]:
+    """Of the sets of ids that are asked; new ids are added to the first."""
+    period = now_ms() // SEEN_PERIOD
+    return [f"{SEEN}{period - back}" for back in range(SEEN_PERIODS)]
+
+
 class NotOwner(Exception):
     """Another process of this service has claimed the store."""
 
@@ -515,11 +579,13 @@ class Service:
         options: dict[str, Any] = {"protocol": 2, "socket_timeout": STORE_TIMEOUT_S, "retry": Retry(NoBackoff(), 0)}
         self.cluster = cluster
         self.client: Any = (redis.RedisCluster if cluster else redis.Redis).from_url(url, **options)
-        self.shas = {script: sha1(script.encode()).hexdigest() for script in (CLAIM, ACCEPT, SAVE)}
+        scripts = CLAIM, ACCEPT, SAVE, SET_ASIDE, FRAMES_ASIDE
+        self.shas = {script: sha1(script.encode()).hexdigest() for script in scripts}
         self.lock = asyncio.Lock()  # one claim or step at a time: states take the frames in the journal's order
         self.waiting: list[Waiting] = []  # in the order in which they ask for the lock
         self.stopping = asyncio.Event()
         self.failed_at, self.trouble = -1.0, ""
+        self.stuck = ""  # why nothing can be flushed
         self.forget()
 
     def forget(self) -> None:
@@ -547,6 +613,10 @@ class Service:
         except OutOfMemoryError as error:
             raise ApiError(503, "store_full", "the store is at its memory limit; nothing was taken") from error
         except (RedisError, RedisClusterException, OSError) as error:  # the second is none of the first
+            if "WRONGTYPE" in str(error):  # refused, with nothing written that memory has not
+                async with self.store():
+                    keys = " and ".join(await self.mend(str(error))) or "a key"
+                raise ApiError(503, "store_damaged", f"{keys} could not be read, and was set aside") from error
             self.forget()
             if "NOTOWNER" in str(error):
                 raise NotOwner from error
@@ -567,24 +637,68 @@ class Service:
         if time.monotonic() - self.failed_at < 0.2:  # requests in a queue must not wait for a time-out each
             raise ApiError(503, "store_unavailable", self.trouble)
         async with self.store():
+            await self.mend()
             token = os.urandom(8).hex()
-            frames = await self.run(CLAIM, [OWNER, JOURNAL], [token])
-            journal = [(int(at.split(b"-")[0]), decode_facts(fields[1])) for at, fields in frames]
-            states = await self.load({fact[0] for _, facts in journal for fact in facts})
+            journal, unreadable = [], {}
+            for at, fields in await self.run(CLAIM, [OWNER, JOURNAL], [token]):
+                try:
+                    journal.append((int(at.split(b"-")[0]), decode_facts(fields[1])))
+                except UNDECODABLE as error:
+                    unreadable[at] = error
+            if unreadable:
+                kept, (at, why) = f"{ASIDE}journal:{now_ms()}", next(iter(unreadable.items()))
+                await self.run(FRAMES_ASIDE, [OWNER, JOURNAL, kept], [token, KEEP_S, *unreadable])
+                log.error(
+                    "%d entries of %s from %s on cannot be read (%s); kept as %s for 8 days",
+                    *(len(unreadable), JOURNAL, at.decode(), why, kept),
+                )
+            states = await self.load({fact[0] for _, facts in journal for fact in facts}, token)
         self.token, self.states = token, states
         for seq, facts in journal:
             self.apply([fact for fact in facts if states[fact[0]].seq < seq], seq)
         log.info("claimed the store, %d journal frames replayed", len(journal))
 
-    async def load(self, users: Iterable[str]) -> dict[str, State]:
+    async def load(self, users: Iterable[str], token: str) -> dict[str, State]:
         """The stored states of those that are not in memory; new ones for users never seen."""
         loaded: dict[str, State] = {}
         missing = [user for user in users if user not in self.states]
         for first in range(0, len(missing), 500):
             part = missing[first : first + 500]
-            blobs = await self.client.mget([STATE + user for user in part])
-            loaded |= {u: decode_state(blob) if blob else State() for u, blob in zip(part, blobs, strict=True)}
+            loaded |= await self.decoded(part, await self.client.mget([STATE + user for user in part]), token)
         return loaded
+
+    async def decoded(self, users: list[str], blobs: list[bytes | None], token: str) -> dict[str, State]:
+        """The states of what MGET answered. One that cannot be read counts as empty, and is set aside."""
+        states: dict[str, State] = {}
+        absent: list[str] = []
+        for user, blob in zip(users, blobs, strict=True):
+            if blob is None:
+                absent.append(STATE + user)
+            else:
+                try:
+                    states[user] = decode_state(blob)
+                    continue
+                except UNDECODABLE as error:
+                    await self.set_aside({STATE + user: "none"}, str(error), token)
+            states[user] = State()
+        if absent and await self.client.exists(*absent):  # MGET does not tell one of another type
+            await self.set_aside(dict.fromkeys(absent, "string"), "another type", token)
+        return states
+
+    async def set_aside(self, types: dict[str, str], why: str, token: str = "") -> list[str]:
+        """Move the keys that are not of these types to where nobody reads them; of the type none is none of them."""
+        kept = {key: f"{key.replace(PREFIX, ASIDE, 1)}:{now_ms()}" for key in types}
+        keys = [OWNER, *chain.from_iterable(kept.items())]
+        moved = [key.decode() for key in await self.run(SET_ASIDE, keys, [token, KEEP_S, *types.values()])]
+        for key in moved:
+            log.error("%s cannot be read (%s): it counts as empty, and is kept as %s for 8 days", key, why, kept[key])
+        return moved
+
+    async def mend(self, error: str = "") -> list[str]:
+        """Set aside the keys of all users that are of another type than theirs, or named in an error."""
+        types = {OWNER: "string", JOURNAL: "stream", COUNTS: "hash", **dict.fromkeys(seen_keys(), "set")}
+        types |= {key: "none" for key in types if f" in {key}" in error}
+        return await self.set_aside(types, error or "another type")
 
     async def accept(self, fresh: dict[bytes, tuple[Fact, ...]], duplicates: int) -> tuple[int, int]:
         """Keep the facts of events by the digests of their ids, once each: how many were new, how many not. What comes
@@ -605,8 +719,7 @@ class Service:
             self.waiting.remove(mine)
 
     async def _accept(self, requests: list[Waiting]) -> None:
-        token, period = self.token, now_ms() // SEEN_PERIOD
-        keys = [OWNER, JOURNAL, COUNTS, *(f"{SEEN}{period - back}" for back in range(SEEN_PERIODS))]
+        token, keys = self.token, [OWNER, JOURNAL, COUNTS, *seen_keys()]
         new: list[dict[bytes, tuple[Fact, ...]]] = []
         for request in requests:
             new.append(dict(request.fresh))
@@ -619,7 +732,8 @@ class Service:
                 facts = [fact for facts in each for fact in facts]
                 counts = [sum(map(bool, each)), total - len(digests)]  # a canary has no facts and counts nowhere
                 frame, expire_s = encode(facts) if facts else b"", SEEN_PERIODS * SEEN_PERIOD // 1000
-                answer = await self.run(ACCEPT, keys, [token, b"".join(digests), *counts, frame, expire_s, now_ms()])
+                least = max(now_ms(), self.seq + 1)
+                answer = await self.run(ACCEPT, keys, [token, b"".join(digests), *counts, frame, expire_s, least])
                 if isinstance(answer, int):
                     if self.token == token:  # else the store was lost in between, and the replay brings these too
                         self.apply(facts, answer)
@@ -678,25 +792,35 @@ class Service:
 
     async def _write(self, users: list[str], save: set[str]) -> None:
         """Publish users, and store the states of those in `save`: none is stored that is not published."""
-        states, loaded = self.states, await self.load(users)
+        states, token = self.states, self.token
+        loaded = await self.load(users, token)
         if self.states is not states:  # the store was lost meanwhile
             return
         states.update({user: state for user, state in loaded.items() if user not in states})
         now = now_ms()
         stored: list[bytes] = []
         public: list[bytes] = []
+        published: dict[str, int] = {}
+        saved: dict[str, int] = {}
         computed_at = rfc3339(now)
-        for user in users:
-            state = self.count(user, now)
-            if self.unpublished.pop(user, None) is not None and user != CITY:
-                state.published = now
-                body = {"user_id": user, "features": features(state, now), "computed_at": computed_at}
-                public += b"features:" + user.encode(), to_json(body)
-            if user in save:
-                states[user] = states.pop(user)  # to the end
-                del self.unsaved[user]
-                stored += (STATE + user).encode(), encode(state)
-        args = [self.token, next(iter(self.unsaved.values()), self.seq + 1), KEEP_S]
+        try:
+            for user in users:
+                state = self.count(user, now)
+                if (since := self.unpublished.pop(user, None)) is not None and user != CITY:
+                    published[user] = since
+                    state.published = now
+                    body = {"user_id": user, "features": features(state, now), "computed_at": computed_at}
+                    public += b"features:" + user.encode(), to_json(body)
+                if user in save:
+                    states[user] = states.pop(user)  # to the end
+                    saved[user] = self.unsaved.pop(user)
+                    stored += (STATE + user).encode(), encode(state)
+        except Exception as error:  # it could be decoded, but was no state of this version's
+            if not await self.set_aside({STATE + user: "none"}, str(error), token):
+                raise
+            self.forget()  # the journal has what is not stored, of all of them
+            return
+        args = [token, next(iter(self.unsaved.values()), self.seq + 1), KEEP_S]
         try:
             if self.cluster:
                 pipeline = self.client.pipeline()
@@ -706,12 +830,16 @@ class Service:
             else:
                 stored += public
             await self.run(SAVE, [OWNER, JOURNAL], [*args, " ".join(map(str, map(len, stored))), b"".join(stored)])
-        except OutOfMemoryError:
-            self.forget()  # these users are no longer marked as unsaved
+        except ResponseError:  # refused: they wait on
+            if self.states is states:
+                self.unpublished = published | self.unpublished | published
+                self.unsaved = saved | self.unsaved | saved
             raise
 
     async def keep_flushing(self) -> None:
-        """Claim the store whenever it is not owned, and flush; when stopping, flush everything and return."""
+        """Claim the store whenever it is not owned, and flush; when stopping, flush everything and return. Nothing else ends
+        it: what goes wrong is logged once, /health tells it, and it is tried again."""
+        pause = TICK_S
         while True:
             stopping = self.stopping.is_set()
             try:
@@ -719,40 +847,59 @@ class Service:
                     await self.claim()
                     self.evict()
                 await self.flush(everything=stopping)
-            except (ApiError, NotOwner) as error:
+                if self.stuck:
+                    log.info("flushed again")
+                self.stuck, pause = "", TICK_S
+            except NotOwner as error:
                 log.debug("not flushed: %s", error)
+            except Exception as error:  # else nothing would be published any more
+                expected = isinstance(error, ApiError)
+                pause = TICK_S if expected else min(2 * pause, PAUSE_S)
+                why = str(error) if expected else f"{type(error).__name__}: {error}"
+                if why != self.stuck:
+                    log.error("not flushed, and tried again: %s", why, exc_info=None if expected else error)
+                self.stuck = why
             if stopping:
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.stopping.wait(), TICK_S)
+                await asyncio.wait_for(self.stopping.wait(), pause)
 
     async def read(self, user: str, publish: bool = False) -> State | None:
         """The state with every accepted event in it, to look at only; None for a user never seen. `publish`: the next flush
         writes the user's public key anew."""
         while True:
-            async with self.lock:
-                await self.claim()
-                async with self.store():
-                    owner, blob = await self.client.mget(OWNER, STATE + user)
-                if owner and owner.decode() == self.token:
-                    if user not in self.states and (blob or user in self.uncounted):
-                        self.states[user] = decode_state(blob) if blob else State()
-                    if user not in self.states:
-                        return None
-                    if publish:
-                        self.unpublished.setdefault(user, self.seq + 1)
-                        self.asked[user] = None
-                    return self.count(user, now_ms())
+            with contextlib.suppress(NotOwner):
+                async with self.lock:
+                    await self.claim()
+                    states, token = self.states, self.token
+                    async with self.store():
+                        owner, blob = await self.client.mget(OWNER, STATE + user)
+                        mine, new = owner == token.encode(), user not in states
+                        if mine and new and (blob is not None or user in self.uncounted):
+                            states.setdefault(user, (await self.decoded([user], [blob], token))[user])
+                    if mine and self.states is states:
+                        if user not in states:
+                            return None
+                        if publish:
+                            self.unpublished.setdefault(user, self.seq + 1)
+                            self.asked[user] = None
+                        return self.count(user, now_ms())
             self.forget()
 
     async def health(self) -> tuple[dict[str, str], list[int]]:
         """The store's part of /health, and how many events were accepted and how many known; asked now."""
+        told, counts = {"status": "ok"}, []
         try:
             async with asyncio.timeout(1), self.store():
                 counts = await self.client.hmget(COUNTS, "accepted", "duplicates")
-        except (ApiError, TimeoutError) as error:
-            return {"status": "unavailable", "message": str(error) or "no answer within a second"}, [0, 0]
-        return {"status": "ok"}, [int(count or 0) for count in counts]
+        except TimeoutError:
+            told = {"status": "unavailable", "message": "no answer within a second"}
+        except ApiError as error:
+            told = {"status": error.code.removeprefix("store_"), "message": error.message}
+        else:
+            if self.stuck:
+                told = {"status": "stuck", "message": self.stuck}
+        return told, [int(count) if count and count.isdigit() else 0 for count in counts or [b"", b""]]
 
 
 # ----------------------------------------------------------------------------------------- predictions
@@ -849,15 +996,6 @@ def create_app(settings: Settings) -> FastAPI:
         body = {"error": {"code": error.code, "message": error.message, "details": error.details}}
         return reply(body, error.status, {503: {"Retry-After": "1"}, 408: {"Connection": "close"}}.get(error.status))
 
-    @app.exception_handler(msgspec.DecodeError)
-    @app.exception_handler(UnicodeDecodeError)
-    @app.exception_handler(RecursionError)
-    async def bad_body(request: Request, error: Exception) -> Response:
-        if not isinstance(error, msgspec.ValidationError):
-            return await api_error(request, ApiError(400, "not_json", str(error)))
-        field, code, message = verdict(error)
-        return await api_error(request, ApiError(422, code, message, {"field": field}))
-
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
@@ -884,13 +1022,13 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.post("/events", openapi_extra=takes(Event))
     async def post_event(request: Request) -> Response:
-        fresh, duplicates = take_one(decode_event(await bodies.read(request)))
+        fresh, duplicates = take_one(parse(decode_event, await bodies.read(request)))
         accepted, duplicates = await service.accept(fresh, duplicates)
         return reply({"accepted": accepted, "duplicates": duplicates, "rejected": []})
 
     @app.post("/events/batch", openapi_extra=takes(Batch))
     async def post_batch(request: Request) -> Response:
-        events, rejected = parse_events(await bodies.read(request))
+        events, rejected = parse(parse_events, await bodies.read(request))
         fresh, duplicates, refused = take(events, now_ms())
         accepted, duplicates = await service.accept(fresh, duplicates)
         rejected = sorted(rejected + refused, key=lambda rejection: rejection.index)
@@ -906,7 +1044,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.post("/predict", openapi_extra=takes(Question))
     async def predict(request: Request) -> Response:
-        question = decode_question(await bodies.read(request))
+        question = parse(decode_question, await bodies.read(request))
         if question.model == "fraud" and question.event:
             take_one(question.event)
             state, data = await service.read(question.event.user_id), question.event.data

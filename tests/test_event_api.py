@@ -639,7 +639,7 @@ def test_without_a_store_it_starts_says_so_and_heals(tmp_path: Path) -> None:
         assert service.http.get("/features/driver_1").status_code == 503
         store.start()
         assert service.post_until_answered(answer("a"))["accepted"] == 1
-        assert service.http.get("/health").json()["status"] == "healthy"
+        until(lambda: service.http.get("/health").json()["status"] == "healthy")
     finally:
         service.kill()
         store.kill()
@@ -812,6 +812,235 @@ def test_a_taken_port_is_one_line_and_exit_1_before_the_store_is_claimed(service
     port = f"port {service.port} on 127.0.0.1 is not free (Address already in use)"
     assert done.stderr == f"event_api: {port}; stop what listens there, or set API_PORT\n"
     assert store.client.get(api.OWNER) == owner
+
+
+# ------------------------------------------------------------------------------------ damage in the store
+
+
+def raw(store: Store) -> Any:
+    return redis.Redis(unix_socket_path=str(store.folder / "valkey.sock"))
+
+
+def errors(service: Service) -> list[str]:
+    return [line for line in service.log.read_text().splitlines() if " ERROR " in line]
+
+
+def make_wrong_type(store: Store, key: str) -> None:
+    """Put a list where something else belongs."""
+    store.client.delete(key)
+    store.client.rpush(key, "another program's")
+
+
+def seen_now() -> str:
+    return f"py:{{py}}:seen:{api.now_ms() // api.SEEN_PERIOD}"
+
+
+UNREADABLE = {
+    "text": b"garbage",
+    "nothing": b"",
+    "no utf-8": api.encode([0] * 8 + [[["u", 0, 0, 0.0, "s"]]]).replace(b"\xa1s", b"\xa1\xff"),
+    "another shape": api.encode({"seq": 1}),
+    "another version": api.encode([1, 2, 3, "four"]),
+    "impossible numbers": api.encode([0] * 8 + [None, {}, {}, {}, {}, {}, {api.now_ms() // api.DAY_TILE: -5}]),
+    "another type": None,
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_a_state_that_cannot_be_read_is_set_aside_and_nobody_elses_trouble(store: Store, what: str) -> None:
+    key, blob, service = f"{api.STATE}driver_1", UNREADABLE[what], Service(store.folder)
+    if blob is None:
+        make_wrong_type(store, key)
+    else:
+        store.client.set(key, blob)
+    before = raw(store).dump(key)
+    try:
+        service.start()
+        assert service.post(*(answer(f"e{i}", f"driver_{i}", "rejected") for i in range(4)))["accepted"] == 4
+        until(lambda: all(rejections(store, f"driver_{i}") == 1 for i in range(4)))
+        assert all(service.features(f"driver_{i}")["recent_rejections"] == 1 for i in range(4))
+        until(lambda: store.client.xlen(api.JOURNAL) == 0)
+        (kept,) = store.client.keys("py:{py}:unreadable:*")
+        assert raw(store).dump(kept) == before
+        assert 7 * 86_400 < store.client.ttl(kept) <= 8 * 86_400
+        (told,) = errors(service)
+        assert key in told
+        assert kept in told
+        assert service.http.get("/health").json()["status"] == "healthy"
+    finally:
+        service.kill()
+
+
+def test_a_state_that_cannot_be_read_is_set_aside_also_where_it_is_only_asked_for(
+    service: Service, store: Store
+) -> None:
+    store.client.set(f"{api.STATE}driver_1", "garbage")
+    store.client.set(f"{api.STATE}{api.CITY}", "garbage")
+    assert service.features("driver_1")["recent_rejections"] == 0
+    assert service.http.post("/predict", json={"model": "demand"}).json()["status"] == "warming_up"
+    assert len(errors(service)) == len(store.client.keys("py:{py}:unreadable:*")) == 2
+
+
+def test_entries_of_the_journal_that_cannot_be_read_are_set_aside_and_the_others_replayed(store: Store) -> None:
+    now, service = api.now_ms(), Service(store.folder)
+    frame = api.encode([("driver_1", now, api.REJECTED, 1.0, None)])
+    for seq, facts in enumerate([frame, b"garbage", api.encode([1]), frame], start=now):
+        store.client.xadd(api.JOURNAL, {"facts": facts}, id=f"{seq}-0")
+    try:
+        service.start()
+        assert service.post(answer("a", response="rejected"))["accepted"] == 1
+        assert service.features("driver_1")["recent_rejections"] == 3
+        until(lambda: store.client.xlen(api.JOURNAL) == 0)
+        (kept,) = store.client.keys("py:{py}:unreadable:*")
+        assert [entry[b"facts"] for _, entry in raw(store).xrange(kept)] == [b"garbage", api.encode([1])]
+        (told,) = errors(service)
+        assert api.JOURNAL in told
+        assert kept in told
+    finally:
+        service.kill()
+
+
+KEYS = {"owner": api.OWNER, "journal": api.JOURNAL, "counts": api.COUNTS, "seen": seen_now()}
+
+
+@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_of_another_type_is_set_aside_and_each_event_is_counted_once(
+    store: Store, name: str, running: bool
+) -> None:
+    key, service = KEYS[name], Service(store.folder)
+    try:
+        if running:
+            service.start().post(answer("a", response="rejected"))
+            until(lambda: rejections(store) == 1 and store.client.xlen(api.JOURNAL) == 0)
+        make_wrong_type(store, key)
+        before = raw(store).dump(key)
+        if not running:
+            service.start()
+        events = [answer(f"e{i}", response="rejected") for i in range(3)]
+        assert service.post_until_answered(*events)["accepted"] == 3
+        assert service.post(*events)["duplicates"] == 3
+        until(lambda: rejections(store) == 3 + running)
+        until(lambda: service.http.get("/health").json()["status"] == "healthy")
+        (kept,) = store.client.keys("py:{py}:unreadable:*")
+        assert raw(store).dump(kept) == before
+        assert any(key in told and kept in told for told in errors(service))
+    finally:
+        service.kill()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("seq", "many"), ("accepted", "inf"), ("duplicates", "1e300"), ("seq", "nan")]
+)
+def test_a_count_that_is_no_number_costs_no_event(service: Service, store: Store, field: str, value: str) -> None:
+    store.client.hset(api.COUNTS, field, value)
+    assert service.http.get("/health").status_code == 200
+    refused = service.http.post("/events", json=answer("a", response="rejected"))
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "store_damaged"
+    assert api.COUNTS in refused.json()["error"]["message"]
+    assert service.post(answer("a", response="rejected"))["accepted"] == 1
+    assert service.features("driver_1")["recent_rejections"] == 1
+    assert service.http.get("/health").json()["events"] == {"accepted": 1, "duplicates": 0}
+
+
+def test_a_journal_that_takes_no_frame_any_more_costs_no_event(service: Service, store: Store) -> None:
+    service.post(answer("a", response="rejected"))
+    store.client.xadd(api.JOURNAL, {"a": "b"}, id=f"{2**63}-0")
+    assert service.post_until_answered(answer("b", response="rejected"))["accepted"] == 1
+    until(lambda: rejections(store) == 2)
+    service.kill()
+    service.start()
+    assert service.features("driver_1")["recent_rejections"] == 2
+
+
+def test_public_keys_of_another_type_are_replaced(service: Service, store: Store) -> None:
+    store.client.hset("features:driver_1", "a", "b")
+    service.post(answer("a", response="rejected"))
+    until(lambda: store.client.type("features:driver_1") == "string")
+    assert rejections(store) == 1
+
+
+def test_the_services_own_trouble_is_never_the_requests(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def status() -> int:
+        app = api.create_app(api.read_settings({"NEXUS_DATA_DIR": str(store.folder)}))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://x") as http,
+        ):
+            return (await http.post("/events", json=answer("a"))).status_code
+
+    async def broken(*_: Any) -> None:
+        api.decode_facts(b"garbage")
+
+    monkeypatch.setattr(api.Service, "_accept", broken)
+    assert asyncio.run(status()) == 500
+
+
+def test_whatever_a_flush_meets_it_is_told_once_and_tried_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts: list[str] = []
+
+    async def scenario() -> list[Any]:
+        service = api.Service(f"unix://{store.folder}/valkey.sock", cluster=False)
+        flush = service.flush
+
+        async def broken(**given: Any) -> None:
+            attempts.append(service.stuck)
+            if len(attempts) < 4:
+                raise TypeError("a mistake in the program")
+            await flush(**given)
+
+        service.flush = broken  # type: ignore[method-assign, assignment]
+        flusher = asyncio.create_task(service.keep_flushing())
+        told = []
+        while len(attempts) < 2:
+            await asyncio.sleep(0.01)
+        told.append((await service.health())[0])
+        while len(attempts) < 5:
+            await asyncio.sleep(0.01)
+        told.append((await service.health())[0])
+        service.stopping.set()
+        await flusher
+        await service.client.aclose()
+        return told
+
+    monkeypatch.setattr(api, "PAUSE_S", 0.2)
+    assert asyncio.run(scenario()) == [
+        {"status": "stuck", "message": "TypeError: a mistake in the program"},
+        {"status": "ok"},
+    ]
+    (told,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert told.exc_info
+    assert attempts[:5] == ["", *["TypeError: a mistake in the program"] * 3, ""]
+
+
+def test_what_a_refused_flush_held_waits_on_in_its_order(store: Store) -> None:
+    async def scenario() -> list[Any]:
+        service = api.Service(f"unix://{store.folder}/valkey.sock", cluster=False)
+        run, refused = service.run, iter([True])
+
+        async def once_refused(script: str, *given: Any) -> Any:
+            if script is api.SAVE and next(refused, False):
+                raise redis.OutOfMemoryError("command not allowed")
+            return await run(script, *given)
+
+        service.run = once_refused  # type: ignore[method-assign, assignment]
+        events = [(i, api.decode_event(json.dumps(answer(f"e{i}", f"driver_{i}")).encode())) for i in range(100)]
+        await service.accept(api.take(events, api.now_ms())[0], 0)
+        before, memory = (dict(service.unpublished), dict(service.unsaved)), service.states
+        with pytest.raises(api.ApiError):
+            await service.flush(everything=True)
+        kept = (dict(service.unpublished), dict(service.unsaved)) == before and service.states is memory
+        await service.flush(everything=True)
+        await service.client.aclose()
+        return [kept, service.unpublished, service.unsaved]
+
+    assert asyncio.run(scenario()) == [True, {}, {}]
+    assert store.client.xlen(api.JOURNAL) == 0
+    assert public(store, "driver_99")
 
 
 # ------------------------------------------------------------------------------------------- settings
