@@ -174,6 +174,11 @@ for i = 3, #ARGV do
 end
 return redis.call('EXPIRE', KEYS[3], ARGV[2])
 """
+# Writes nothing, but is refused wherever ACCEPT would be: over the memory limit, by a replica, by a disk that is full.
+WOULD_TAKE = """#!lua
+return 1
+"""
+
 # ---------------------------------------------------------------------------------------------- events
 
 NAME, TYPE = r"[^\s/\x00-\x1f\x7f-\x9f]{1,128}", r"[a-z0-9_.\-]{1,64}"
@@ -579,7 +584,7 @@ class Service:
         options: dict[str, Any] = {"protocol": 2, "socket_timeout": STORE_TIMEOUT_S, "retry": Retry(NoBackoff(), 0)}
         self.cluster = cluster
         self.client: Any = (redis.RedisCluster if cluster else redis.Redis).from_url(url, **options)
-        scripts = CLAIM, ACCEPT, SAVE, SET_ASIDE, FRAMES_ASIDE
+        scripts = CLAIM, ACCEPT, SAVE, SET_ASIDE, FRAMES_ASIDE, WOULD_TAKE
         self.shas = {script: sha1(script.encode()).hexdigest() for script in scripts}
         self.lock = asyncio.Lock()  # one claim or step at a time: states take the frames in the journal's order
         self.waiting: list[Waiting] = []  # in the order in which they ask for the lock
@@ -892,6 +897,7 @@ class Service:
         try:
             async with asyncio.timeout(1), self.store():
                 counts = await self.client.hmget(COUNTS, "accepted", "duplicates")
+                await self.run(WOULD_TAKE, [OWNER], [])
         except TimeoutError:
             told = {"status": "unavailable", "message": "no answer within a second"}
         except ApiError as error:

@@ -1043,6 +1043,23 @@ def test_what_a_refused_flush_held_waits_on_in_its_order(store: Store) -> None:
     assert public(store, "driver_99")
 
 
+def test_health_tells_that_the_store_takes_nothing_and_that_it_does_again(service: Service, store: Store) -> None:
+    def told() -> tuple[str, str, int]:
+        health = service.http.get("/health").json()
+        return health["status"], health["store"]["status"], health["events"]["accepted"]
+
+    service.post(answer("a"))
+    store.client.config_set("maxmemory", 1)
+    assert told() == ("degraded", "full", 1)
+    assert "memory limit" in service.http.get("/health").json()["store"]["message"]
+    store.client.config_set("maxmemory", 0)
+    assert told() == ("healthy", "ok", 1)
+    store.client.replicaof("127.0.0.1", 1)
+    assert told()[:2] == ("degraded", "unavailable")
+    store.client.replicaof("NO", "ONE")
+    until(lambda: told() == ("healthy", "ok", 1))
+
+
 # ------------------------------------------------------------------------------------------- settings
 
 
