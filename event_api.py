@@ -85,7 +85,8 @@ PUBLISHED, PUBLISH_MS, LATEST_MS = 100, 900, 5_000  # users a tick; a user at mo
 WRITTEN = 50  # users in one step
 GROUPED = 1_000  # events in one step, where several requests wait
 SAVED, LATEST_SAVE_MS = 20, 20_000  # states a tick; a state at the latest, which bounds the journal
-PAUSE_S = 5.0  # the longest pause between attempts to flush
+MAX_WAITING = 100_000  # events of the requests that wait for the store
+STUCK_S, PAUSE_S = 60, 5.0  # so long events are taken though nothing can be flushed; the longest pause between attempts
 STORE_TIMEOUT_S = 2.0
 LARGEST = 1e15  # in size, that a number may have to be summed
 OTHER, ACCEPTED, REJECTED, ANSWERED, PAYMENT, REQUEST = range(6)
@@ -588,9 +589,10 @@ class Service:
         self.shas = {script: sha1(script.encode()).hexdigest() for script in scripts}
         self.lock = asyncio.Lock()  # one claim or step at a time: states take the frames in the journal's order
         self.waiting: list[Waiting] = []  # in the order in which they ask for the lock
+        self.held = 0  # events of these requests, and one more for each
         self.stopping = asyncio.Event()
         self.failed_at, self.trouble = -1.0, ""
-        self.stuck = ""  # why nothing can be flushed
+        self.stuck, self.stuck_at = "", 0.0  # why nothing can be flushed, and since when
         self.forget()
 
     def forget(self) -> None:
@@ -708,8 +710,14 @@ class Service:
     async def accept(self, fresh: dict[bytes, tuple[Fact, ...]], duplicates: int) -> tuple[int, int]:
         """Keep the facts of events by the digests of their ids, once each: how many were new, how many not. What comes
         while the store is busy goes to it together: one step for several requests."""
+        if self.stuck and time.monotonic() - self.stuck_at > STUCK_S:  # the journal would grow without end
+            raise ApiError(503, "not_flushed", self.stuck)
+        size = len(fresh) + 1
+        if self.waiting and self.held + size > MAX_WAITING:
+            raise ApiError(503, "busy", "too many events wait for the store; nothing was taken")
         mine = Waiting(fresh, duplicates)
         self.waiting.append(mine)
+        self.held += size
         try:
             while mine.outcome is None:
                 try:
@@ -722,6 +730,7 @@ class Service:
             return mine.outcome
         finally:
             self.waiting.remove(mine)
+            self.held -= size
 
     async def _accept(self, requests: list[Waiting]) -> None:
         token, keys = self.token, [OWNER, JOURNAL, COUNTS, *seen_keys()]
@@ -861,6 +870,8 @@ class Service:
                 expected = isinstance(error, ApiError)
                 pause = TICK_S if expected else min(2 * pause, PAUSE_S)
                 why = str(error) if expected else f"{type(error).__name__}: {error}"
+                if not self.stuck:
+                    self.stuck_at = time.monotonic()
                 if why != self.stuck:
                     log.error("not flushed, and tried again: %s", why, exc_info=None if expected else error)
                 self.stuck = why

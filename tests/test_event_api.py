@@ -1043,6 +1043,38 @@ def test_what_a_refused_flush_held_waits_on_in_its_order(store: Store) -> None:
     assert public(store, "driver_99")
 
 
+def test_while_nothing_can_be_flushed_for_long_no_events_are_taken(store: Store) -> None:
+    async def scenario() -> None:
+        service = api.Service(f"unix://{store.folder}/valkey.sock", cluster=False)
+        service.stuck, service.stuck_at = "the reason", time.monotonic() - api.STUCK_S / 2
+        assert await service.accept({}, 0) == (0, 0)
+        service.stuck_at -= api.STUCK_S
+        with pytest.raises(api.ApiError, match="the reason") as refused:
+            await service.accept({}, 0)
+        assert refused.value.status == 503
+        await service.client.aclose()
+
+    asyncio.run(scenario())
+
+
+def test_events_that_wait_for_the_store_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "MAX_WAITING", 10)
+
+    async def scenario() -> list[Any]:
+        service = api.Service(f"unix://{store.folder}/valkey.sock", cluster=False)
+        many: list[dict[bytes, tuple]] = [{b"%d%011d" % (n, i): () for i in range(20)} for n in range(2)]
+        async with service.lock:
+            first = asyncio.create_task(service.accept(many[0], 0))
+            await asyncio.sleep(0)
+            with pytest.raises(api.ApiError) as refused:
+                await service.accept(many[1], 0)
+        outcomes = [await first, await service.accept(many[1], 0)]
+        await service.client.aclose()
+        return [refused.value.status, outcomes, service.held]
+
+    assert asyncio.run(scenario()) == [503, [(20, 0), (20, 0)], 0]
+
+
 def test_health_tells_that_the_store_takes_nothing_and_that_it_does_again(service: Service, store: Store) -> None:
     def told() -> tuple[str, str, int]:
         health = service.http.get("/health").json()
