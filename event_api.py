@@ -137,6 +137,9 @@ if #ids > 0 then
 end
 return seq
 """
+# For a sender that keeps the events in the same store until they are taken, and takes no more itself: refused, neither would ever
+# get out of a full store.
+ACCEPT_OVER_THE_LIMIT = ACCEPT.replace("#!lua", "#!lua flags=allow-oom", 1)
 # Allowed over the memory limit: cutting the journal gives memory back. Keys and values come joined, with their sizes:
 # the client would spend more on packing hundreds of arguments than on all else.
 SAVE = """#!lua flags=allow-oom
@@ -542,19 +545,24 @@ def longest(queue: dict[str, int], most: int, now: int, limit: int) -> list[str]
 class Waiting:
     """A request that waits for the store: new events, its duplicates, and in the end how many were new, how many not."""
 
-    def __init__(self, fresh: dict[bytes, tuple[Fact, ...]], duplicates: int) -> None:
-        self.fresh, self.duplicates = fresh, duplicates
+    def __init__(self, fresh: dict[bytes, tuple[Fact, ...]], duplicates: int, makes_room: bool = False) -> None:
+        self.fresh, self.duplicates, self.makes_room = fresh, duplicates, makes_room
         self.outcome: tuple[int, int] | None = None
 
 
+def makes_room(request: Request) -> bool:
+    """Whether the sender says that it keeps the events in a full store until they are taken."""
+    return "nexus-makes-room" in request.headers
+
+
 def together(waiting: list[Waiting]) -> list[Waiting]:
-    """The first of those without an outcome, as many as make a step of the store that keeps nobody else waiting for long."""
+    """The first of those without an outcome, as many alike as make a step of the store that keeps nobody else waiting for long."""
     requests: list[Waiting] = []
     events = 0
     for request in waiting:
         if request.outcome is None:
             events += len(request.fresh)
-            if requests and events > GROUPED:
+            if requests and (events > GROUPED or request.makes_room != requests[0].makes_room):
                 break
             requests.append(request)
     return requests
@@ -585,7 +593,7 @@ class Service:
         options: dict[str, Any] = {"protocol": 2, "socket_timeout": STORE_TIMEOUT_S, "retry": Retry(NoBackoff(), 0)}
         self.cluster = cluster
         self.client: Any = (redis.RedisCluster if cluster else redis.Redis).from_url(url, **options)
-        scripts = CLAIM, ACCEPT, SAVE, SET_ASIDE, FRAMES_ASIDE, WOULD_TAKE
+        scripts = CLAIM, ACCEPT, ACCEPT_OVER_THE_LIMIT, SAVE, SET_ASIDE, FRAMES_ASIDE, WOULD_TAKE
         self.shas = {script: sha1(script.encode()).hexdigest() for script in scripts}
         self.lock = asyncio.Lock()  # one claim or step at a time: states take the frames in the journal's order
         self.waiting: list[Waiting] = []  # in the order in which they ask for the lock
@@ -707,15 +715,17 @@ class Service:
         types |= {key: "none" for key in types if f" in {key}" in error}
         return await self.set_aside(types, error or "another type")
 
-    async def accept(self, fresh: dict[bytes, tuple[Fact, ...]], duplicates: int) -> tuple[int, int]:
+    async def accept(
+        self, fresh: dict[bytes, tuple[Fact, ...]], duplicates: int, makes_room: bool = False
+    ) -> tuple[int, int]:
         """Keep the facts of events by the digests of their ids, once each: how many were new, how many not. What comes
-        while the store is busy goes to it together: one step for several requests."""
+        while the store is busy goes to it together: one step for several requests. What `makes_room` is taken by a full store too."""
         if self.stuck and time.monotonic() - self.stuck_at > STUCK_S:  # the journal would grow without end
             raise ApiError(503, "not_flushed", self.stuck)
         size = len(fresh) + 1
         if self.waiting and self.held + size > MAX_WAITING:
             raise ApiError(503, "busy", "too many events wait for the store; nothing was taken")
-        mine = Waiting(fresh, duplicates)
+        mine = Waiting(fresh, duplicates, makes_room)
         self.waiting.append(mine)
         self.held += size
         try:
@@ -726,7 +736,7 @@ class Service:
                             await self.claim()
                             await self._accept(together(self.waiting))
                 except NotOwner:
-                    log.warning("another process has claimed the store; claiming it back")
+                    log.warning("the store was emptied, or another process has claimed it; claiming it back")
             return mine.outcome
         finally:
             self.waiting.remove(mine)
@@ -738,6 +748,7 @@ class Service:
         for request in requests:
             new.append(dict(request.fresh))
             drop(new[-1:], [digest for earlier in new[:-1] for digest in earlier.keys() & request.fresh.keys()])
+        script = ACCEPT_OVER_THE_LIMIT if requests[0].makes_room else ACCEPT
         total = sum(len(request.fresh) + request.duplicates for request in requests)
         async with self.store():
             while total:
@@ -747,7 +758,7 @@ class Service:
                 counts = [sum(map(bool, each)), total - len(digests)]  # a canary has no facts and counts nowhere
                 frame, expire_s = encode(facts) if facts else b"", SEEN_PERIODS * SEEN_PERIOD // 1000
                 least = max(now_ms(), self.seq + 1)
-                answer = await self.run(ACCEPT, keys, [token, b"".join(digests), *counts, frame, expire_s, least])
+                answer = await self.run(script, keys, [token, b"".join(digests), *counts, frame, expire_s, least])
                 if isinstance(answer, int):
                     if self.token == token:  # else the store was lost in between, and the replay brings these too
                         self.apply(facts, answer)
@@ -1040,14 +1051,14 @@ def create_app(settings: Settings) -> FastAPI:
     @app.post("/events", openapi_extra=takes(Event))
     async def post_event(request: Request) -> Response:
         fresh, duplicates = take_one(parse(decode_event, await bodies.read(request)))
-        accepted, duplicates = await service.accept(fresh, duplicates)
+        accepted, duplicates = await service.accept(fresh, duplicates, makes_room(request))
         return reply({"accepted": accepted, "duplicates": duplicates, "rejected": []})
 
     @app.post("/events/batch", openapi_extra=takes(Batch))
     async def post_batch(request: Request) -> Response:
         events, rejected = parse(parse_events, await bodies.read(request))
         fresh, duplicates, refused = take(events, now_ms())
-        accepted, duplicates = await service.accept(fresh, duplicates)
+        accepted, duplicates = await service.accept(fresh, duplicates, makes_room(request))
         rejected = sorted(rejected + refused, key=lambda rejection: rejection.index)
         return reply({"accepted": accepted, "duplicates": duplicates, "rejected": rejected})
 

@@ -51,6 +51,9 @@ class Partner:
 
     def __init__(self, url: Callable[[], str], timeout_ms: Callable[[], int], clock: Callable[[], int]) -> None:
         self._url, self._timeout_ms, self._clock = url, timeout_ms, clock
+        self.makes_room: Callable[[], bool] = lambda: (
+            False
+        )  # is the store full, so that what is delivered lets it let go?
         # Without httpx's client around it, which would cost as much again. Building one takes 20 ms: it is kept.
         self._transport: KeptConnections | None = None
         self._said: frozenset[str] = frozenset()
@@ -209,8 +212,9 @@ class Partner:
         """One call with events, and the answer's body; anything but a 2xx answer is the delivery's error."""
         delivery, raw = Delivery(self._clock(), events, sent_bytes=len(body), url=self._url()), b""
         began = time.perf_counter()
+        sent = {"Idempotency-Key": key} | ({"Nexus-Makes-Room": "true"} if self.makes_room() else {})
         try:
-            delivery.status, headers, raw = await self._call("POST", path, body, {"Idempotency-Key": key}, most)
+            delivery.status, headers, raw = await self._call("POST", path, body, sent, most)
             delivery.answer, delivery.got_bytes = words(raw), len(raw)
             if not 200 <= delivery.status < 300:
                 delivery.error = failure(f"POST {path}", delivery.status, headers, raw)

@@ -98,6 +98,7 @@ class Runtime:
         self.ingest = Ingest(
             self.log, clock, self.taken, lambda end, s: self.runner.wait_for("features", end, s), self.precedence, self.runner.reasons
         )  # fmt: skip
+        partner.makes_room = lambda: self.ingest.closed is not None
         self.events = EventStore(self.store, self.log, self._unwritten_rows)
         self.features = FeatureStore(
             self.store, self.events, self.live, self._live_features, clock, self._own_lag_s, self._python_behind
@@ -106,8 +107,7 @@ class Runtime:
         self.lookups = Lookups(self.store, self.log, settings.retention_days)
         self.dead_letters = DeadLetters(self.store, self.log)
         self.retention = Retention(self.log, self.lease, retention_ms)
-        self.actions = Actions(self)
-        self.models = Models(self)
+        self.actions, self.models = Actions(self), Models(self)
         self.serving = Serving(self, clock)
         self.demand_warming: str | None = "not asked yet"
         self._tidied = 0  # events that were counted when memory was tidied last

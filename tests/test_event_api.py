@@ -683,6 +683,15 @@ def test_at_the_memory_limit_nothing_of_a_batch_is_taken(service: Service, store
     assert service.features("driver_1")["recent_rejections"] == 2
 
 
+def test_at_the_memory_limit_what_makes_room_is_taken(service: Service, store: Store) -> None:
+    store.client.config_set("maxmemory", 1)
+    events = {"events": [answer("a", response="rejected")]}
+    assert service.http.post("/events/batch", json=events).status_code == 503
+    taken = service.http.post("/events/batch", json=events, headers={"Nexus-Makes-Room": "true"})
+    assert (taken.status_code, taken.json()["accepted"]) == (200, 1)
+    until(lambda: rejections(store) == 1)
+
+
 def test_a_hanging_store_is_reported_and_survived(service: Service, store: Store) -> None:
     assert store.process
     store.process.send_signal(signal.SIGSTOP)
