@@ -105,6 +105,26 @@ def test_the_finished_beginning_of_a_window_can_be_committed():
     assert truncated(window, Position(1, 0)).after.ordinal == 7
 
 
+def test_what_is_under_way_at_the_stop_is_not_committed():
+    [window] = windows([frame(0, 5), frame(5, 5)], 1, 1000)
+    part = window.parts[0]
+    part.next(3)
+    part.settled([])
+    part.next(3)
+    begun = truncated(window, Position(1, 0))
+    assert (len(begun.bodies), begun.after.ordinal) == (3, 3)
+
+
+def test_a_window_with_a_broken_frame_is_not_committed_in_part():
+    """Its dead letters belong to the window: what is finished may lie before or behind the broken frame."""
+    [window] = windows([frame(0, 2), frame(2, 3, broken=True), frame(5, 4)], 1, 1000)
+    part = window.parts[0]
+    part.next(4)
+    part.settled([])
+    begun = truncated(window, Position(1, 0))
+    assert (begun.bodies, begun.broken, begun.after) == ([], [], Position(1, 0))
+
+
 def test_a_refused_slice_is_halved_until_the_bad_event_is_alone():
     [window] = windows([frame(0, 11)], 1, 1000)
     part, taken = window.parts[0], []

@@ -163,6 +163,21 @@ def rejections(store: Store, user: str = "driver_1") -> int | None:
     return features["recent_rejections"] if features else None
 
 
+def inside(store: Store) -> api.Service:
+    """The service within this process, where a test sees each of its steps."""
+    return api.Service(f"unix://{store.folder}/valkey.sock", cluster=False)
+
+
+def fresh(*events: dict[str, Any]) -> dict[bytes, tuple[Any, ...]]:
+    """Events as accept() takes them."""
+    return api.take([(i, api.decode_event(json.dumps(e).encode())) for i, e in enumerate(events)], api.now_ms())[0]
+
+
+async def rejections_inside(service: api.Service, user: str = "driver_1") -> Any:
+    state = await service.read(user)
+    return api.features(state, api.now_ms())["recent_rejections"] if state else None
+
+
 # ------------------------------------------------------------------------------------------------ HTTP
 
 
@@ -228,6 +243,19 @@ def test_the_same_event_counts_once_in_a_batch_and_across_requests(service: Serv
     assert second == {"accepted": 1, "duplicates": 1, "rejected": []}
     assert service.http.post("/events", json=answer("z")).json()["duplicates"] == 1
     assert service.features("driver_1")["recent_rejections"] == 0
+
+
+@pytest.mark.parametrize("days", [0, 1, 2, 8])
+def test_an_id_is_known_for_eight_days(store: Store, monkeypatch: pytest.MonkeyPatch, days: int) -> None:
+    async def post_twice() -> list[tuple[int, int]]:
+        service, now = inside(store), api.now_ms()
+        first = await service.accept(fresh(answer("x")), 0)
+        monkeypatch.setattr(api, "now_ms", lambda: now + days * api.DAY)
+        again = await service.accept(fresh(answer("x")), 0)
+        await service.client.aclose()
+        return [first, again]
+
+    assert asyncio.run(post_twice()) == [(1, 0), (0, 1)]
 
 
 def test_requests_that_reach_the_store_together_count_each_event_once(store: Store) -> None:
@@ -628,6 +656,63 @@ def test_two_processes_on_one_store_lose_nothing(service: Service, store: Store)
         second.kill()
 
 
+def test_a_process_whose_store_was_claimed_by_another_stores_no_state(store: Store) -> None:
+    async def both() -> Any:
+        former, owner, later = inside(store), inside(store), inside(store)
+        await former.accept(fresh(answer("x", response="rejected")), 0)
+        await owner.accept(fresh(answer("y", response="rejected")), 0)
+        with pytest.raises(api.NotOwner):
+            await former.flush(everything=True)
+        found = await rejections_inside(later)
+        for service in (former, owner, later):
+            await service.client.aclose()
+        return found
+
+    assert asyncio.run(both()) == 2
+
+
+def test_an_event_whose_store_was_lost_amid_its_step_counts_once(store: Store) -> None:
+    async def lose() -> Any:
+        service = inside(store)
+        run = service.run
+
+        async def losing(script: str, *given: Any) -> Any:
+            answered = await run(script, *given)
+            if script is api.ACCEPT:
+                service.forget()  # as when a flush, beside it, finds the store away
+            return answered
+
+        service.run = losing  # type: ignore[method-assign, assignment]
+        await service.accept(fresh(answer("x", response="rejected")), 0)
+        service.run = run  # type: ignore[method-assign]
+        found = await rejections_inside(service)
+        await service.client.aclose()
+        return found
+
+    assert asyncio.run(lose()) == 1
+
+
+def test_a_store_that_is_lost_while_a_flush_reads_states_ends_no_flusher(store: Store) -> None:
+    async def lose() -> Any:
+        service = inside(store)
+        await service.accept(fresh(answer("x", response="rejected")), 0)
+        load = service.load
+
+        async def losing(users: Any) -> Any:
+            states = await load(users)
+            service.forget()  # as when a request, beside it, finds the store away
+            return states
+
+        service.load = losing  # type: ignore[method-assign]
+        await service.flush(everything=True)
+        service.load = load  # type: ignore[method-assign]
+        found = await rejections_inside(service)
+        await service.client.aclose()
+        return found
+
+    assert asyncio.run(lose()) == 1
+
+
 def test_without_a_store_it_starts_says_so_and_heals(tmp_path: Path) -> None:
     store, service = Store(tmp_path), Service(tmp_path)
     try:
@@ -690,6 +775,30 @@ def test_at_the_memory_limit_what_makes_room_is_taken(service: Service, store: S
     taken = service.http.post("/events/batch", json=events, headers={"Nexus-Makes-Room": "true"})
     assert (taken.status_code, taken.json()["accepted"]) == (200, 1)
     until(lambda: rejections(store) == 1)
+
+
+def test_states_that_found_no_room_are_stored_by_a_later_flush(store: Store) -> None:
+    async def fill() -> Any:
+        service = inside(store)
+        await service.accept(fresh(answer("x", response="rejected")), 0)
+        run = service.run
+
+        async def full(script: str, *given: Any) -> Any:
+            if script is api.SAVE:
+                raise redis.exceptions.OutOfMemoryError("OOM command not allowed")
+            return await run(script, *given)
+
+        service.run = full  # type: ignore[method-assign, assignment]
+        with pytest.raises(api.ApiError):
+            await service.flush(everything=True)
+        service.run = run  # type: ignore[method-assign]
+        async with service.lock:
+            await service.claim()
+        await service.flush(everything=True)
+        await service.client.aclose()
+        return store.client.exists(f"{api.STATE}driver_1"), rejections(store)
+
+    assert asyncio.run(fill()) == (1, 1)
 
 
 def test_a_hanging_store_is_reported_and_survived(service: Service, store: Store) -> None:

@@ -6,6 +6,7 @@ import signal
 import struct
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -408,6 +409,23 @@ def test_trimmed_segment_takes_its_ids_along_and_they_can_be_used_again(store, l
     assert checkpoints.audit(store).unexplained == 0
 
 
+def die_in_trim(store: Store, log: Log, lease: Lease, script: str, nth: int) -> None:
+    """A trim of the first segment, killed before a script is run for the nth time."""
+    run, times = store.run, 0
+
+    def dying(name: str, *args: Any) -> Any:
+        nonlocal times
+        times += name == script
+        if times == nth:
+            raise StoreUnavailable("killed here")
+        return run(name, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "run", dying)
+        with pytest.raises(StoreUnavailable):
+            log.trim(1, lease.epoch)
+
+
 @pytest.mark.parametrize(("script", "nth"), [("trim", 1), ("forget", 1), ("forget", 2)])
 def test_trim_that_dies_midway_leaves_no_event_whose_id_can_be_taken_again(
     store, log, small_segments, monkeypatch, script, nth
@@ -419,20 +437,7 @@ def test_trim_that_dies_midway_leaves_no_event_whose_id_can_be_taken_again(
     pass_all(store, log, lease)
     names = [e for e in ids_in(log) if log.locate([e])[0] >> 37 == 1]
     assert len(names) > 1
-    run = store.run
-    times = 0
-
-    def dying(name: str, *args: object) -> object:
-        nonlocal times
-        times += name == script
-        if times == nth:
-            raise StoreUnavailable("killed here")
-        return run(name, *args)
-
-    monkeypatch.setattr(store, "run", dying)
-    with pytest.raises(StoreUnavailable):
-        log.trim(1, lease.epoch)
-    monkeypatch.setattr(store, "run", run)
+    die_in_trim(store, log, lease, script, nth)
 
     after = Log(store)
     taken = [name for name in names if append(after, [event(event_id=name)], NOON + 50).taken]
@@ -448,6 +453,22 @@ def test_trim_that_dies_midway_leaves_no_event_whose_id_can_be_taken_again(
     assert [n for n in range(1, after.head().segment) if store.call("EXISTS", f"{keys.LOG}{n}")] == []
     assert store.call("HLEN", keys.IDS) == after.head().ids
     assert checkpoints.audit(store).unexplained == 0
+
+
+def test_id_taken_again_after_a_trim_that_died_midway_stays_known_once_that_is_finished(
+    store, log, small_segments, monkeypatch
+):
+    monkeypatch.setattr(log_module, "_FORGET_WORDS", 2)
+    for n in range(12):
+        append(log, [event(event_id=f"e{n}")], NOON + n)
+    lease = lease_of(store)
+    pass_all(store, log, lease)
+    die_in_trim(store, log, lease, "forget", 2)
+    after = Log(store)
+    assert append(after, [event(event_id="e0")], NOON + 50).taken == 1
+    after.finish_trim(lease.epoch)
+    assert append(after, [event(event_id="e0")], NOON + 51).duplicates == [0]
+    assert ids_in(after).count("e0") == 1
 
 
 def test_nothing_is_trimmed_of_an_empty_log(store, log):
@@ -521,6 +542,20 @@ def test_what_is_remembered_of_a_letter_sent_again_goes_with_its_segment(store, 
     pass_all(store, log, lease)
     assert log.trim(1, lease.epoch)
     assert store.call("HLEN", keys.REDRIVEN) == 0
+
+
+def test_letters_sent_again_begin_a_new_segment_where_the_open_one_is_full(store, log, small_segments):
+    append(log, [event(event_id=f"bad-{n}", data={"text": "x" * 300}) for n in range(4)], NOON)
+    lease, letters = lease_of(store), []
+    for place, found in zip(places := log.locate([f"bad-{n}" for n in range(4)]), log.fetch(places), strict=True):
+        letter = DeadLetter(f"storage-{place}", "storage", place, "why", 1, NOON, NOON, "test", NOON, found.body)
+        checkpoints.commit(store, lease.epoch, bury(letter))
+        letters.append(("storage", letter.id, "test", record(NOON, found.body)))
+    head = log.head()
+    assert log.redrive(letters, NOON) == [True] * 4
+    again = range(head.segment + 1, log.head().segment + 1)
+    assert [0 < store.call("STRLEN", f"{keys.LOG}{n}") <= 600 for n in again] == [True] * 4
+    assert ids_in(log) == [f"bad-{n}" for n in range(4)] * 2
 
 
 def test_trim_by_a_former_owner_is_fenced(store, log, small_segments):

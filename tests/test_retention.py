@@ -87,6 +87,19 @@ def test_what_arrived_before_the_retention_goes_and_all_else_stays(store: Store,
     assert filled.locate([f"e{EVENTS - 1}"])[0] is not None
 
 
+def test_segment_stays_until_its_last_event_is_past_the_retention(log: Log, store: Store, lease: Lease) -> None:
+    append(log, [event(event_id="first")], NOON)
+    append(log, [event(event_id="last")], NOON + 30 * MINUTE_MS)
+    append(log, [event()], NOON + 12 * HOUR_MS)  # begins the next one
+    read_up_to(store, lease, 3)
+    job = Retention(log, lease, 24 * HOUR_MS)
+
+    assert job.run(NOON + 24 * HOUR_MS + 30 * MINUTE_MS, 0.0)["trimmed"] == 0  # the first one is past it
+    assert None not in log.locate(["first", "last"])
+    assert job.run(NOON + 24 * HOUR_MS + 30 * MINUTE_MS + 1, 0.0)["trimmed"] == 1
+    assert log.locate(["first", "last"]) == [None, None]
+
+
 def test_segment_that_the_next_append_seals_ends_with_its_own_last_arrival(log: Log) -> None:
     append(log, [event(event_id="a")], NOON)
     append(log, [event(event_id="b")], NOON + MINUTE_MS)

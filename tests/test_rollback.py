@@ -13,6 +13,7 @@ from pipeline.store import Store
 from tests.conftest import Start, client_of
 from tests.faults import HEALTH, INGEST, recount, routes, settled
 from tests.helpers import NOON, Valkey, append, event, until
+from tests.test_log import ids_in
 
 LOST = "the store came back without its latest events: the log had reached "
 
@@ -76,6 +77,15 @@ def test_health_no_longer_tells_of_it_after_an_hour(store: Store, log: Log, monk
     assert f"{LOST}2, now it ends at 1" in str(log.mark.reason)
     monkeypatch.setattr("pipeline.commit_log.high_water.TOLD_S", 0.0)
     assert log.mark.reason is None
+
+
+def test_nothing_of_an_emptied_store_is_read_from_memory(store: Store, log: Log) -> None:
+    for n in range(3):
+        append(log, [event(event_id=f"gone-{n}")], NOON)
+    store.client.flushall()
+    append(log, [event(event_id="kept-0")], NOON)  # ends where the first of those did
+    log.mark.heed()
+    assert ids_in(log) == ["kept-0"]
 
 
 def test_another_instances_events_and_answers_that_overtake_each_other_are_no_fall(store: Store, log: Log) -> None:

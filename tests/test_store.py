@@ -218,6 +218,17 @@ def test_commands_of_one_step_are_answered_as_of_one_moment(store):
         counting.join()
 
 
+def test_of_many_hashes_and_fields_the_first_hash_that_has_a_field_decides_as_it_does_of_few(store):
+    hashes, fields = [f"{keys.PREFIX}{n}" for n in range(25)], [f"f{n}" for n in range(300)]
+    for n in (20, 9, 0):  # asked for in several pieces
+        store.call("HSET", hashes[n], *[word for i in range(n, 300, 20) for word in (f"f{i}", f"{n}")])
+    many = store.find(hashes, fields)
+    assert many == [found for field in fields for found in store.find(hashes, [field])]
+    assert (many[0], many[9], many[20], many[1]) == (b"0", b"9", b"0", None)
+    store.call("HSET", hashes[24], "f0", "later", "f1", "last")
+    assert store.find(hashes, fields)[:2] == [b"0", b"last"]
+
+
 def test_commands_of_one_step_are_answered_on_a_cluster(cluster):
     cluster.call("HSET", keys.PREFIX + "a", "f", 1)
     [number, held, absent] = cluster.many(
