@@ -6,6 +6,7 @@ import gc
 import weakref
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import msgspec
 import pytest
@@ -23,9 +24,24 @@ from pipeline.features.backfill import Backfill
 from pipeline.log import Log
 from pipeline.store import Store
 from pipeline.streams.features import Features
+from pipeline.streams.payees import Paid, Payees
 from pipeline.streams.stream import Batch
 from pipeline.tools.training_set import Label, TrainingSet
-from tests.helpers import HOUR_MS, MINUTE_MS, NOON, Clock, append, event, frames, payment, report, response
+from tests.helpers import (
+    DAY_MS,
+    HOUR_MS,
+    MINUTE_MS,
+    NOON,
+    Clock,
+    append,
+    batch_of,
+    event,
+    frames,
+    payment,
+    report,
+    response,
+)
+from tests.test_rollback import copy_of, put_back
 
 OLD = (
     Feature(name="touches", aggregation="count", event_type="ui_interaction", window_s=HOUR, description="touches"),
@@ -315,6 +331,18 @@ def test_reports_are_filled_for_the_payees_that_they_counted_for_when_they_came(
     assert second.stream.values(["m"], NOON, "merchant")["m"]["payee_frauds_7d"] == 2
 
 
+def test_backfill_leaves_what_the_stream_has_kept_of_a_payment_since(store):
+    """It comes behind the stream, and knows nothing yet of the report by which that was told of a fraud."""
+    batch = batch_of(store, [payment("t", data={"merchant_id": "m"})], NOON)
+    for over, paid in ((True, Paid("m", 0, reported=5)), (False, Paid("m", 0))):
+        payees = Payees(store, 7 * DAY_MS, over)
+        payees.keep(batch, [(0, "t", paid)])
+        store.many(list(payees.cut()))
+        payees.written()
+    [raw] = store.client.hvals(f"{keys.PAID}{NOON // DAY_MS}")
+    assert msgspec.msgpack.decode(raw, type=Paid) == Paid("m", 0, reported=5)
+
+
 def counts(stream: Features, user: str = "u1") -> dict[str, Any]:
     return stream.values([user], NOON)[user]
 
@@ -440,6 +468,51 @@ def test_store_that_fails_for_a_moment_in_a_takeover_costs_no_event(store, lease
     after.checkpoint()
     again = Worker(store, lease, NEW)
     assert answers(again.stream, ["u1", "u4", "u5"]) == answers(afresh(store), ["u1", "u4", "u5"])
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_store_that_fails_for_a_moment_in_a_step_costs_no_event(store, lease, monkeypatch, fails_at):
+    """The rows of a step go in several commits: which of them are in the store nobody knows then."""
+    users = [f"u{n}" for n in range(100)]
+    append(Log(store), [response(user, timestamp=NOON) for user in users], NOON)
+    old = Worker(store, lease, OLD)
+    old.feed()
+    old.checkpoint()
+    worker = Worker(store, lease, NEW)
+    filling, real, count = worker.stream.backfill, checkpoints.commit, iter(range(1, 1000))
+    assert filling is not None
+
+    def broken(*args: Any) -> None:
+        if next(count) == fails_at:
+            raise StoreUnavailable("for a moment")
+        real(*args)
+
+    monkeypatch.setattr(checkpoints, "commit", broken)
+    with pytest.raises(StoreUnavailable):
+        filling.step(NOON)
+    worker.fill()
+    again = Worker(store, lease, NEW)
+    assert again.stream.values(users, NOON) == afresh(store).values(users, NOON)
+
+
+def test_backfill_goes_on_from_where_a_store_is_that_came_back_without_its_latest_writes(
+    store, store_server, lease, monkeypatch
+):
+    worker = grown(store, lease)
+    filling = worker.stream.backfill
+    assert filling is not None
+    earlier = copy_of(store_server)
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.features.backfill._READ_BYTES", 500)
+        patched.setattr("pipeline.features.backfill.STEP_S", 0.0)
+        filling.step(NOON)
+        patched.setattr(checkpoints, "commit", MagicMock(side_effect=StoreUnavailable("it fails over")))
+        with pytest.raises(StoreUnavailable):
+            filling.step(NOON)
+    put_back(store_server, earlier)
+    worker.fill()
+    users = ["u1", "u2", "u3"]
+    assert answers(Worker(store, lease, NEW).stream, users) == answers(afresh(store), users)
 
 
 def test_crash_of_a_takeover_in_the_midst_of_a_frame_loses_nothing(store, lease, monkeypatch):

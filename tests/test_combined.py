@@ -26,7 +26,7 @@ from pipeline.commit_log import checkpoints
 from pipeline.commit_log.checkpoints import Progress
 from pipeline.commit_log.frames import ALL_STREAMS, BRIDGE_ONLY, Position, record
 from pipeline.commit_log.lease import Lease
-from pipeline.errors import PartnerUnreachable
+from pipeline.errors import PartnerUnreachable, StoreUnavailable
 from pipeline.events import rfc3339
 from pipeline.feature_store import FeatureStore
 from pipeline.features.completeness import Backlog
@@ -438,6 +438,23 @@ def test_user_whose_event_comes_between_a_cut_and_its_writing_is_published_too(s
     write(store, both.stream.cut(NOON))
     publish.publish()
     assert published(store, "v")["event_count_24h"] == 1
+
+
+def test_users_whose_publishing_failed_are_published_by_the_next_round(store, publisher, monkeypatch):
+    publish, both = publisher
+    both.take(response("u", timestamp=NOON))
+    write(store, both.stream.cut(NOON))
+
+    def away(*_: Any) -> None:
+        raise StoreUnavailable("for a moment")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "commit", away)
+        with pytest.raises(StoreUnavailable):
+            publish.publish()
+    assert published(store, "u") == {}
+    assert publish.publish() == 1
+    assert published(store, "u")["event_count_24h"] == 1
 
 
 def test_published_position_follows_those_who_wait_longest_while_others_always_wait(store, publisher, monkeypatch):

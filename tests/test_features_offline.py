@@ -210,6 +210,16 @@ def test_reported_fraud_counts_for_the_payee_of_the_payment_also_after_a_restart
     assert again.values(["m"], NOON, "merchant")["m"]["payee_fraud_rate_30d"] == 0.5
 
 
+def test_report_that_comes_while_its_payment_is_being_written_counts_for_the_payee(store):
+    features = Features(store)
+    features.load(NOON)
+    features.process(batch_of(store, [payment("t", data={"merchant_id": "m"})], NOON), NOON)
+    cut = features.cut(NOON)
+    features.process(batch_of(store, [report("t")], NOON), NOON)
+    write(store, cut)
+    assert features.values(["m"], NOON, "merchant")["m"]["payee_frauds_30d"] == 1
+
+
 def test_payment_reported_again_and_again_or_withdrawn_counts_once_as_reported(store):
     log, features = Log(store), Features(store)
     paid = {"merchant_id": "m1"}

@@ -364,6 +364,18 @@ def test_label_that_came_during_training_is_not_lost(store, clock):
     assert stream.model.frauds == 2
 
 
+def test_version_that_takes_over_goes_on_with_what_its_forerunner_saw_of_payments(store, clock):
+    stream = Inference(store)
+    stream.process(batch_of(store, [payment(f"t-{n}", 5 + n) for n in range(20)], clock()), clock())
+    before = stream.model
+    stream.promote(Promoted("fraud", fraud.Fraud(version="logistic-7"), b"{}"))
+    write(store, stream.cut(clock()))
+    for model in (stream.model, stored_fraud(store)):
+        assert (model.version, model.scored) == ("logistic-7", 20)
+        assert (model.recent, model.amounts) == (before.recent, before.amounts)
+        assert (model.recent, model.amounts) != (fraud.Fraud().recent, fraud.Fraud().amounts)
+
+
 def test_promotion_lost_with_its_stream_is_handed_over_again(client, nexus, store):
     plant_frauds(store, nexus.clock())
     stream = nexus.stream("inference")

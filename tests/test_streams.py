@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -106,6 +107,22 @@ def test_features_lets_idle_users_go_and_counts_on_when_they_return(store):
         write(store, stream.cut(NOON))
         assert stream.users <= 10
     assert {v["event_count_5m"] for v in stream.values(users, NOON).values()} == {3}
+
+
+def test_user_with_an_event_between_a_cut_and_its_writing_is_not_let_go_of(store):
+    stream = Features(store, cached_users=1)
+    stream.load(NOON)
+
+    def both() -> Batch:
+        return batch_of(store, [event(user=user, timestamp=NOON) for user in "ab"], NOON)
+
+    stream.process(both(), NOON)
+    cut = stream.cut(NOON)
+    write(store, cut, skip_final=True)
+    stream.process(both(), NOON)
+    write(store, cut)
+    stream.process(both(), NOON)
+    assert {user: found["event_count_24h"] for user, found in stream.values("ab", NOON).items()} == {"a": 3, "b": 3}
 
 
 def test_response_time_that_is_no_number_is_dead_and_changes_nothing(store):
@@ -219,6 +236,15 @@ def test_pages_are_in_order_of_event_time_over_segments_and_checkpoints(store, m
     found = ids(store, stream, limit, newest_first=newest_first)
     assert len(found) == len(set(found)) == 45
     assert found == sorted(found, reverse=newest_first)
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_events_from_before_a_restart_are_found_by_time_once_their_segment_is_gone_on_with(store, newest_first):
+    for name, ts in (("older", NOON - HOUR_MS), ("newer", NOON)):
+        stream = stored(store, [event(event_id=name, timestamp=ts)])  # a process each
+        write(store, stream.cut(NOON))
+    assert ids(store, stream, until=NOON - MINUTE_MS, newest_first=newest_first) == ["older"]
+    assert ids(store, stream, since=NOON - MINUTE_MS, newest_first=newest_first) == ["newer"]
 
 
 def test_events_of_one_instant_are_each_on_one_page(store):
@@ -466,6 +492,21 @@ def test_habit_of_a_payer_survives_a_restart(store):
     assert again.unwritten_scores()["odd"].score > 0.5
 
 
+def test_payer_and_payee_with_a_payment_between_a_cut_and_its_writing_are_not_let_go_of(store, monkeypatch):
+    monkeypatch.setattr("pipeline.streams.inference._CACHED", 1)
+    stream, numbers = Inference(store), count()
+
+    def pay() -> list[dict[str, Any]]:
+        return [payment(f"t{next(numbers)}", user=f"u{i}", data={"merchant_id": f"m{i}"}) for i in range(4)]
+
+    inferred(store, pay(), stream)
+    first = stream.cut(NOON)
+    inferred(store, pay(), stream)
+    write(store, first)
+    write(store, stream.cut(NOON))
+    assert [payee(store, f"m{i}").count for i in range(4)] == pytest.approx([2] * 4)
+
+
 def scored(store, transaction: str, now: int, retention_ms: int = 7 * DAY_MS) -> Inference:
     """A payment that arrived at a moment by the clock of then, scored and written."""
     append(Log(store), [payment(transaction)], now)
@@ -537,6 +578,26 @@ def test_report_that_is_repeated_counts_once_and_one_that_is_withdrawn_not_at_al
     assert learned(store, stream) == (0, 1, 0)
     stream = taken(store, stream, apart, report("t", 1))
     assert learned(store, stream) == (1, 0, 1)
+
+
+def test_report_that_is_repeated_while_the_first_is_being_written_counts_once(store):
+    stream = inferred(store, [payment("t", data={"merchant_id": "m"}), report("t")])
+    first = stream.cut(NOON)
+    inferred(store, [report("t")], stream)
+    assert stream.model.frauds == 1
+    write(store, first)
+    write(store, stream.cut(NOON))
+    assert learned(store, stream) == (1, 0, 1)
+
+
+def test_report_is_of_the_first_payment_of_its_transaction_also_while_that_is_being_written(store):
+    stream = inferred(store, [payment("t", data={"merchant_id": "m"})])
+    first = stream.cut(NOON)
+    inferred(store, [payment("t", data={"merchant_id": "other"}), report("t")], stream)
+    write(store, first)
+    write(store, stream.cut(NOON))
+    assert learned(store, stream, "m") == (1, 0, 1)
+    assert learned(store, stream, "other") == (1, 0, 0)
 
 
 @pytest.mark.parametrize("apart", [False, True])

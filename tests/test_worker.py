@@ -248,6 +248,33 @@ def test_failure_of_a_worker_that_was_given_up_is_nobodys(group: Group) -> None:
         group._give(Batch(frames(group.shared.log)), ["storage"])
 
 
+def test_worker_that_wakes_after_it_was_given_up_tells_of_no_progress(group: Group) -> None:
+    """Whoever waits for the stream waits for the one that runs by then."""
+    told: dict[str, int] = {}
+    group.shared.applied = told.__setitem__
+    append(group.shared.log, [event()], NOON)
+    process = group.streams["storage"].process
+
+    def wakes(batch: Batch, now: int) -> Outcome:
+        group.abandoned = True
+        return process(batch, now)
+
+    group.streams["storage"].process = wakes  # type: ignore[method-assign]
+    with pytest.raises(Fenced):
+        group._give(Batch(frames(group.shared.log)), ["storage"])
+    assert (told, group.at["storage"].ordinal, group.counters["storage"].processed) == ({}, 0, 0)
+
+
+def test_worker_that_was_given_up_commits_nothing_though_its_epoch_stands(group: Group) -> None:
+    """At the end of the pipeline nobody raises it."""
+    append(group.shared.log, [event()], NOON)
+    group._give(Batch(frames(group.shared.log)), ["storage"])
+    group.abandoned = True
+    with pytest.raises(Fenced):
+        group.checkpoint()
+    assert checkpoints.read(group.shared.store, ["storage"])["storage"] == Position()
+
+
 def test_live_position_passes_an_event_that_is_given_up_and_what_is_read_on_the_way_into_the_group(
     group: Group,
 ) -> None:
