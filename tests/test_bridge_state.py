@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import MagicMock
@@ -196,6 +197,28 @@ def test_a_partner_address_set_at_run_time_is_used_at_once(start_nexus, server):
     settled(nexus)
     other.close()
     assert (len(server.applied), len(other.applied)) == (0, 1)
+
+
+@pytest.mark.parametrize(("answers", "taken"), [(partners.says(500), [0, 1]), (partners.answer_well, [1, 0])])
+def test_a_call_to_the_address_before_tells_nothing_of_the_one_in_force(start_nexus, server, answers, taken):
+    nexus = start_nexus(PYTHON_EVENT_API_URL=server.url, PYTHON_SERVICE_TIMEOUT=20_000)
+    until(lambda: nexus.bridge.health is not None, "the first health check")
+    other, asked, changed = Misbehaving(), threading.Event(), threading.Event()
+
+    def answer(*given: Any) -> None:
+        asked.set()
+        changed.wait()
+        answers(*given)
+
+    server.on_post = answer
+    post(nexus, event())
+    asked.wait()
+    nexus.live.change({"PYTHON_EVENT_API_URL": other.url}, "a test", "test")
+    changed.set()
+    settled(nexus)
+    other.close()
+    assert [len(server.applied), len(other.applied)] == taken
+    assert (nexus.bridge.errors_total, nexus.bridge.circuit.failures) == (0, 0)
 
 
 def test_switched_off_nothing_is_sent_and_switched_on_all_is(start_nexus, server):

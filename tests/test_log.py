@@ -22,6 +22,7 @@ from pipeline.errors import Fenced, OutcomeUnknown, StoreUnavailable
 from pipeline.events import decode
 from pipeline.log import Log, Request, Taken
 from pipeline.store import Store
+from pipeline.web.posted import MAX_EVENTS
 from tests.faults import Proxy, sha_of
 from tests.helpers import HOUR_MS, NOON, STREAMS, append, event, frames, parsed, until
 
@@ -80,6 +81,14 @@ def test_batch_of_known_ids_alone_appends_nothing(log):
     assert (taken.taken, taken.end) == (0, 1)
     assert (after.segment, after.offset, after.ordinal) == (before.segment, before.offset, before.ordinal)
     assert (after.accepted, after.duplicates) == (1, 1)
+
+
+def test_batch_of_as_many_events_as_one_may_hold_is_taken_in_one_step_and_known_when_it_comes_again(log):
+    events = [event(event_id=f"e{n}") for n in range(MAX_EVENTS)]
+    assert append(log, events, NOON).taken == MAX_EVENTS
+    again = append(log, [event(event_id="new"), *events[1:]], NOON)
+    assert (again.taken, again.duplicates) == (1, list(range(1, MAX_EVENTS)))
+    assert log.head().ordinal == MAX_EVENTS + 1
 
 
 def test_several_requests_go_in_as_one_step_each_with_its_own_verdict(log):

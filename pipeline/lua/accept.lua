@@ -6,7 +6,7 @@
 -- KEYS  1 head   2 prefix of segments   3 the id table   4 sealed segments   5 the last answer to this sender
 -- ARGV  1 now ms   2 rejected by validation   3 segment bytes   4 segment ms   5 the sender's number of this request
 --       6 frames, then for each frame:
---       to (bit mask of streams, +32 canary)   source   n   digests (10 bytes each)   offset table and records
+--       to (bit mask of streams, +32 canary)   source   n (at most 5,000)   digests (10 bytes each)   offset table and records
 --       last the deadline: ms by the store's own clock, 0 for none. A store that was stalled comes to a request whose sender
 --       has long been told no.
 -- A request that comes again, since its answer was lost on its way, gets that answer.
@@ -25,18 +25,6 @@ end
 open_head(tonumber(ARGV[1]), KEYS[2])
 rejected = rejected + tonumber(ARGV[2])
 local segment_bytes, segment_ms = tonumber(ARGV[3]), tonumber(ARGV[4])
-
--- The places of digests, false where there is none yet.
-local function places(digests)
-  if #digests <= MOST then return redis.call('HMGET', KEYS[3], unpack(digests)) end
-  local found = {}
-  for at = 1, #digests, MOST do
-    for _, place in ipairs(redis.call('HMGET', KEYS[3], unpack(digests, at, math.min(at + MOST - 1, #digests)))) do
-      found[#found + 1] = place
-    end
-  end
-  return found
-end
 
 -- An offset table and records without some of the n events.
 local function without(packed, n, dropped)
@@ -61,7 +49,7 @@ for _ = 1, tonumber(ARGV[6]) do
   local verdict = {string.format('%d', address), ordinal, 0, string.format('%d', last)}
   local digests, dropped, taken, words = {struct.unpack(string.rep('c10', n), joined)}, {}, {}, {}
   digests[n + 1] = nil  -- where it ended
-  local found, count = n > 0 and places(digests), 0
+  local found, count = n > 0 and redis.call('HMGET', KEYS[3], unpack(digests)), 0
   for i = 1, n do
     local digest = digests[i]
     if found[i] or taken[digest] then
