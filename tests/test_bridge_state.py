@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import MagicMock
@@ -15,12 +16,16 @@ import pytest
 from pipeline import keys
 from pipeline.bridge import outages
 from pipeline.bridge.circuit import Circuit
+from pipeline.bridge.delivery import cut
 from pipeline.bridge.gate import Gate
 from pipeline.commit_log import checkpoints
 from pipeline.commit_log.checkpoints import Progress
+from pipeline.commit_log.frames import Position
+from pipeline.commit_log.lease import Lease
 from pipeline.events import rfc3339
 from pipeline.log import Log
 from pipeline.runtime import Runtime, wall_clock
+from pipeline.streams.bridge import Bridge
 from tests import misbehaving as partners
 from tests.conftest import Start, client_of
 from tests.helpers import NOON, append, event, frames, until
@@ -408,6 +413,37 @@ def test_users_of_an_outage_are_counted_in_pieces_and_what_is_delivered_meanwhil
     assert looked > 5
     assert row["users"] == pytest.approx(300, rel=0.05)
     assert (row["delivered"], row["unexplained"], row["caught_up"]) == (300, 0, rfc3339(NOON + 1))
+
+
+def test_users_of_an_outage_end_exactly_where_its_backlog_does(store, log):
+    ledger = outages.Ledger(store, log)
+    store.many(ledger.opened("away", NOON))
+    done = taken(log, range(20))
+    store.many([*ledger.closed(NOON), *ledger.progressed(done)])
+    taken(log, range(20, 40))
+    store.many(ledger.settle(done.position.ordinal, NOON + 1))
+    assert outages.rows(store, 1)[0]["users"] == 20
+
+
+def test_deliveries_of_an_outage_end_where_its_backlog_does_also_where_those_behind_are_done_too(store, log, clock):
+    lease = Lease(store, "test", clock, lambda: True)
+    assert lease.take()
+    bridge = Bridge(store, log, lease, MagicMock(), MagicMock(), clock, MagicMock())
+    bridge._begin(lease.epoch, Position())
+    store.many(bridge.ledger.opened("away", NOON))
+    taken(log, range(10))
+    store.many(bridge.ledger.closed(NOON))
+    taken(log, range(10, 20))
+    waiting, position = deque(frames(log)), Position()
+    while waiting:
+        window = cut(waiting, position, 1, 10, False)
+        window.unfinished, position = 0, window.after
+        bridge._windows.append(window)
+    for _ in range(2):
+        bridge._flush()
+    [row] = outages.rows(store, 5)
+    assert (row["queued"], row["delivered"], row["unexplained"]) == (10, 10, 0)
+    assert (bridge.ordinal, bridge.processed) == (20, 20)
 
 
 def test_an_outage_that_begins_while_the_users_of_the_last_are_counted_is_its_own(store, log, monkeypatch):

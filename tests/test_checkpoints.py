@@ -8,13 +8,19 @@ import pytest
 
 from pipeline import keys
 from pipeline import log as log_module
+from pipeline.bridge import outages
+from pipeline.bridge.health import Health, remember
 from pipeline.commit_log import checkpoints
 from pipeline.commit_log.checkpoints import DeadLetter, Progress, advance, audit, commit
 from pipeline.commit_log.frames import ALL_STREAMS, CANARY, Position
 from pipeline.commit_log.lease import TTL_MS, Lease
 from pipeline.errors import Fenced
 from pipeline.log import Log
-from tests.helpers import NOON, STREAMS, Clock, append, event, frames
+from pipeline.models import fraud
+from pipeline.operations.live_settings import LiveSettings
+from pipeline.settings import load
+from pipeline.streams.inference import Inference, Promoted
+from tests.helpers import NOON, STREAMS, Clock, append, event, frames, write
 
 
 @pytest.fixture
@@ -138,6 +144,14 @@ def test_released_lease_is_free_at_once(store):
     assert second.take()
 
 
+def test_lease_released_by_a_former_holder_stays_with_who_has_it(store):
+    first, heir, other = (Lease(store, str(seizes), lambda: NOON, lambda s=seizes: s) for seizes in (False, True, None))
+    assert first.take()
+    assert heir.take()
+    first.release()
+    assert not other.take()
+
+
 def test_holder_of_the_folder_need_not_wait_for_a_lease_to_run_out(store):
     Lease(store, "dead", lambda: NOON, lambda: False).take()
     assert Lease(store, "new", lambda: NOON, lambda: True).take()
@@ -200,6 +214,50 @@ def test_every_move_is_in_the_journal_also_over_what_counts_nowhere(store, log, 
         commit(store, epoch, advance(Progress("features", frame.after(), seconds), NOON + seconds * 1000))
     kept = [struct.unpack("<QQ", raw) for raw in store.call("LRANGE", f"{keys.JOURNAL}features", 0, -1)]
     assert kept == [(2, NOON + 1000), (1, NOON)]
+
+
+def audited(store):
+    LiveSettings(store, load({}), lambda: NOON).keep([], [("a setting", 0, 1)], None, "test")
+
+
+def over(store):
+    """An outage that ended at once."""
+    ledger = outages.Ledger(store, Log(store))
+    store.many([*ledger.opened("away", NOON), *ledger.closed(NOON), *ledger.settle(0, NOON)])
+
+
+def promoted(store):
+    stream = Inference(store)
+    stream.promote(Promoted("fraud", fraud.Fraud(), b"{}"))
+    write(store, stream.cut(NOON))
+
+
+@pytest.mark.parametrize(
+    ("most", "key", "add"),
+    [
+        (
+            "pipeline.commit_log.checkpoints.JOURNAL_LENGTH",
+            f"{keys.JOURNAL}features",
+            lambda store: store.many(advance(Progress("features", Position()), NOON)),
+        ),
+        (
+            "pipeline.bridge.health.HISTORY_LENGTH",
+            keys.HEALTH,
+            lambda store: store.many(remember(Health("online", None, "http://partner", NOON))),
+        ),
+        ("pipeline.operations.live_settings.AUDIT_LENGTH", keys.AUDIT, audited),
+        ("pipeline.bridge.outages.KEPT", keys.OUTAGES, over),
+        ("pipeline.streams.inference.VERSIONS_KEPT", f"{keys.VERSIONS}fraud", promoted),
+    ],
+    ids=["journal", "health", "audit", "outages", "versions"],
+)
+def test_history_keeps_so_many_entries_at_most(store, monkeypatch, most, key, add):
+    monkeypatch.setattr(most, 3)
+    lengths = []
+    for _ in range(5):
+        add(store)
+        lengths.append(store.call("LLEN", key))
+    assert lengths == [1, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("bad", range(6), ids=lambda n: f"frame {n}")

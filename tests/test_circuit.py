@@ -113,6 +113,15 @@ def test_a_health_interval_bounds_the_pause():
         assert circuit.retry_at - now <= 1000
 
 
+def test_a_long_health_interval_does_not_lengthen_the_pause(monkeypatch):
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
+    circuit = Circuit()
+    for _ in range(20):
+        now = max(NOW, circuit.retry_at)
+        circuit.failed(now, "it failed", None, 3_600.0, now)
+        assert circuit.retry_at - now <= 1000 * breaker.LAST_PAUSE_S
+
+
 def test_retry_after_is_the_least_pause_and_good_health_does_not_shorten_it():
     circuit = Circuit()
     now = fail(circuit, NOW, 1, retry_after_s=20)

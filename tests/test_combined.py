@@ -315,6 +315,14 @@ def test_completeness_counts_the_users_events_behind_the_bridges_position(store)
     assert backlog.behind("a") == 0
 
 
+def test_stream_that_was_made_anew_and_reads_again_adds_nothing_to_the_backlog(store):
+    backlog = Backlog(lambda: 0)
+    batch = batch_of(store, [event(user="u")], NOON)
+    backlog.note(batch)
+    backlog.note(batch)
+    assert backlog.behind("u") == 1
+
+
 @given(st.lists(st.tuples(st.text("abc", min_size=1, max_size=40), st.integers(0, 60)), max_size=60))
 def test_completeness_of_a_long_backlog_is_counted_in_few_parts_as_it_is_event_by_event(
     steps: list[tuple[str, int]],
@@ -400,6 +408,16 @@ def test_public_key_follows_events_ahead_of_the_clock_as_each_gets_its_time(stor
         both.clock.now = at
         assert publish.publish() == 1
         assert published(store, "u")["event_count_5m"] == count
+
+
+def test_later_event_does_not_put_off_when_an_earlier_one_leaves_a_window(store, publisher):
+    publish, both = publisher
+    for later in (0, 4 * MINUTE_MS + 30_000):
+        both.clock.now = NOON + later
+        both.take(event("payment", "u", timestamp=both.clock.now))
+        write(store, both.stream.cut(both.clock.now))
+        publish.publish()
+    assert float(store.call("ZSCORE", keys.DUE, "u")) <= NOON + 5 * MINUTE_MS
 
 
 def test_user_that_is_due_is_published_by_the_next_process_too(store, publisher):

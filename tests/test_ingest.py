@@ -331,6 +331,13 @@ def test_wait_answers_whether_it_was_applied(log):
     assert asked == [(2, 0.25)]
 
 
+def test_who_reads_the_log_is_woken_once_for_a_body_when_the_log_has_it(log):
+    seen: list[int] = []
+    ingest = Ingest(log, lambda: NOON, lambda: seen.append(log.head().ordinal), lambda end, timeout_s: True)
+    post(ingest, [event(), event()])
+    assert seen == [2]
+
+
 def test_closed_ingest_refuses_with_its_reason_and_takes_nothing(ingest, log):
     ingest.closed = "86 % of the memory limit is used"
     with pytest.raises(StoreFull, match="86 %"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import struct
 import threading
@@ -147,6 +148,14 @@ def test_frame_that_ends_beyond_what_an_offset_can_say_is_read_and_gone_on_from(
     log.drop_tail()
     assert ids_in(log) == [*(f"big-{n}" for n in range(300)), "next"]
     assert frames(log)[0].after().segment == 1
+
+
+def test_event_behind_bytes_of_others_is_found_by_its_id(store, log):
+    append(log, [event(event_id="a")], NOON)
+    store.call("APPEND", f"{keys.LOG}1", GARBAGE)
+    append(log, [event(event_id="b")], NOON)
+    [found] = Log(store).fetch(log.locate(["b"]))
+    assert json.loads(found.body)["event_id"] == "b"
 
 
 def test_old_segment_is_sealed_by_time_even_where_it_is_small(log, monkeypatch):

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from flask.testing import FlaskClient
 
+from pipeline import keys
 from pipeline import log as log_module
 from pipeline.commit_log import checkpoints, retention
 from pipeline.commit_log.checkpoints import Progress
@@ -19,6 +21,7 @@ from pipeline.events import rfc3339
 from pipeline.log import Log, Request
 from pipeline.operations.standing import BRIDGE_OFF
 from pipeline.operations.store_watch import REFUSE_AT
+from pipeline.runtime import Runtime
 from pipeline.store import Store
 from tests.conftest import Start, client_of, runtimes
 from tests.faults import HEALTH, INGEST, routes, settled
@@ -34,6 +37,8 @@ from tests.helpers import (
     event,
     frames,
     parsed,
+    payment,
+    report,
     until,
 )
 
@@ -334,6 +339,20 @@ def test_health_tells_for_whom_events_past_their_retention_are_kept(
     assert (
         f"for want of memory events should go, but are kept for bridge, yet to read them{remedy}" in health["reasons"]
     )
+
+
+def test_what_is_kept_for_a_time_says_so_to_the_store(nexus: Runtime, client: FlaskClient, store: Store) -> None:
+    """What is written without an end of its own stays until the store is full."""
+    here = {"pickup": {"lat": 14.55, "lng": 121.02}}
+    paid = payment("t", data={"merchant_id": "m"})
+    assert client.post(INGEST, json=[paid, report("t"), event("ride_request", data=here)]).status_code == 202
+    settled(routes(client))
+    until(lambda: store.call("EXISTS", f"{keys.SERVING}rider_1"), "the public key")
+
+    for family in (keys.SCORES, keys.LABELS, keys.DEMAND, keys.PAID, keys.AGGREGATE, keys.SEEN, keys.SERVING):
+        of_it = [key for key in store.call("KEYS", "*") if key.decode().startswith(family)]
+        assert of_it, family
+        assert all(store.call("PTTL", key) > 0 for key in of_it), family
 
 
 def test_health_names_retention_while_it_fails(start_nexus: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import logging
 import socket
 import threading
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -86,6 +87,16 @@ def test_changes_are_audited_newest_first_with_reason_and_author(client):
     assert (latest["from"], latest["to"], latest["reason"]) == (60, 90, None)
     assert first["by"]
     assert len(client.get(f"{SETTINGS}/audit?limit=1").json["changes"]) == 1
+
+
+def test_change_and_its_record_are_one_step(store, monkeypatch):
+    """Else a store that goes away between them leaves a change that nobody is on record for."""
+    live = LiveSettings(store, load({}), Clock())
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "run", run := MagicMock(side_effect=store.run))
+        live.change({"FEATURE_SYNC_INTERVAL": 60}, None, "test")
+    assert [called.args[0] for called in run.call_args_list] == ["write"]
+    assert len(live.audit()) == 1
 
 
 def test_orders_to_the_bridge_are_in_the_audit_too(client):

@@ -223,6 +223,12 @@ def test_events_are_found_by_each_field_before_and_after_the_checkpoint(store, w
     assert ids(store, stream, newest_first=True) == ["c", "b", "a"]
 
 
+def test_events_that_are_in_the_store_before_the_stream_learns_of_it_are_listed_once(store):
+    stream = stored(store, [event(event_id="a"), event(event_id="b")])
+    store.many(list(stream.cut(NOON).final))
+    assert ids(store, stream) == ["a", "b"]
+
+
 @pytest.mark.parametrize("newest_first", [False, True])
 @pytest.mark.parametrize("limit", [1, 3, 7, 50])
 def test_pages_are_in_order_of_event_time_over_segments_and_checkpoints(store, monkeypatch, newest_first, limit):
