@@ -6,15 +6,19 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from unittest.mock import MagicMock
 
+import msgspec
 import pytest
 
 from pipeline.bridge import health
+from pipeline.bridge.health import Health
+from pipeline.bridge.watch import Watch
 from pipeline.runtime import Runtime
 from tests import misbehaving as partners
 from tests.bridging import TIMEOUT_MS, post, run, settled
 from tests.conftest import Start, client_of
-from tests.helpers import until
+from tests.helpers import NOON, until
 from tests.misbehaving import Misbehaving
 
 
@@ -210,6 +214,14 @@ def test_a_standby_keeps_nothing_that_it_may_not_write(start_nexus, server, tmp_
     for _ in range(20):
         standby.in_bridge(standby.bridge.check_health())
     until(lambda: not standby.bridge._notes + standby.bridge.watch.commands(), "nothing kept")
+
+
+def test_verdicts_that_cannot_be_kept_for_long_are_the_latest_ones(clock):
+    watch = Watch(MagicMock(), clock, lambda _: None)
+    for n in range(500):
+        watch._note(Health("offline", None, "http://partner", NOON + n))
+    kept = [msgspec.json.decode(entry)["at"] for _, _, entry, *_ in watch._notes if isinstance(entry, bytes)]
+    assert kept == list(range(NOON + 400, NOON + 500))
 
 
 @pytest.mark.parametrize("also_posts", [False, True])

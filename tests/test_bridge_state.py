@@ -269,6 +269,13 @@ def test_the_periodic_canary_takes_the_whole_path_and_counts_nowhere(start_nexus
     assert until(lambda: json.loads(nexus.serving.feed(False)).get("canary"), "the canary in the feed")["success"]
 
 
+def test_a_standby_sends_no_canaries(start_nexus, server, tmp_path):
+    first = start(start_nexus, server)
+    standby = start_nexus("standby", tmp_path / "second", PYTHON_EVENT_API_URL=server.url)
+    assert standby.actions.canary.periodic() is None
+    assert first.actions.canary.periodic() is not None
+
+
 def test_canaries_do_not_go_to_a_partner_that_does_not_say_it_takes_them(start_nexus, server):
     server.supports = None
     nexus = start(start_nexus, server)

@@ -145,7 +145,8 @@ def test_released_lease_is_free_at_once(store):
 
 
 def test_lease_released_by_a_former_holder_stays_with_who_has_it(store):
-    first, heir, other = (Lease(store, str(seizes), lambda: NOON, lambda s=seizes: s) for seizes in (False, True, None))
+    first, other = (Lease(store, name, lambda: NOON, lambda: False) for name in ("first", "other"))
+    heir = Lease(store, "heir", lambda: NOON, lambda: True)
     assert first.take()
     assert heir.take()
     first.release()

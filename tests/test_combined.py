@@ -26,10 +26,11 @@ from pipeline.commit_log import checkpoints
 from pipeline.commit_log.checkpoints import Progress
 from pipeline.commit_log.frames import ALL_STREAMS, BRIDGE_ONLY, Position, record
 from pipeline.commit_log.lease import Lease
-from pipeline.errors import PartnerUnreachable, StoreUnavailable
+from pipeline.errors import Fenced, PartnerUnreachable, StoreUnavailable
 from pipeline.events import rfc3339
 from pipeline.feature_store import FeatureStore
 from pipeline.features.completeness import Backlog
+from pipeline.features.families import pack_definitions, plan
 from pipeline.features.foreign import read_moment
 from pipeline.log import Log, Request
 from pipeline.publishing.feature_health import FeatureHealth
@@ -262,6 +263,16 @@ def test_past_value_says_from_when_on_it_is_covered_where_its_window_begins_befo
     assert both.reads.covers_from(names, NOON + 26 * HOUR_MS) == {}
 
 
+def test_standby_serves_the_definitions_of_who_runs_the_stream_also_once_they_change(store, monkeypatch):
+    monkeypatch.setattr("pipeline.feature_store._ADOPT_S", 0.0)
+    both, served = Both(store), []
+    monkeypatch.setattr(both.reads, "_live", lambda: None)
+    for known in (FEATURES[:1], FEATURES):
+        store.call("SET", keys.DEFINITIONS, pack_definitions(known, plan(known)))
+        served.append(len(both.reads.stream.served))
+    assert served[0] < served[1] == len(FEATURES)
+
+
 def test_hash_without_a_time_is_stale_not_gone(store):
     both = Both(store)
     store.call("HSET", "features:u", "theirs", "7")
@@ -431,6 +442,18 @@ def test_user_that_is_due_is_published_by_the_next_process_too(store, publisher)
     assert published(store, "u")["recent_rejections"] == 0
 
 
+def test_public_keys_of_a_cluster_are_written_by_the_leases_holder_alone(store, publisher, monkeypatch):
+    """There no script can hold them beside the lease: it is looked at once more."""
+    publish, both = publisher
+    both.take(response("u", timestamp=NOON))
+    write(store, both.stream.cut(NOON))
+    monkeypatch.setattr(store, "cluster", True)
+    monkeypatch.setattr(publish._health, "look", lambda *_: setattr(publish._lease, "epoch", 0))  # it is lost meanwhile
+    with pytest.raises(Fenced):
+        publish.publish()
+    assert published(store, "u") == {}
+
+
 def test_published_position_never_passes_a_user_whose_key_lags_behind(store, publisher):
     """The publisher may look between a checkpoint's commit and what the stream does after it; then the process is killed."""
     publish, both = publisher
@@ -560,6 +583,17 @@ def test_sync_refreshes_those_that_drifted_and_leaves_the_others(store):
     assert sorted(user for (user,) in asked) == sorted(both.stream.outbox.first(9)) == ["none", "old"]
     assert (report["checked"], report["drifted"], report["refreshed"], report["waiting"]) == (3, 2, 2, 0)
     assert synchronise(both.stream, both.reads, None, NOON, 300.0)["checked"] == 0
+
+
+def test_sync_looks_at_so_many_users_a_run_and_asks_the_partner_for_fewer(store, monkeypatch):
+    monkeypatch.setattr("pipeline.publishing.sync.MAX_USERS", 5)
+    monkeypatch.setattr("pipeline.publishing.sync.REFRESHES", 2)
+    both = Both(store)
+    both.take(*[response(f"u{n}") for n in range(8)])
+    write(store, both.stream.cut(NOON))
+    asked: list[Any] = []
+    report = synchronise(both.stream, both.reads, counted(lambda user: {}, asked), NOON, 300.0)
+    assert (report["checked"], report["refreshed"], len(asked), report["waiting"]) == (5, 2, 2, 6)
 
 
 def test_sync_comes_back_to_whom_it_could_not_refresh_and_a_user_that_fails_waits_for_the_others(store):

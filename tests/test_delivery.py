@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import deque
 from dataclasses import replace
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.bridge import delivery
 from pipeline.bridge.attempts import lane_of
-from pipeline.bridge.delivery import Window, cut, truncated
+from pipeline.bridge.delivery import Ahead, Window, cut, truncated
 from pipeline.commit_log.frames import ALL_STREAMS, CANARY, Frame, Position, named, record, user_of
 from pipeline.events import Stored
 
@@ -88,6 +89,12 @@ def test_large_events_make_small_windows(monkeypatch):
     monkeypatch.setattr(delivery, "MOST_BYTES", 3_000)
     frames = [frame(i, 1) for i in range(10)]  # by their addresses each takes 1,000 bytes
     assert [len(w.bodies) for w in windows(frames, 1, 1000)] == [3, 3, 3, 1]
+
+
+def test_no_more_is_read_ahead_than_its_bytes_allow(monkeypatch):
+    monkeypatch.setattr(delivery, "MOST_BYTES", 3_000)
+    ahead = Ahead(lambda at, _: [frame(at.ordinal, 1)] if at.ordinal < 50 else [], Position(1, 0))
+    assert asyncio.run(ahead.fill(1_000)) == 3
 
 
 def test_the_finished_beginning_of_a_window_can_be_committed():

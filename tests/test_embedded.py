@@ -139,6 +139,14 @@ def test_socket_is_for_its_user_alone(settings, store):
     assert stat.S_IMODE(settings.data_dir.stat().st_mode) == 0o700
 
 
+def test_files_are_for_their_user_alone(settings, store):
+    with client(settings) as redis_client:
+        redis_client.set("k", "v")
+    files = list(settings.data_dir.rglob("*"))
+    assert any(path.suffix == ".aof" for path in files)
+    assert [path for path in files if path.stat().st_mode & 0o077] == []
+
+
 def test_embedded_store_port_opens_it_on_loopback_too(settings, free_port):
     store = EmbeddedStore(dataclasses.replace(settings, embedded_store_port=free_port))
     store.start()
@@ -303,6 +311,21 @@ def test_short_sockets_folder_that_others_can_enter_is_refused(tmp_path):
     folder = settings.socket_path.parent
     folder.mkdir()
     folder.chmod(0o755)
+    store = EmbeddedStore(settings)
+    try:
+        with pytest.raises(StoreUnavailable, match="not private"):
+            store.start()
+    finally:
+        store.stop()
+        folder.rmdir()
+
+
+def test_short_sockets_folder_that_somebody_else_has_made_is_refused(tmp_path, monkeypatch):
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    settings = load({"NEXUS_DATA_DIR": str(tmp_path / ("d" * 120)), "NEXUS_LOG_DIR": str(tmp_path / "logs")})
+    folder = settings.socket_path.parent
+    folder.mkdir(mode=0o700)
     store = EmbeddedStore(settings)
     try:
         with pytest.raises(StoreUnavailable, match="not private"):

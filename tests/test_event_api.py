@@ -312,6 +312,27 @@ def test_a_request_that_fails_leaves_those_that_wait_beside_it_to_themselves(sto
     assert again == [(1, 0) if isinstance(outcome, api.ApiError) else (0, 1) for outcome in outcomes]
 
 
+def test_only_the_first_in_a_queue_waits_for_a_store_that_hangs(store: Store) -> None:
+    async def rush() -> tuple[int, list[Any]]:
+        service = api.Service(f"unix://{store.folder}/valkey.sock", cluster=False)
+        asked = 0
+
+        async def hangs(*_: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            await asyncio.sleep(0)
+            raise redis.TimeoutError("it does not answer")
+
+        service.run = hangs  # type: ignore[method-assign, assignment]
+        queue = [service.accept({b"%d" % i: ()}, 0) for i in range(10)]
+        outcomes = await asyncio.gather(*queue, return_exceptions=True)
+        return asked, outcomes
+
+    asked, outcomes = asyncio.run(rush())
+    assert asked == 1
+    assert all(isinstance(outcome, api.ApiError) and outcome.status == 503 for outcome in outcomes)
+
+
 @pytest.mark.parametrize(("sizes", "first"), [([5], 1), ([600, 400, 1], 2), ([5_000, 1], 1), ([1, 1, 1], 3)])
 def test_a_step_holds_one_request_or_as_many_as_stay_within_its_bound(sizes: list[int], first: int) -> None:
     waiting = [api.Waiting({b"%d-%d" % (i, n): () for n in range(size)}, 0) for i, size in enumerate(sizes)]
@@ -1317,6 +1338,13 @@ def test_a_user_whose_windows_are_empty_has_null_means_and_zero_counts() -> None
         "py_payment_amount_mean_7d",
     }
     assert later["recent_rejections"] == later["py_session_count_24h"] == later["py_activity_score"] == 0
+
+
+def test_sessions_of_a_user_are_counted_up_to_their_bound() -> None:
+    state = api.State()
+    for n in range(api.MAX_SESSIONS + 50):
+        api.add(state, [("u", NOW, api.OTHER, float("nan"), f"s{n}")], NOW)
+    assert api.features(state, NOW)["py_session_count_24h"] == len(state.sessions) == api.MAX_SESSIONS
 
 
 def test_timestamps_are_read_to_the_millisecond() -> None:

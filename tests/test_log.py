@@ -155,6 +155,7 @@ def test_event_behind_bytes_of_others_is_found_by_its_id(store, log):
     store.call("APPEND", f"{keys.LOG}1", GARBAGE)
     append(log, [event(event_id="b")], NOON)
     [found] = Log(store).fetch(log.locate(["b"]))
+    assert found is not None
     assert json.loads(found.body)["event_id"] == "b"
 
 

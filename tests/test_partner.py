@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
@@ -11,9 +12,9 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
-from pipeline.bridge.replies import on_proof_alone, perhaps_its_events, retry_after_s, retryable, target_of
-from pipeline.errors import PartnerStatus
-from pipeline.partner import LACKS_MS, Partner
+from pipeline.bridge.replies import on_proof_alone, perhaps_its_events, retry_after_s, retryable, target_of, verdicts
+from pipeline.errors import PartnerStatus, PartnerUnreachable
+from pipeline.partner import LACKS_MS, MOST_QUESTIONS, Partner
 from tests import misbehaving as partners
 from tests.helpers import Clock
 from tests.misbehaving import Behaviour, Misbehaving
@@ -174,6 +175,36 @@ def test_what_an_earlier_partner_lacks_is_not_held_against_the_one_now_at_its_pl
     other.close()
 
 
+def test_an_answer_that_refuses_one_event_twice_is_not_the_agreed_one():
+    """Its counts add up, but of one of the three events it says nothing."""
+    twice = [{"index": 0, "message": "no"}] * 2
+    with pytest.raises(ValueError, match="not sent"):
+        verdicts(json.dumps({"accepted": 1, "rejected": twice}).encode(), 3)
+
+
+def test_questions_side_by_side_are_so_many_at_most(server, clock):
+    async def ask(partner: Partner) -> int:
+        under_way, most = 0, 0
+
+        async def slow(*_: Any) -> tuple[int, httpx.Headers, bytes]:
+            nonlocal under_way, most
+            under_way += 1
+            most = max(most, under_way)
+            for _turn in range(10):
+                await asyncio.sleep(0)
+            under_way -= 1
+            return 200, httpx.Headers(), b"{}"
+
+        partner._call = slow  # type: ignore[method-assign, assignment]
+        questions = [
+            question for _ in range(MOST_QUESTIONS) for question in (partner.predict(b"{}"), partner.features("u"))
+        ]
+        await asyncio.gather(*questions)
+        return most
+
+    assert using(lambda: server.url, clock, ask) == MOST_QUESTIONS
+
+
 def test_a_lone_event_that_a_batch_is_refused_for_is_tried_by_itself(server, clock):
     async def work(partner: Partner) -> Any:
         return [await partner.send(BODIES[:1]), dict(partner.lacks), await partner.send(BODIES)]
@@ -247,6 +278,27 @@ def test_single_events_with_the_same_outcome_are_one_delivery_and_each_error_has
     made = using(lambda: server.url, clock, lambda partner: partner.send(BODIES))
     words = "I will not have this one"
     assert [(d.events, d.rejected) for d in made] == [(2, []), (1, [(0, words)]), (1, []), (1, [(0, words)]), (1, [])]
+
+
+def test_a_call_whose_answer_has_begun_is_not_made_again_by_itself(server, clock):
+    server.on_post = partners.cuts_answers
+    [delivery] = using(lambda: server.url, clock, lambda partner: partner.send(BODIES))
+    assert isinstance(delivery.error, PartnerUnreachable)
+    assert len(server.posts()) == 1
+
+
+def test_single_events_end_where_the_address_has_become_another(server, clock):
+    other, at = Misbehaving(), [server.url]
+    server.supports = other.supports = None
+
+    def moves(server: Misbehaving, asked: partners.Asked, answer: partners.Answer) -> None:
+        at[0] = other.url
+        partners.answer_well(server, asked, answer)
+
+    server.on_post = moves
+    made = using(lambda: at[0], clock, lambda partner: partner.send(BODIES))
+    assert ([d.events for d in made], server.applied, other.applied) == ([1], ["e0"], [])
+    other.close()
 
 
 @pytest.mark.parametrize("raw", [NESTED, b'{"rejected":' + NESTED, b"\xff\xfe", b'{"accepted":{}}', b""])

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from flask.testing import FlaskClient
 
+from pipeline.commit_log import checkpoints
+from pipeline.commit_log.checkpoints import Progress
 from pipeline.commit_log.frames import ALL_STREAMS, CANARY, Position
+from pipeline.commit_log.lookups import Lookups
 from pipeline.events import canary, rfc3339, uuid7
-from pipeline.log import Request
+from pipeline.log import Log, Request
 from pipeline.runtime import Runtime
+from pipeline.store import Store
 from tests.conftest import Start, client_of
 from tests.faults import HEALTH, INGEST, settled
 from tests.faults import routes as over
-from tests.helpers import LOCAL, STREAMS, FakePartner, event, frames, until
+from tests.helpers import LOCAL, NOON, STREAMS, FakePartner, append, event, frames, until
 
 BRIDGE = "/api/ml/bridge/python"
 
@@ -65,6 +70,21 @@ def test_receipt_of_an_event_for_the_bridge_alone_is_pending_while_the_partner_i
     assert client.post(BRIDGE, json={"action": "send_batch", "events": [event(event_id="alone")]}).status_code == 202
 
     assert states(client, "alone")["bridge"] in ("pending", "retrying")
+
+
+def test_receipt_tells_the_commit_that_covered_its_event_as_far_as_the_journal_reaches(
+    store: Store, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "JOURNAL_LENGTH", 2)
+    for n in range(3):
+        append(log, [event(event_id=f"e{n}")], NOON)
+    for n, frame in enumerate(frames(log)):
+        store.many(checkpoints.advance(Progress("features", frame.after(), 1), NOON + n))
+
+    told = [Lookups(store, log).receipt(f"e{n}")["streams"]["features"] for n in range(3)]
+    assert {row["state"] for row in told} == {"done"}
+    # The entry of the first commit is gone; that the oldest one left covers an event does not say that none before did.
+    assert [row["at"] for row in told] == [None, None, rfc3339(NOON + 2)]
 
 
 def test_receipt_ends_with_the_retention_of_its_event(nexus: Runtime, client: FlaskClient) -> None:

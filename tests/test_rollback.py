@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.commit_log.high_water import HighWater
 from pipeline.log import Log
 from pipeline.runtime import Runtime
 from pipeline.store import Store
@@ -86,6 +87,15 @@ def test_nothing_of_an_emptied_store_is_read_from_memory(store: Store, log: Log)
     append(log, [event(event_id="kept-0")], NOON)  # ends where the first of those did
     log.mark.heed()
     assert ids_in(log) == ["kept-0"]
+
+
+def test_fall_that_several_notice_at_once_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    mark = HighWater()
+    mark.saw(10, 0)
+    mark.saw(5, 10)
+    mark.saw(6, 10)  # asked before the fall was noticed, answered after
+
+    assert (mark.reached, mark.fell, len(errors(caplog))) == (5, True, 1)
 
 
 def test_another_instances_events_and_answers_that_overtake_each_other_are_no_fall(store: Store, log: Log) -> None:

@@ -853,6 +853,12 @@ def test_dead_letters_are_listed_by_stream_and_reason_in_pages(nexus, client):
     assert client.get(f"/api/ml/dead-letters?limit=1&cursor={first['cursor']}").json["cursor"] is None
 
 
+def test_dead_letters_are_no_lag(nexus, client):
+    dead = dead_letters(nexus, client)
+    stream = client.get(f"{INGEST}?check=health").json["streams"]["inference"]
+    assert (stream["failed"], stream["lag"]) == (len(dead), 0)
+
+
 @pytest.mark.parametrize("reason", ["", "&reason=transaction_id"])
 def test_dead_letters_page_ends_early_where_the_events_are_large(nexus, client, monkeypatch, reason):
     monkeypatch.setattr("pipeline.commit_log.dead_letters.PAGE_BYTES", 10_000)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +17,10 @@ import redis
 from pipeline import keys
 from pipeline.commit_log.checkpoints import commit
 from pipeline.errors import Fenced, StoreFull, StoreRefused, StoreUnavailable
+from pipeline.pool import _Socket
 from pipeline.settings import load
 from pipeline.store import Store
-from tests.helpers import Cluster, free_port, until
+from tests.helpers import DEADLINE_S, Cluster, free_port, until
 
 
 def test_store_is_reached_through_a_unix_socket_given_as_redis_url(store_server):
@@ -81,6 +84,15 @@ def test_store_that_stands_still_is_given_up_after_the_timeout_and_its_late_answ
     assert connection.lean("GET", "k") == b"v"
     assert connection.lean("GET", "large") is None
     connection.close()
+
+
+def test_send_to_who_reads_nothing_is_given_up_after_the_timeout():
+    ours, deaf = socket.socketpair()
+    late = threading.Timer(DEADLINE_S, deaf.close)  # else who waits without end would end no test either
+    late.start()
+    with contextlib.closing(_Socket.of(ours, 0.2)) as connection, deaf, pytest.raises(TimeoutError):
+        connection.sendall(b"x" * (16 << 20))
+    late.cancel()
 
 
 def test_calls_side_by_side_have_a_connection_each_and_leave_it_to_the_next(own_server):

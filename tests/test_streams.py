@@ -125,6 +125,14 @@ def test_user_with_an_event_between_a_cut_and_its_writing_is_not_let_go_of(store
     assert {user: found["event_count_24h"] for user, found in stream.values("ab", NOON).items()} == {"a": 3, "b": 3}
 
 
+def test_users_who_wait_for_the_feature_sync_are_no_more_than_those_in_memory(store):
+    stream = Features(store, cached_users=2)
+    for n in range(5):
+        stream.process(batch_of(store, [event(user=f"u{2 * n}"), event(user=f"u{2 * n + 1}")], NOON), NOON)
+        write(store, stream.cut(NOON))
+    assert set(stream.active) == {"u0", "u1"}
+
+
 def test_response_time_that_is_no_number_is_dead_and_changes_nothing(store):
     stream = Features(store)
     outcome = stream.process(batch_of(store, [response(response_time="fast", timestamp=NOON)], NOON), NOON)
@@ -377,6 +385,15 @@ def test_aggregates_count_values_beyond_the_limit_together(store, monkeypatch):
     assert sum(found.values()) == 40
     assert len(found) <= 4
     assert f"type:{OTHER}" in found
+
+
+def test_users_that_an_hour_has_seen_are_remembered_for_recent_hours_alone(store):
+    stream = Aggregates(store)
+    for hour in range(8):
+        at = NOON + hour * HOUR_MS
+        stream.process(batch_of(store, [event(timestamp=at)], at), at)
+        write(store, stream.cut(at))
+    assert len(stream._seen) <= 3
 
 
 def test_zone_of_a_ride_request_is_that_of_its_pickup_and_of_others_that_of_their_location(store):

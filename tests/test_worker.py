@@ -27,7 +27,7 @@ from pipeline.streams.aggregates import Aggregates
 from pipeline.streams.group import Failed, Group
 from pipeline.streams.runner import APART_EVENTS, Runner
 from pipeline.streams.storage import Query, Storage
-from pipeline.streams.straggler import MAX_ATTEMPTS, Straggler
+from pipeline.streams.straggler import MAX_ATTEMPTS, MAX_BAD_IN_A_ROW, Straggler
 from pipeline.streams.stream import Batch, Cut, Outcome, Stream
 from pipeline.streams.worker import Shared
 from tests.conftest import Start, client_of
@@ -573,6 +573,23 @@ def test_straggler_made_anew_stands_where_its_commit_on_the_way_has_brought_it(
     assert straggler.at["storage"].ordinal == 1
 
 
+def test_stream_that_hangs_at_event_after_event_holds_rather_than_buries_on(group: Group) -> None:
+    append(group.shared.log, [event() for _ in range(2 * MAX_BAD_IN_A_ROW)], NOON)
+    [frame] = frames(group.shared.log)
+    straggler, buried = Straggler(group.shared, "storage", lambda _: False, careful=True), 0
+    for ordinal in range(len(frame.records)):
+        for _ in range(MAX_ATTEMPTS):
+            hung, straggler = straggler, Straggler(group.shared, "storage", lambda _: False, careful=True)
+            straggler.stopping.set()  # it pauses nowhere
+            straggler.hung_at(ordinal, hung)
+        if straggler.holding is not None:
+            break
+        straggler._reload()
+        assert straggler._try(Batch([frame], ordinal, single=True))
+        buried += 1
+    assert buried == MAX_BAD_IN_A_ROW
+
+
 def runner_of(group: Group) -> Runner:
     """One whose threads never start."""
     shared = group.shared
@@ -601,6 +618,26 @@ def test_streams_go_on_together_from_the_hindmost_unless_one_is_far_behind(
     assert runner._group is not None
     assert (runner._group.position.ordinal, set(runner._group._start)) == (start, together)
     assert set(runner._stragglers) == set(names) - together
+
+
+def test_pipeline_that_fails_at_once_again_and_again_is_started_less_and_less_often(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, pauses = runner_of(group), list[float]()
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout or 0.0)
+            if len(pauses) == 8:
+                self.set()
+            return self.is_set()
+
+    def fails() -> None:
+        raise RuntimeError("it fails")
+
+    monkeypatch.setattr(runner, "_start", fails)
+    runner.run(Stop())
+    assert pauses == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0])
 
 
 def test_stream_within_a_frame_does_not_wait_for_the_group_to_come_by(group: Group) -> None:
