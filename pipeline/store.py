@@ -215,7 +215,9 @@ def translate(error: Exception, sent: bool = True) -> Exception:
     """The project's error for a client library's one; of a request that was `sent` it may be open whether it was carried out."""
     text = str(error).rpartition(_IN_PIPELINE)[2]
     if "FENCED" in text:
-        return Fenced("another instance holds the lease")
+        return Fenced(
+            "the lease has another epoch by now: another instance holds it, or this one has fenced off an unanswered commit"
+        )
     if isinstance(error, redis.exceptions.OutOfMemoryError) or "OOM" in text or "MISCONF" in text:
         return StoreFull(f"the store takes no more writes: {text}")
     if isinstance(error, redis.exceptions.MovedError):

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from pipeline import keys
+from pipeline.commit_log import checkpoints
 from pipeline.commit_log.frames import ALL_STREAMS, CANARY
+from pipeline.errors import StoreUnavailable
 from pipeline.jobs import PIPELINE
 from pipeline.log import Log
 from pipeline.runtime import Runtime, wall_clock
@@ -47,6 +49,70 @@ def throw_at_poison(one: Any) -> None:
 
 def accounts(send: Send) -> Any:
     return send("GET", HEALTH, None)[1]["streams"]
+
+
+def steps_of(nexus: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The pipeline's states from now on, each as it comes."""
+    seen: list[str] = []
+    turn = nexus.runner._turn
+
+    def note(state: str, detail: str | None = None) -> None:
+        seen.append(state)
+        turn(state, detail)
+
+    monkeypatch.setattr(nexus.runner, "_turn", note)
+    return seen
+
+
+def test_lasting_trouble_of_the_bridge_with_the_store_does_not_touch_the_local_streams(
+    start_nexus: Start, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nexus = start_nexus()
+    send = routes(client_of(nexus))
+    steps, epoch = steps_of(nexus, monkeypatch), nexus.lease.epoch
+    attempts: list[Exception] = []
+    goes_on = nexus.bridge._trouble.goes_on
+
+    def note(error: Exception) -> str:
+        attempts.append(error)
+        return goes_on(error)
+
+    monkeypatch.setattr(nexus.bridge._trouble, "goes_on", note)
+    store.many([("DEL", keys.CIRCUIT), ("RPUSH", keys.CIRCUIT, "no hash")])
+    with Load(send) as load:
+        until(lambda: len(attempts) >= 3, "the bridge to fail again and again")
+        load.more(50)
+    settled(send)
+    assert (steps, nexus.lease.epoch) == ([], epoch)
+    store.call("DEL", keys.CIRCUIT)
+    assert recount(send, load.acknowledged) == (0, 0)
+
+
+def test_unanswered_commit_of_the_bridge_is_fenced_off_and_the_local_streams_go_on(
+    start_nexus: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nexus = start_nexus()
+    send = routes(client_of(nexus))
+    steps, epoch, commit = steps_of(nexus, monkeypatch), nexus.lease.epoch, checkpoints.commit
+    lost: list[int] = []
+
+    def lose(store: Store, epoch: int, commands: Any) -> None:
+        commit(store, epoch, commands)
+        if threading.current_thread().name == "bridge" and not lost:
+            lost.append(epoch)
+            raise StoreUnavailable("no answer", lost=True)
+
+    settled(send)
+    until(lambda: nexus.runner._group is not None and not nexus.runner._group.committing, "a pause")
+    monkeypatch.setattr(checkpoints, "commit", lose)
+    nexus.bridge.control("pause")
+    nexus.bridge.control("resume")
+    assert send("POST", INGEST, {"events": [event(), event()]})[0] == 202
+    until(lambda: lost and nexus.lease.epoch > epoch, "the bridge to raise the epoch")
+    assert all(worker.epoch == nexus.lease.epoch for worker in nexus.runner._threads)
+    assert send("POST", INGEST, {"events": [event(), event()]})[0] == 202
+    settled(send)
+    assert steps == []
 
 
 def test_code_that_throws_at_one_event_buries_that_event_alone(

@@ -35,6 +35,7 @@ class Lease:
         self._store, self._clock, self._seizes = store, clock, seizes
         self._lock = threading.Lock()
         self.epoch = 0  # 0: not held
+        self.raised: Callable[[], None] = lambda: None  # called where it was: commits go on under the new epoch
 
     def take(self) -> bool:
         """Take the lease if it is free, ours by the folder's lock, or has run out."""
@@ -43,7 +44,10 @@ class Lease:
     def raise_epoch(self) -> bool:
         """Fence off our own earlier commits: those of a thread that hangs, or whose answer never came and which may yet
         arrive. False once another instance has taken over, or the store was emptied."""
-        return self._act("raise")
+        held = self._act("raise")
+        if held:
+            self.raised()
+        return held
 
     def renew(self) -> bool:
         """False once another instance has taken over, or the store was emptied."""

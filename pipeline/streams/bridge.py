@@ -79,7 +79,7 @@ class Bridge:
         self._hungry = False  # it has looked for events since it was last woken
         self._polled = 0.0
         self._trouble = Trouble(self.name)
-        self._uncertain = 0  # the epoch under which the store last failed
+        self._uncertain = 0  # the epoch under which a commit was not answered, or was refused
         self._stop: Callable[[], bool] = lambda: False
         self._begin(0, Position())
 
@@ -158,8 +158,6 @@ class Bridge:
                     await self._run_epoch()
                 except Exception as error:  # noqa: BLE001  told
                     self.state, self.detail = "restarting", self._trouble.goes_on(error)
-                    if isinstance(error, (StoreError, Fenced)):
-                        self._uncertain = self._uncertain or self._epoch
                 if not stop():
                     await self._rest(_POLL_S)
         finally:
@@ -195,7 +193,7 @@ class Bridge:
     async def _run_epoch(self) -> None:
         """Deliver under one epoch of the lease, from the committed checkpoint on."""
         if self._uncertain and self._uncertain == self._lease.epoch:
-            self._lease.raise_epoch()  # a commit whose answer never came may yet arrive: it is fenced off
+            self._lease.raise_epoch()  # what may yet arrive is fenced off; or the lease is found to be another's
         self._uncertain, epoch = 0, self._lease.epoch
         if not epoch:
             self.state, self.detail = "standby", "another instance runs the bridge"
@@ -241,11 +239,9 @@ class Bridge:
     async def _rest(self, seconds: float) -> None:
         assert self._wake is not None
         self._hungry = self._hungry or not self._windows
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._wake.wait(), seconds)
-        except TimeoutError:
-            return
-        self._wake.clear()
+            self._wake.clear()
 
     async def _look(self, load: bool = False) -> None:
         """Take over what was decided by hand, at whichever instance; as a standby, or to begin with, the whole circuit."""
@@ -373,7 +369,11 @@ class Bridge:
         commands += self.gate.kept()
         if not commands:
             return
-        checkpoints.commit(self._store, self._epoch, commands)
+        try:
+            checkpoints.commit(self._store, self._epoch, commands)
+        except (StoreError, Fenced) as error:
+            self._uncertain = self._epoch if isinstance(error, Fenced) or error.lost else 0
+            raise
         checkpoints.tell_of_dead(progress, self._clock())
         self._notes = []
         self.watch.kept()

@@ -56,6 +56,7 @@ class Runner:
         self._shared = Shared(
             store, events, lease, clock, make, threading.Event(), self._applied, precedence or Precedence()
         )
+        lease.raised = self._hand_on
         self._group: Group | None = None
         self._stragglers: dict[str, Straggler] = {}
         self._threads: dict[Worker, threading.Thread] = {}
@@ -257,7 +258,8 @@ class Runner:
                 continue
             log.error("stream hangs", extra={"stream": busy.stream, "ordinal": busy.ordinal})
             worker.abandoned = True
-            self._fence_off(worker)
+            if not self._lease.raise_epoch():  # it may have a commit on its way
+                raise Fenced("the lease is another's, or the store was emptied")
             if isinstance(worker, Straggler):
                 del self._stragglers[busy.stream]
                 self._forget(worker)
@@ -268,13 +270,11 @@ class Runner:
                 self._divide(checkpoints.read(self._store, LOCAL_STREAMS))
             return
 
-    def _fence_off(self, hung: Worker) -> None:
-        """A worker that goes on just as it is given up may have a commit on its way: only the others get the new
-        epoch."""
-        if not self._lease.raise_epoch():
-            raise Fenced("the lease is another's, or the store was emptied")
-        for worker in self._threads:
-            if worker is not hung:
+    def _hand_on(self) -> None:
+        """The lease's epoch was raised, against a worker that hangs or a commit of the bridge: the others go on under it. From any
+        thread."""
+        for worker in list(self._threads):
+            if not worker.abandoned:
                 worker.epoch = self._lease.epoch
 
     def _start_straggler(self, name: str, careful: bool, hung: tuple[int, Straggler] | None = None) -> None:
