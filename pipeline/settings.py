@@ -38,7 +38,9 @@ class Spec:
     def parse(self, value: object) -> Any:
         """The typed value of an environment text or a JSON value. Raises SettingError."""
         result = self.read(value)
-        if result is None or (self.minimum is not None and result < self.minimum):
+        if result is None:
+            raise SettingError(self.name, _masked(value), _PORT if _port_at_fault(value) else self.accepts)
+        if self.minimum is not None and result < self.minimum:
             raise SettingError(self.name, _masked(value), self.accepts)
         if self.maximum is not None and result > self.maximum:
             raise SettingError(self.name, _masked(value), self.accepts)
@@ -198,6 +200,12 @@ def _split(value: object) -> SplitResult | None:
         return None
 
 
+def _port_at_fault(value: object) -> bool:
+    """Whether it is a URL but for its port."""
+    without = re.sub(r"^(\w+://[^/?#]*):[0-9]+(?=[/?#]|$)", r"\1", value.strip()) if isinstance(value, str) else None
+    return without != value and _split(value) is None and _split(without) is not None
+
+
 def _http_url(value: object) -> str | None:
     parts = _split(value)
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
@@ -256,6 +264,7 @@ def total_memory() -> int:
     return total
 
 
+_PORT = "a port from 1 to 65535 in the URL"
 _HTTP = "a URL that begins with http:// or https://, such as http://localhost:8000"
 _REDIS = (
     "a URL that begins with redis://, rediss:// or unix://, such as redis://localhost:6379"
