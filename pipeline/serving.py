@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pipeline import keys
+from pipeline.bridge import attempts
 from pipeline.commit_log import checkpoints
 from pipeline.commit_log.checkpoints import Audit
 from pipeline.errors import StoreError
@@ -32,7 +33,7 @@ RATE_S = 5.0  # rates are means over this long
 _TOP = 6
 _SHRUNK, _SURE_S = 0.98, 3.0  # a backlog of less than this share of its peak shrinks; after so long its pace is known
 _encode = msgspec.json.Encoder().encode
-_OUTAGES = 3
+_OUTAGES, _ERRORS = 3, 8
 _OUTAGE = ("began", "ended", "caught_up", "queued", "delivered", "dead")
 
 
@@ -83,6 +84,8 @@ class Serving:
         self._footprint = Footprint(nexus.store, nexus.log)
         self.store_watch = StoreWatch(nexus.store, nexus.settings, nexus.ingest, self._footprint.of_events_now)
         self.audit: Audit | None = None
+        self._began = clock()
+        self._errors_before: list[dict[str, object]] | None = None  # this process began; None until they are read
         self._errors_seen: deque[int] = deque([0], maxlen=61)  # the total at each of the last minute's looks
 
     def feed(self, history: bool) -> bytes:
@@ -178,6 +181,8 @@ class Serving:
             self.audit = checkpoints.audit(nexus.store)
             seen = self.audit, standing.lags(nexus, self.audit, self._clock())
             self._footprint.look()
+            if self._errors_before is None:
+                self._errors_before = attempts.failures(nexus.store, self._began, _ERRORS)
         except StoreError:
             pass  # what was known before is not how it stands now: shown as unknown
         self._errors_seen.append(nexus.bridge.errors_total)
@@ -260,7 +265,7 @@ class Serving:
             "bridge_errors": {
                 "total": bridge.errors_total,
                 "per_min": self._errors_seen[-1] - self._errors_seen[0],
-                "recent": list(bridge.errors),
+                "recent": [*bridge.errors, *(self._errors_before or [])][:_ERRORS],
             },
             "outages": [{name: row[name] for name in _OUTAGE} for row in bridge.ledger.latest[:_OUTAGES]],
             "canary": _canary(nexus.actions.canary.latest),
@@ -304,7 +309,7 @@ class Serving:
                 "unsaved_s": _rounded(lag.unsaved_s if lag else None),
                 "processed": account.processed if account else None,
                 "failed": account.dead if account else None,
-                "rate": _rounded(self._rate(name, nexus.live_processed(name), now)),
+                "rate": None if account is None else _rounded(self._rate(name, nexus.live_processed(name), now)),
             }
         return found
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.bridge import attempts
+from pipeline.bridge.attempts import Attempt
 from pipeline.commit_log import checkpoints
 from pipeline.runtime import Runtime
 from pipeline.serving import Drain
@@ -39,10 +41,11 @@ def test_figures_of_the_store_are_unknown_while_it_is_away(own_server: Valkey, t
     assert away["store"]["status"] == "offline"
     assert set(away["totals"].values()) == {None}
     assert set(away["backlog"].values()) == {None}
-    assert (away["unexplained"], away["rates"]["ingest"]) == (None, None)
+    assert away["unexplained"] is None
+    assert set(away["rates"].values()) == {None}
     assert (away["freshness"]["nexus_s"], away["freshness"]["python_s"]) == (None, None)
     for stream in away["streams"].values():
-        assert [stream[name] for name in ("lag", "lag_s", "processed", "failed")] == [None] * 4
+        assert [stream[name] for name in ("lag", "lag_s", "processed", "failed", "rate")] == [None] * 5
     nexus.store.close()
 
 
@@ -53,6 +56,20 @@ def test_history_of_errors_holds_those_of_each_second_as_an_open_page_counts_the
     latest = feed(idle, history=True)
     assert latest["history"]["errors"] == [0, 2, 0, 3, 0]
     assert (latest["bridge_errors"]["per_min"], latest["bridge_errors"]["total"]) == (5, 5)
+
+
+def test_errors_from_before_the_start_are_told_from_the_kept_attempts(idle: Runtime) -> None:
+    def attempt(at: int, error: str | None) -> Attempt:
+        return Attempt(at, 5, None, 1.0, error, 0, 4, detail=error and f"{error} at {at}")
+
+    kept = [attempt(at, "timeout" if at % 100 == 0 else None) for at in range(1000, 2001)]
+    for command in attempts.keep([*kept, attempt(2**50, "refused")]):
+        idle.store.call(*command)
+    recent = feed(idle)["bridge_errors"]["recent"]
+    assert [error["at"] for error in recent] == [2000, 1900, 1800, 1700, 1600, 1500, 1400, 1300]
+    assert recent[0] == {"at": 2000, "kind": "timeout", "status": None, "detail": "timeout at 2000"}
+    idle.bridge.sender.errors.appendleft({"at": 3000, "kind": "status", "status": 503, "detail": "away"})
+    assert [error["at"] for error in feed(idle)["bridge_errors"]["recent"]][:2] == [3000, 2000]
 
 
 def test_circuit_opened_by_hand_says_so_and_has_no_next_try(nexus: Runtime) -> None:

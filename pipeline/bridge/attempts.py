@@ -102,6 +102,18 @@ def latest(store: Store, limit: int, error: str | None = None, status: str | Non
     return found
 
 
+def failures(store: Store, before: int, limit: int) -> list[dict[str, object]]:
+    """The latest attempts from before a moment that failed, newest first, as the bridge tells its errors."""
+    found: list[dict[str, object]] = []
+    for start in range(0, KEPT, _PAGE):
+        page = store.call("LRANGE", keys.ATTEMPTS, start, start + _PAGE - 1)
+        failed = [a for a in map(_decode, page) if a.error is not None and a.at < before]
+        found += [{"at": a.at, "kind": a.error, "status": a.status, "detail": a.detail} for a in failed]
+        if len(found) >= limit or len(page) < _PAGE:
+            break
+    return found[:limit]
+
+
 def of_event(store: Store, ordinal: int, body: bytes, received_at: int) -> tuple[list[Attempt], bool]:
     """The attempts that held an event, newest first, and whether the log reaches back to the event's arrival."""
     found: list[Attempt] = []
