@@ -16,6 +16,10 @@
   /* A store that is degraded takes events; every other state but online refuses them. */
   nexus.refuses = (feed) => !["online", "degraded", "unknown", undefined, null].includes(nexus.at(feed, "store.status"));
 
+  /* Nothing can be read of such a store, nor written to it: what runs waits for it. */
+  const away = (feed) => ["offline", "loading"].includes(nexus.at(feed, "store.status"));
+  const stateOf = (feed, state) => (away(feed) && ["running", "behind"].includes(state) ? "waiting" : state);
+
   function partner(feed) {
     const { at } = nexus;
     const status = at(feed, "python.status");
@@ -35,10 +39,23 @@
     return [worse(store, python === "bad" ? "warn" : python), sends ? "both systems merged" : "Nexus's own, Python's as last known"];
   }
 
+  function pythonWords(feed, clock) {
+    const checked = nexus.at(feed, "python.checked_at");
+    const is = nexus.at(feed, "python.reason") || nexus.at(feed, "python.url") || nexus.format.unknown;
+    return is + (nexus.known(checked) ? " · checked " + clock(checked) : "");
+  }
+
   /* Events that retention let go of before their time, and when it last had to. */
   function early(feed) {
     const [n, latest] = [nexus.at(feed, "retention.within_retention"), Date.parse(nexus.at(feed, "retention.within_retention_at"))];
     return nexus.format.int(n) + (n > 0 && nexus.known(latest) ? ", latest " + nexus.format.clock(latest) : "");
+  }
+
+  /* How soon an event was readable, and was at the Python service; the canaries of an idle Nexus are no event. */
+  function delays(feed) {
+    if (nexus.at(feed, "totals.accepted") === 0) return "no event yet";
+    const [nexus_words, python_words] = ["nexus", "python"].map((side) => milliseconds(nexus.at(feed, `freshness.${side}_delay_s`)));
+    return `readable after ${nexus_words}, at Python after ${python_words}`;
   }
 
   const milliseconds = (s) => nexus.format.ms(nexus.known(s) ? 1000 * s : s);
@@ -52,7 +69,6 @@
     const used = at(feed, "store.used_bytes") / at(feed, "store.max_bytes");
     const pending = at(feed, "backlog.pending");
     const oldest = at(feed, "backlog.oldest_age_s");
-    const checked = at(feed, "python.checked_at");
     const streams = STREAMS.map((name) => [name, at(feed, "streams." + name) || {}]);
     const counts = streams.map(([, stream]) => stream.failed).filter(known);
     return {
@@ -62,11 +78,14 @@
       used: known(used) ? used : null,
       memory_words: known(used) ? format.percent(used) + " used; ingest refuses at 85 %" : "no figures",
       early: early(feed),
-      delays: Object.fromEntries(["nexus", "python"].map((side) => [side, milliseconds(at(feed, `freshness.${side}_delay_s`))])),
+      delays: delays(feed),
+      states: Object.fromEntries(streams.map(([name, stream]) => [name, stateOf(feed, stream.state)])),
+      pipeline: stateOf(feed, at(feed, "pipeline.state")),
       ingest_words: nexus.refuses(feed) ? "refuses: 503" : "p99 " + format.ms(at(feed, "latency.ingest_p99_ms")),
       unexplained: !known(feed.unexplained) ? "unknown" : feed.unexplained === 0 ? "ok" : "bad",
       waiting: !known(pending) ? null : pending === 0 ? "nothing waits" : format.compact(pending) + " wait" + (known(oldest) ? ", oldest " + format.age(oldest) : ""),
-      python_words: (at(feed, "python.reason") || at(feed, "python.url") || format.unknown) + (known(checked) ? " · checked " + format.clock(checked) : ""),
+      python_words: pythonWords(feed, format.clock),
+      titles: { "derived.python_words": pythonWords(feed, format.iso) }, // for the pointer, where it differs
       dead: counts.length ? counts.reduce((sum, n) => sum + n, 0) : null,
       died: Object.fromEntries(streams.map(([name, { failed }]) => [name, failed > 0 ? "warn" : "unknown"])),
       // Events under way for less than a second are work, not a lag.

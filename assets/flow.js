@@ -15,9 +15,9 @@
   /* For each gap its wires: [path, colour, path of the state in the feed, path of the rate]. */
   const WIRES = {
     in: [[curve(50, 50), "plain", "derived.store", "rates.ingest"]],
-    fan: STREAMS.map((name, i) => [curve(50, ROWS[i]), name === "bridge" ? "python" : "nexus", `streams.${name}.state`, `streams.${name}.rate`]),
+    fan: STREAMS.map((name, i) => [curve(50, ROWS[i]), name === "bridge" ? "python" : "nexus", `derived.states.${name}`, `streams.${name}.rate`]),
     merge: STREAMS.map((name, i) =>
-      name === "bridge" ? [curve(ROWS[i], PYTHON), "python", "derived.partner", "rates.python"] : [curve(ROWS[i], NEXUS), "nexus", `streams.${name}.state`, `streams.${name}.rate`]),
+      name === "bridge" ? [curve(ROWS[i], PYTHON), "python", "derived.partner", "rates.python"] : [curve(ROWS[i], NEXUS), "nexus", `derived.states.${name}`, `streams.${name}.rate`]),
     one: [[curve(NEXUS, 50), "nexus", "derived.store", "rates.nexus"], [curve(PYTHON, 50), "python", "derived.merges", "rates.python"]],
   };
 

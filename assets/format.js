@@ -57,6 +57,13 @@
     return then.getFullYear() + "-" + two(then.getMonth() + 1) + "-" + two(then.getDate()) + " " + time;
   }
 
+  /* The reader's own time zone, as it was at a moment. */
+  function zone(ms) {
+    const east = -new Date(ms).getTimezoneOffset();
+    const [hours, minutes] = [Math.floor(Math.abs(east) / 60), Math.abs(east) % 60];
+    return "UTC" + (east === 0 ? "" : (east > 0 ? "+" : "−") + hours + (minutes ? ":" + two(minutes) : ""));
+  }
+
   nexus.known = known;
   nexus.format = {
     text: (x) => (x === null || x === undefined || x === "" ? UNKNOWN : String(x)),
@@ -71,6 +78,8 @@
     age, bytes, compact, span,
     clock: (x) => clock(x, true),
     minute: (x) => clock(x, false),
+    iso: (x) => (known(x) ? new Date(x).toISOString() : ""),
+    zone,
     unknown: UNKNOWN,
   };
 

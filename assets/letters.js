@@ -40,7 +40,9 @@
   function row(letter) {
     const { event_type, user_id } = letter.event;
     const line = nexus.make("li", "letter");
-    line.append(nexus.make("span", "letter-at", nexus.format.clock(Date.parse(letter.last_at))), nexus.make("span", "letter-stream", letter.stream),
+    const at = nexus.make("span", "letter-at", nexus.format.clock(Date.parse(letter.last_at)));
+    at.title = letter.last_at;
+    line.append(at, nexus.make("span", "letter-stream", letter.stream),
       nexus.make("span", "letter-event", event_type ? `${event_type} of ${user_id}` : "cannot be read"), nexus.make("span", "letter-tries", letter.attempts + (letter.attempts === 1 ? " attempt" : " attempts")),
       nexus.make("span", "letter-reason", letter.reason));
     return line;
@@ -121,7 +123,11 @@
   /* Nothing to list any more: sent again here or elsewhere. */
   nexus.painters.push((feed) => {
     const panel = element("letters");
-    if (panel && !panel.hidden && nexus.at(feed, "store.status") !== "offline" && !nexus.deadLetters(feed).length) unfold(false);
+    if (panel && !panel.hidden && nexus.at(feed, "store.status") !== "offline" && !nexus.deadLetters(feed).length) {
+      const held = panel.contains(document.activeElement);
+      unfold(false);
+      if (held) element("verdict-title").focus();
+    }
   });
 
   window.dash_clientside = window.dash_clientside || {};

@@ -5,12 +5,13 @@
   const nexus = (window.nexus = window.nexus || {});
   nexus.painters = nexus.painters || [];
   const { format, at, known } = nexus;
+  const SPOKEN_MS = 5000;
 
   const LEVELS = {
     ok: ["online", "running", "closed", "ready"],
     warn: ["degraded", "unknown", "restarting", "behind", "loading", "half_open", "paused"],
     bad: ["offline", "failed", "full", "readonly", "open", "stopped"],
-    idle: ["standby", "disabled", "warming_up", "starting"],
+    idle: ["standby", "disabled", "warming_up", "starting", "waiting"],
   };
   const LEVEL_OF = {};
   for (const [level, words] of Object.entries(LEVELS)) for (const word of words) LEVEL_OF[word] = level;
@@ -23,6 +24,13 @@
   const setData = (element, name, value) => {
     if (element && element.dataset[name] !== value) element.dataset[name] = value;
   };
+  /* Shows a button (or, `by` "disabled", enables it) or takes it back; the focus, where it stood there, goes on to what `home` finds. */
+  nexus.offer = function (button, offered, home, by = "hidden") {
+    if (!button || button[by] === !offered) return;
+    const held = document.activeElement === button;
+    button[by] = !offered;
+    if (held && !offered) home().focus();
+  };
   const make = (nexus.make = (tag, className, text) => {
     const element = document.createElement(tag);
     if (className) element.className = className;
@@ -31,26 +39,26 @@
   });
 
   /* From when to when the latest outage was, and what became of the events that waited. */
-  function outageWords(feed) {
+  function outageWords(feed, clock) {
     const [outage] = feed.outages || [];
     if (!outage) return "No outage of the Python service is known";
-    const { clock, int } = format;
+    const { int } = format;
     const ended = outage.ended ? " to " + clock(Date.parse(outage.ended)) : ", still open";
     const counts = outage.ended ? `, ${int(outage.delivered)} delivered, ${int(outage.dead)} dead` + (outage.caught_up ? "" : " so far") : "";
     return `Latest outage ${clock(Date.parse(outage.began))}${ended}: ${int(outage.queued)} queued${counts}`;
   }
 
-  function canaryWords(feed) {
+  function canaryWords(feed, clock) {
     const canary = feed.canary;
     if (!canary) return "No canary has gone the whole way yet";
     const failed = (canary.failed || []).map((step) => `${format.state(step.name)}: ${step.detail}`).join("; ");
-    return `Canary of ${format.clock(canary.at)}: ` + (failed || `every hop in ${format.ms(canary.duration_ms)}`);
+    return `Canary of ${clock(canary.at)}: ` + (failed || `every hop in ${format.ms(canary.duration_ms)}`);
   }
 
   function clockWords(feed) {
     const age = nexus.age();
     if (!feed || age === null) return ["", "no data yet"];
-    return ["Data as of " + format.clock(feed.at) + " · ", String(Math.floor(age)).padStart(2, "\u2007") + " s ago"];
+    return ["Data as of " + format.clock(feed.at) + " " + format.zone(feed.at) + " · ", String(Math.floor(age)).padStart(2, "\u2007") + " s ago"];
   }
 
   function rows(name, items, build) {
@@ -81,10 +89,11 @@
     rows("errors", errors.length ? errors : [null], (error) => {
       const row = make("div", "error-row");
       if (!error) { row.append(make("span", "quiet", "No errors kept")); return row; }
-      row.append(make("span", "error-at", format.clock(error.at)),
-        make("span", "error-kind", format.text(error.kind) + (known(error.status) ? " " + error.status : "")),
+      const when = make("span", "error-at", format.clock(error.at));
+      when.title = format.iso(error.at);
+      row.append(when, make("span", "error-kind", format.text(error.kind) + (known(error.status) ? " " + error.status : "")),
         make("span", "error-detail", format.note(error.detail)));
-      row.title = format.note(error.detail);
+      row.lastChild.title = format.note(error.detail);
       return row;
     });
     const jobs = feed.jobs || [];
@@ -129,6 +138,7 @@
   const bound = (text) => text.replace(/(\d) (?=(?:ms|s|min|h)\b)/g, "$1\u00a0");
   let lastTitle = null;
   let lastSpoken = null;
+  let forgets = null;
   function verdict(feed) {
     const silent = nexus.silent();
     const said = silent ? nexus.verdictOfSilence(nexus.age(), nexus.waited(), nexus.live.failing, lastTitle) : feed ? nexus.verdict(feed) : null;
@@ -136,23 +146,26 @@
     nexus.painted = true; // the page's own watchdog (see dashboard.py) waits for this
     if (!silent) lastTitle = said.title;
     const box = document.getElementById("verdict");
-    for (const button of document.querySelectorAll("[data-act]")) {
-      const hidden = !(said.acts || []).includes(button.dataset.act);
-      if (button.hidden !== hidden) button.hidden = hidden;
-    }
+    const words = document.getElementById("verdict-title");
+    for (const button of document.querySelectorAll("[data-act]")) nexus.offer(button, (said.acts || []).includes(button.dataset.act), () => words);
     setData(box, "level", said.level);
     setData(box, "rings", said.rings);
-    setText(document.getElementById("verdict-title"), bound(said.title));
+    setText(words, bound(said.title));
     setText(document.getElementById("verdict-detail"), bound(said.detail));
     const kind = said.title.replace(/\d[\d,.]*/g, "#");
-    // A live region is read out only where it stood there before its words came.
+    // A live region is read out only where it stood there before its words came; they go again, for their figures grow old.
     const spoken = document.getElementById("verdict-spoken");
-    if (spoken && !spoken.dataset.stands) spoken.dataset.stands = "true";
-    else if (spoken && (kind !== lastSpoken || !spoken.textContent)) { lastSpoken = kind; setText(spoken, said.title); }
+    if (spoken && !spoken.dataset.stands) { spoken.dataset.stands = "true"; lastSpoken = null; }
+    else if (spoken && kind !== lastSpoken) {
+      lastSpoken = kind;
+      setText(spoken, said.title);
+      clearTimeout(forgets);
+      forgets = setTimeout(() => setText(spoken, ""), SPOKEN_MS);
+    }
     setData(document.getElementById("overview"), "silent", String(silent));
     const mark = { ok: "✓", warn: "!", bad: "✕", idle: "–", unknown: "?" }[said.level];
     const title = mark + " Nexus";
-    if (document.title !== title) document.title = title;
+    if (box && document.title !== title) document.title = title; // of another page the title is its own
     const icon = document.getElementById("favicon");
     const mood = said.level === "unknown" ? "idle" : said.level;
     if (icon && icon.dataset.level !== mood && icons[mood]) { icon.dataset.level = mood; icon.setAttribute("href", icons[mood]); }
@@ -161,20 +174,25 @@
   nexus.paintAge = function () {
     const feed = nexus.live.feed;
     const age = nexus.age();
-    setData(document.getElementById("data-age"), "level", age === null ? "unknown" : age > 15 ? "bad" : age > 5 ? "warn" : "ok");
+    const badge = document.getElementById("data-age");
+    if (badge && feed) badge.title = format.iso(feed.at);
+    setData(badge, "level", age === null ? "unknown" : age > 15 ? "bad" : age > 5 ? "warn" : "ok");
     clockWords(feed).forEach((words, i) => setText(document.getElementById(["data-at", "data-ago"][i]), words));
     if (nexus.silent() || !feed) verdict(feed);
   };
 
   nexus.painters.push(function paint(feed) {
-    const derived = { ...nexus.derive(feed), outage_words: outageWords(feed), canary_words: canaryWords(feed) };
+    const derived = { ...nexus.derive(feed), outage_words: outageWords(feed, format.clock), canary_words: canaryWords(feed, format.clock) };
+    Object.assign(derived.titles, { "derived.outage_words": outageWords(feed, format.iso), "derived.canary_words": canaryWords(feed, format.iso) });
     derived.canary = !feed.canary ? "unknown" : feed.canary.success ? "ok" : "bad";
     const shown = { ...feed, derived };
     for (const element of document.querySelectorAll("[data-bind]")) {
       const write = format[element.dataset.format] || format.text;
       const text = write(at(shown, element.dataset.bind));
       setText(element, text);
-      if (element.dataset.whole && element.title !== text) element.title = text; // where it may be cut
+      if (!element.dataset.whole) continue; // it may be cut
+      const whole = derived.titles[element.dataset.bind] || text;
+      if (element.title !== whole) element.title = whole;
     }
     for (const element of document.querySelectorAll("[data-level-of]")) {
       setData(element, "level", levelOf(at(shown, element.dataset.levelOf)));

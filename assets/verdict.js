@@ -159,7 +159,7 @@
     const go = "Nexus's own features go on. ";
     const apart = { rings: "apart", about: "bridge", covers: ["backlog", "python age"] };
     const joined = { ...apart, rings: "joined" };
-    const reset = circuit === "open" ? ["reset"] : [];
+    const reset = ["open", "half_open"].includes(circuit) ? ["reset"] : [];
     if (status === "disabled" || at(feed, "settings.ENABLE_PYTHON_BRIDGE.value") === false) {
       return { ...apart, level: "idle", title: "The bridge is switched off: Nexus works alone",
         detail: go + "Events for the Python service are not sent: " + wait(feed) + ".", also: "the bridge is off" };
@@ -180,7 +180,7 @@
     }
     if (status === "degraded" || circuit === "half_open") {
       return { ...joined, level: "warn", title: (status === "degraded" ? "Python service is degraded: " : "The bridge probes the Python service: ") + wait(feed),
-        detail: because + go + (circuit === "half_open" ? again(feed) : ""), also: status === "degraded" ? "the Python service is degraded" : "the circuit is half open" };
+        detail: because + go + (circuit === "half_open" ? again(feed) : ""), acts: reset, also: status === "degraded" ? "the Python service is degraded" : "the circuit is half open" };
     }
     if (status === "starting" || at(feed, "streams.bridge.state") === "starting") {
       return { ...joined, level: "idle", title: "Nexus runs, the Python service is being asked", detail: "Its first answer is awaited.", about: "asked", also: "the Python service has yet to answer" };
@@ -228,7 +228,7 @@
     const called = format.int(n) + (nexus.seenLetters(feed) ? " new" : "") + (n === 1 ? " dead letter" : " dead letters");
     return { level: "warn", title: called + (n === 1 ? " needs" : " need") + " a look: " + ofStreams(letters), acts: ["letters"],
       detail: "All else goes on. What is malformed fails again; all else can be sent again once its cause is gone.", rings: "joined",
-      also: called + " of " + ofStreams(letters) };
+      also: called + (letters.length > 1 ? ": " : " of ") + ofStreams(letters) };
   }
 
   /* The count of those that this reader has seen, which are no news. */

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dash_mantine_components as dmc
-from dash import ClientsideFunction, Dash, Input, State, html
-from dash.development.base_component import Component
+from dash import ClientsideFunction, Dash, Input, html
 
 from pages._components import UNKNOWN, aria, bind, data, glyph, state, tile
 
@@ -25,18 +24,20 @@ def controls() -> html.Section:
     return tile(
         "Controls",
         *[_switch(name, *words) for name, words in SWITCHES.items()],
-        *[_number(name, *words) for name, words in NUMBERS.items()],
-        _address(),
+        *[_field(name, *words) for name, words in NUMBERS.items()],
+        _field(URL, "Python service address"),
         html.Div(
             [
                 _button("Pause bridge", "bridge-pause"),
                 _button("Resume bridge", "bridge-resume"),
                 _button("Reset circuit", "bridge-reset"),
-                _button("Open circuit …", "bridge-open", color="red"),
+                _button("Open circuit …", "bridge-open"),
             ],
             className="buttons",
         ),
-        html.Div([_button("Test the whole way", "bridge-test"), html.Span(id="test-summary")], className="buttons-one"),
+        html.Div(
+            [_button("Test the whole way", "bridge-test", False), html.Span(id="test-summary")], className="buttons-one"
+        ),
         html.P(
             [glyph(), bind("derived.canary_words", whole=True)],
             className="tile-foot canary",
@@ -49,8 +50,8 @@ def controls() -> html.Section:
     )
 
 
-def _button(label: str, id: str, color: str = "gray", variant: str = "default") -> dmc.Button:
-    return dmc.Button(label, id=id, size="sm", color=color, variant="light" if color == "red" else variant)
+def _button(label: str, id: str, disabled: bool = True) -> html.Button:
+    return html.Button(label, id=id, className="button", type="button", disabled=disabled)
 
 
 def _source(name: str, label: str) -> html.Div:
@@ -58,22 +59,35 @@ def _source(name: str, label: str) -> html.Div:
     return html.Div(
         [
             html.Span(UNKNOWN, id=f"{name}-source", className="setting-source"),
-            _link("reset", f"{name}-reset", f"reset {label} to the environment's value, or the default"),
-            _link("discard", f"{name}-discard", f"discard what was typed as {label}"),
+            _link("reset", name, f"reset {label} to the environment's value, or the default"),
+            _link("discard", name, f"discard what was typed as {label}"),
         ],
         className="setting-foot",
     )
 
 
-def _link(word: str, id: str, what: str) -> html.Button:
+def _link(does: str, name: str, what: str) -> html.Button:
     return html.Button(
-        word, id=id, className="setting-link", type="button", hidden=True, title=what.capitalize(), **aria(label=what)
+        does,
+        id=f"{name}-{does}",
+        className="setting-link",
+        type="button",
+        hidden=True,
+        title=what.capitalize(),
+        **data(does=does, of=name),
+        **aria(label=what),
     )
 
 
-def _apply(name: str, label: str) -> dmc.Button:
-    return dmc.Button(
-        "Apply", id=f"{name}-apply", size="sm", variant="light", disabled=True, **aria(label=f"Apply {label}")
+def _apply(name: str, label: str) -> html.Button:
+    return html.Button(
+        "Apply",
+        id=f"{name}-apply",
+        className="button",
+        type="button",
+        disabled=True,
+        **data(does="apply", of=name),
+        **aria(label=f"Apply {label}"),
     )
 
 
@@ -82,28 +96,19 @@ def _switch(name: str, label: str, what: str) -> html.Div:
     return html.Div([knob, _source(name, label)], className="setting setting-switch")
 
 
-def _number(name: str, label: str, unit: str) -> html.Div:
-    field = dmc.NumberInput(
+def _field(name: str, label: str, unit: str | None = None) -> html.Div:
+    """A line of text, for numbers too: what is typed stays, and assets/controls.js judges all of it."""
+    field = dmc.TextInput(
         id=name,
         label=label,
-        suffix=f" {unit}",
-        allowDecimal=False,
-        allowNegative=False,
-        hideControls=True,
-        clampBehavior="none",
-        thousandSeparator=",",
         size="sm",
         className="setting-field",
+        debounce=True,  # Dash is told when it is left: assets/controls.js reads the field itself
+        rightSection=unit,
+        inputProps=None if unit is None else {"inputMode": "numeric"},
+        autoComplete="off",
+        spellCheck=False,
     )
-    return _edited(name, label, field)
-
-
-def _address() -> html.Div:
-    label = "Python service address"
-    return _edited(URL, label, dmc.TextInput(id=URL, label=label, size="sm", className="setting-field", debounce=False))
-
-
-def _edited(name: str, label: str, field: Component) -> html.Div:
     line = html.Div([field, _apply(name, label)], className="setting-edit")
     return html.Div([line, _source(name, label)], className="setting")
 
@@ -135,22 +140,11 @@ def register(dashboard: Dash) -> None:
     """The callbacks of the controls, all of them in the browser. Registered with the application rather than at import: a
     second application in the same process has them too."""
 
-    def in_browser(name: str, *inputs: Input | State) -> None:
+    def in_browser(name: str, *inputs: Input) -> None:
         dashboard.clientside_callback(ClientsideFunction("nexus", name), *inputs, prevent_initial_call=True)
 
     for name in SWITCHES:
         in_browser("toggleSetting", Input(name, "checked"))
-    for name in [*NUMBERS, URL]:
-        in_browser("editSetting", Input(name, "value"))
-        in_browser("applySetting", Input(f"{name}-apply", "n_clicks"), Input(name, "n_submit"), State(name, "value"))
-    for name in [*SWITCHES, *NUMBERS, URL]:
-        in_browser("resetSetting", Input(f"{name}-reset", "n_clicks"))
-    for name in [*NUMBERS, URL]:
-        in_browser("discardSetting", Input(f"{name}-discard", "n_clicks"))
-    clicked = ("bridge-pause", "bridge-resume", "bridge-reset", "open-circuit-yes", "act-resume", "act-reset")
-    in_browser("bridgeAction", *[Input(name, "n_clicks") for name in clicked])
-    in_browser("confirmOpen", Input("bridge-open", "n_clicks"), Input("open-circuit-no", "n_clicks"))
-    in_browser("testWholeWay", Input("bridge-test", "n_clicks"))
     in_browser("sendSample", Input("sample-send", "n_clicks"))
     in_browser("showLetters", Input("act-letters", "n_clicks"))
     in_browser("redriveLetters", Input("letters-redrive", "n_clicks"))

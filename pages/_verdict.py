@@ -13,7 +13,7 @@ def verdict() -> html.Section:
     """The sentence, the rings that say it at a glance, and buttons for what it advises."""
     words = html.Div(
         [
-            html.P("Waiting for the first figures", id="verdict-title", className="verdict-title"),
+            html.P("Waiting for the first figures", id="verdict-title", className="verdict-title", tabIndex="-1"),
             html.P("The page asks once a second.", id="verdict-detail", className="verdict-detail"),
         ],
         className="verdict-words",

@@ -88,9 +88,9 @@ def _flow() -> html.Section:
         _value("rates.nexus", "rate", "/s"),
         html.Div(["features ", bind("freshness.nexus_s", "age"), " old"], className="node-line"),
         html.Div(["checkpoint ", bind("pipeline.checkpoint_age_s", "age"), " ago"], className="node-line"),
-        state("pipeline.state", "node-state"),
+        state("derived.pipeline", "node-state"),
         id="node-nexus",
-        level_of="pipeline.state",
+        level_of="derived.pipeline",
         className="node-nexus",
     )
     python = _node(
@@ -136,12 +136,12 @@ def _stream_node(name: str, what: str) -> html.Li:
             html.Span(name, className="stream-name"),
             html.Span([bind(f"{path}.rate", "rate"), html.Span("/s", className="unit")], className="stream-rate"),
             html.Span([bind(f"derived.lags.{name}", "lag")], className="stream-lag"),
-            bind(f"{path}.state", "state", "stream-state"),
+            bind(f"derived.states.{name}", "state", "stream-state"),
         ],
         id=f"stream-{name}",
         className="stream-node",
         title=what,
-        **data(level_of=f"{path}.state"),
+        **data(level_of=f"derived.states.{name}"),
     )
 
 
@@ -199,10 +199,8 @@ def _freshness() -> html.Section:
         html.P(
             [
                 bind("freshness.nexus_users", "compact"),
-                " users at work · the latest event took ",
-                bind("derived.delays.nexus"),
-                ", Python ",
-                bind("derived.delays.python"),
+                " users at work · ",
+                bind("derived.delays"),
             ],
             className="tile-foot",
         ),
@@ -315,7 +313,7 @@ def _streams() -> html.Section:
         html.Tr(
             [
                 html.Th(name, scope="row", title=what),
-                html.Td(state(f"streams.{name}.state")),
+                html.Td(state(f"derived.states.{name}")),
                 html.Td(bind(f"streams.{name}.rate", "rate"), className="number"),
                 html.Td(bind(f"streams.{name}.lag", "int"), className="number"),
                 html.Td(bind(f"streams.{name}.lag_s", "age"), className="number"),

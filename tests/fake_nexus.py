@@ -140,6 +140,17 @@ def store_away() -> Feed:
     return feed
 
 
+def store_stopped() -> Feed:
+    """The store hangs: the streams' threads run, and can read and write nothing."""
+    feed = busy()
+    feed["store"].update(status="offline", detail="no answer in 5 s")
+    for stream in feed["streams"].values():
+        stream.update(dict.fromkeys(("lag", "lag_s", "processed", "failed", "rate", "unsaved", "unsaved_s")))
+    feed["rates"] = dict.fromkeys(("ingest", "nexus", "python"))
+    feed["unexplained"] = None
+    return feed
+
+
 def draining() -> Feed:
     feed = busy()
     feed["backlog"] = {"pending": 48_210, "dead": 2, "oldest_age_s": 310.0, "eta_s": 42.0, "shrinks": True}
@@ -197,6 +208,12 @@ def paused() -> Feed:
 def local_dead() -> Feed:
     feed = busy()
     feed["streams"]["inference"]["failed"] = 1
+    return feed
+
+
+def dead_while_paused() -> Feed:
+    feed = paused()
+    feed["streams"]["inference"]["failed"], feed["streams"]["bridge"]["failed"] = 1, 131
     return feed
 
 
@@ -375,6 +392,7 @@ SCENARIOS: dict[str, Callable[[], Feed]] = {
         empty,
         python_dead,
         store_away,
+        store_stopped,
         draining,
         recovering,
         much_under_way,
@@ -385,6 +403,7 @@ SCENARIOS: dict[str, Callable[[], Feed]] = {
         paused,
         local_dead,
         more_dead,
+        dead_while_paused,
         disk_full,
         memory_full,
         memory_full_while_paused,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from dash.testing.browser import Browser
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from werkzeug.serving import make_server
 
@@ -104,7 +106,7 @@ def _with(nexus: FakeNexus, page: Page, scenario: str) -> Page:
 
 def test_a_second_dashboard_in_one_process_has_every_callback_of_the_first() -> None:
     first, second = ([c["output"] for c in FakeNexus().dependencies()] for _ in range(2))
-    assert len(first) > 10
+    assert len(first) > 5
     assert second == first
 
 
@@ -363,13 +365,51 @@ def test_words_without_an_end_stay_inside_the_page(nexus: FakeNexus, page: Page)
         .filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1).map(e => e.className)"""
     assert page.run(wide) == []
     assert page.run("return document.getElementById('verdict').getBoundingClientRect().height") < 420
-    assert "x" * 400 in page.run("return document.querySelector('.error-row').title")
+    assert "x" * 400 in page.run("return document.querySelector('.error-detail').title")
     page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_the_first_verdict_is_spoken(page: Page) -> None:
+def test_the_first_verdict_is_spoken_and_its_words_do_not_stay_to_grow_old(page: Page) -> None:
     page.open()
     page.wait(lambda: page.text("verdict-spoken") == "Both systems work as one", "nothing was spoken")
+    page.wait(lambda: page.text("verdict-spoken") == "", "they stayed")
+
+
+def test_nothing_moves_and_nothing_is_green_that_depends_on_a_store_which_is_away(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "store_stopped").verdict("Store is away")
+    assert page.run("return document.querySelectorAll('.wire-flow[data-moves=true]').length") == 0
+    level = "return document.getElementById(arguments[0]).dataset.level"
+    parts = ("node-ingest", "node-log", "node-nexus", "node-combined", *[f"stream-{name}" for name in STREAMS])
+    assert [part for part in parts if page.run(level, part) == "ok"] == []
+    assert "–/s" in page.text("stream-features")
+
+
+def test_dead_letters_of_several_streams_are_counted_in_sound_words(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "dead_while_paused").verdict("The bridge is paused")
+    assert "Also: 132 dead letters: 1 of inference and 131 of bridge." in page.text("verdict-detail")
+
+
+def test_no_event_took_any_time_before_there_was_one(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "empty").verdict("Nothing flows yet")
+    assert "0 users at work · no event yet" in page.text("tile-freshness")
+    nexus.reset()
+    page.verdict("Both systems work as one")
+    assert "readable after 20 ms, at Python after 60 ms" in page.text("tile-freshness")
+
+
+def test_every_clock_names_its_time_zone(page: Page) -> None:
+    page.driver.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Kolkata"})
+    page.open().verdict("Both systems work as one")
+    page.wait(lambda: " UTC+5:30 " in page.text("data-at"), "the header names no time zone")
+    iso = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$"
+    for element in (".badge-age", ".error-at"):
+        title = page.run("return document.querySelector(arguments[0]).title", element)
+        assert re.fullmatch(iso, title), element
+    assert re.search(
+        r"checked \d{4}-\d\d-\d\dT.*Z$",
+        page.run("return document.querySelector('#tile-python .tile-foot .figure').title"),
+    )
+    page.driver.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": ""})
 
 
 @pytest.mark.parametrize("scenario", ["every_field_null", "no_fields", "store_away"])
@@ -497,7 +537,7 @@ def _type(page: Page, element: str, text: str) -> None:
 def test_a_number_is_applied_within_its_bounds_only(nexus: FakeNexus, page: Page) -> None:
     name = "FEATURE_SYNC_INTERVAL"
     page.open()
-    page.wait(lambda: page.run("return document.getElementById(arguments[0])?.value", name) == "300 s", "no value")
+    page.wait(lambda: page.run("return document.getElementById(arguments[0])?.value", name) == "300", "no value")
     _type(page, name, "999999")
     page.wait(lambda: "between 1 and 86,400" in page.text("tile-controls"), "the bounds were not said")
     assert page.run("return document.getElementById(arguments[0]).disabled", f"{name}-apply")
@@ -508,18 +548,93 @@ def test_a_number_is_applied_within_its_bounds_only(nexus: FakeNexus, page: Page
     assert nexus.received == [{"settings": {name: 60}, "reason": "dashboard"}]
 
 
+def _burst(page: Page, element: str, *keys: str) -> None:
+    """Types over what stands in the field, all keys in one go."""
+    page.run("const e = document.getElementById(arguments[0]); e.focus(); e.select()", element)
+    chain = ActionChains(page.driver, duration=0)
+    for key in keys:
+        chain.send_keys(key)
+    chain.perform()
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "sent"),
+    [
+        ("PYTHON_EVENT_API_URL", "http://127.0.0.1:8110", "http://127.0.0.1:8110"),
+        ("FEATURE_SYNC_INTERVAL", "1234", 1234),
+        ("HEALTH_CHECK_INTERVAL", "86,400", 86400),
+    ],
+)
+def test_enter_right_after_the_last_key_applies_what_stands_in_the_field(
+    nexus: FakeNexus, page: Page, name: str, typed: str, sent: object
+) -> None:
+    page.open().verdict("Both systems work as one")
+    page.driver.execute_cdp_cmd("Emulation.setCPUThrottlingRate", {"rate": 6})
+    _burst(page, name, *typed, Keys.ENTER)
+    page.wait(lambda: nexus.received, "nothing was sent")
+    page.driver.execute_cdp_cmd("Emulation.setCPUThrottlingRate", {"rate": 1})
+    page.wait(lambda: "set here" in page.text(f"{name}-source"), "the change was not confirmed")
+    assert nexus.received == [{"settings": {name: sent}, "reason": "dashboard"}]
+
+
+def test_apply_is_there_with_the_last_key(nexus: FakeNexus, page: Page) -> None:
+    page.open().verdict("Both systems work as one")
+    name = "FEATURE_SYNC_INTERVAL"
+    page.run(
+        """const e = document.getElementById(arguments[0]); e.focus(); e.select();
+        document.execCommand('insertText', false, '77'); document.getElementById(arguments[0] + '-apply').click()""",
+        name,
+    )
+    page.wait(lambda: nexus.received == [{"settings": {name: 77}, "reason": "dashboard"}], "it was not applied")
+
+
+@pytest.mark.parametrize("typed", ["1.5", "-5", "1e3", "abc", "86,40", "999999", " ", "0"])
+def test_what_is_no_whole_number_in_the_bounds_stays_as_typed_and_is_refused(
+    nexus: FakeNexus, page: Page, typed: str
+) -> None:
+    name = "FEATURE_SYNC_INTERVAL"
+    page.open().verdict("Both systems work as one")
+    _burst(page, name, typed, Keys.ENTER)
+    page.wait(lambda: "a whole number between 1 and 86,400" in page.text("tile-controls"), "it was not refused")
+    assert page.run("return document.getElementById(arguments[0]).value", name) == typed
+    assert page.run("return document.getElementById(arguments[0]).disabled", f"{name}-apply")
+    assert nexus.received == []
+
+
+def test_field_shows_what_is_pending_and_never_falls_back_to_the_old_value(nexus: FakeNexus, page: Page) -> None:
+    name = "PYTHON_SERVICE_TIMEOUT"
+    page.open().verdict("Both systems work as one")
+    nexus.hold.clear()  # the feed that would confirm it is held back
+    _burst(page, name, "6000", Keys.ENTER)
+    page.wait(lambda: nexus.received, "nothing was sent")
+    page.run(
+        """window.shown = new Set(); const e = document.getElementById(arguments[0]);
+        (function look() { shown.add(e.value + ' | ' + document.getElementById(e.id + '-source').textContent);
+        requestAnimationFrame(look); })()""",
+        name,
+    )
+    page.wait(lambda: page.text(f"{name}-source") == "pending …", "it does not say that it is pending")
+    nexus.hold.set()
+    page.wait(lambda: "set here" in page.text(f"{name}-source"), "the change was not confirmed")
+    asked = len(nexus.requests)
+    page.wait(lambda: len(nexus.requests) > asked + 1, "the page stopped asking")
+    said = page.run("return [...shown]")
+    assert {words.split(" | ")[0] for words in said} == {"6000"}
+    assert [words for words in said if "not applied" in words] == []
+
+
 def test_a_draft_is_discarded_by_escape_and_by_its_link(page: Page) -> None:
     name = "HEALTH_CHECK_INTERVAL"
     shown = "return document.getElementById(arguments[0])?.value"
     page.open()
-    page.wait(lambda: page.run(shown, name) == "30 s", "no value")
+    page.wait(lambda: page.run(shown, name) == "30", "no value")
     _type(page, name, "45")
     page.wait(lambda: "not applied" in page.text(f"{name}-source"), "the draft looks like the truth")
     page.driver.find_element("id", name).send_keys(Keys.ESCAPE)
-    page.wait(lambda: page.run(shown, name) == "30 s", "escape left the draft")
+    page.wait(lambda: page.run(shown, name) == "30", "escape left the draft")
     _type(page, name, "45")
     page.click(f"{name}-discard")
-    page.wait(lambda: page.run(shown, name) == "30 s", "the link left the draft")
+    page.wait(lambda: page.run(shown, name) == "30", "the link left the draft")
     assert page.text(f"{name}-source") == "the default"
 
 
@@ -560,9 +675,14 @@ def test_setting_says_what_the_environment_holds_and_not_the_default(nexus: Fake
     page.wait(lambda: page.text("FEATURE_SYNC_INTERVAL-source") == words, "the environment's value is not shown")
 
 
-def test_an_address_without_a_page_says_so_and_leads_back(page: Page) -> None:
+def test_an_address_without_a_page_says_so_and_leads_back(nexus: FakeNexus, page: Page) -> None:
     page.open("/nexus/nothing-here")
     page.wait(lambda: "There is no page at this address" in page.run("return document.body.innerText"), "no words")
+    asked = len(nexus.requests)
+    page.wait(lambda: len(nexus.requests) > asked + 1, "the page stopped asking")
+    assert page.run("return document.title") == "Not found · Nexus"
+    client = nexus.app.test_client()
+    assert [client.get(path).status_code for path in ("/nexus/nothing-here", "/nexus/", "/nexus")] == [404, 200, 308]
 
 
 def test_pausing_acts_at_once_and_opening_the_circuit_asks_first(nexus: FakeNexus, page: Page) -> None:
@@ -578,6 +698,38 @@ def test_pausing_acts_at_once_and_opening_the_circuit_asks_first(nexus: FakeNexu
     page.wait(lambda: page.run("return document.getElementById('bridge-open').disabled"), "it can be opened twice")
     page.wait(lambda: len(nexus.received) == 3, "the circuit was not opened")
     assert [body["action"] for body in nexus.received] == ["pause", "resume", "open_circuit"]
+
+
+def _focus_after(page: Page, element: str) -> None:
+    page.wait(lambda: page.run("return !document.getElementById(arguments[0])?.disabled", element), "not clickable")
+    page.run("document.getElementById(arguments[0]).focus()", element)
+    ActionChains(page.driver, duration=0).send_keys(Keys.ENTER).perform()
+
+
+def test_focus_goes_on_to_the_counterpart_or_the_verdict(page: Page) -> None:
+    focus = "return document.activeElement.id"
+    page.open().verdict("Both systems work as one")
+    _focus_after(page, "bridge-pause")
+    page.wait(lambda: page.run(focus) == "bridge-resume", "the focus was lost with Pause")
+    _focus_after(page, "bridge-resume")
+    page.wait(lambda: page.run(focus) == "bridge-pause", "the focus was lost with Resume")
+    _focus_after(page, "bridge-pause")
+    page.verdict("The bridge is paused")
+    _focus_after(page, "act-resume")
+    page.verdict("Both systems work as one")
+    page.wait(lambda: page.run(focus) == "verdict-title", "the focus was lost with the verdict's Resume")
+    _focus_after(page, "bridge-open")
+    page.wait(lambda: page.run(focus) == "open-circuit-no", "the confirmation did not open")
+    _focus_after(page, "open-circuit-yes")
+    page.verdict("The circuit to the Python service is open")
+    page.wait(lambda: page.run(focus) == "bridge-reset", "the focus was lost with Open circuit")
+    _focus_after(page, "bridge-reset")
+    page.wait(lambda: page.run(focus) == "bridge-open", "the focus was lost with Reset circuit")
+
+
+def test_verdict_offers_the_reset_also_while_the_circuit_is_probed(nexus: FakeNexus, page: Page) -> None:
+    _with(nexus, page, "half_open").verdict("The bridge probes the Python service")
+    assert not page.run("return document.getElementById('act-reset').hidden")
 
 
 def test_the_whole_way_is_tested_hop_by_hop(page: Page) -> None:

@@ -8,6 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import dash
 from dash import Dash
 from dash.exceptions import PreventUpdate
 from flask import Flask, request
@@ -78,7 +79,20 @@ def create_dashboard(flask_app: Flask) -> Dash:
     for endpoint, view in flask_app.view_functions.items():
         if endpoint.startswith(_TRUSTING):
             flask_app.view_functions[endpoint] = _refusing(view)
+    endpoint = f"{PREFIX}<path:path>"  # Dash's own, for any address: the browser is to find the page
+    flask_app.view_functions[endpoint] = _telling(flask_app.view_functions[endpoint])
     return dashboard
+
+
+def _telling(view: Callable[..., Any]) -> Callable[..., Any]:
+    """The view, whose status says whether there is a page at the address."""
+
+    @wraps(view)
+    def telling(path: str) -> Any:
+        pages = [page["path"].strip("/") for page in dash.page_registry.values() if page.get("order") is not None]
+        return view(path), 200 if path.strip("/") in pages else 404
+
+    return telling
 
 
 def _refusing(view: Callable[..., Any]) -> Callable[..., Any]:
