@@ -9,7 +9,7 @@
   /* Each graph: its series as [key, name, colour variable], its unit, how the pointer reads it, the least height of its axis, and
      the series with the area below it filled. */
   const CHARTS = {
-    "chart-throughput": { unit: "/s", read: ",.1~f", floor: 10, ticks: "~s", series: [["ingest", "ingest", "--ink-2"], ["nexus", "Nexus", "--nexus"], ["python", "Python", "--python"]], fill: "ingest" },
+    "chart-throughput": { peak: "throughput-peak", unit: "/s", read: ",.1~f", floor: 10, ticks: "~s", series: [["ingest", "ingest", "--ink-2"], ["nexus", "Nexus", "--nexus"], ["python", "Python", "--python"]], fill: "ingest" },
     "chart-response": { unit: " ms", read: ",.2~f", floor: 5, series: [["response_ms", "response time", "--python"]], fill: "response_ms" },
     "chart-freshness": { unit: " s", read: ",.2~f", floor: 1, series: [["fresh_nexus", "Nexus", "--nexus"], ["fresh_python", "Python", "--python"]] },
     "chart-errors": { unit: "", read: ",d", floor: 2, series: [["errors", "errors", "--bad"]], fill: "errors", steps: true },
@@ -22,8 +22,6 @@
   let errorsBefore = null;
   let seeded = new WeakSet();
 
-  // Plotly reads numbers as UTC: shift them, so that the axis shows the clock of the reader's place.
-  const local = (ms) => ms - new Date(ms).getTimezoneOffset() * 60000;
   const orNull = (x) => (nexus.known(x) ? x : null);
 
   const seconds = (from, before) => Array.from({ length: Math.max(0, Math.ceil((before - from) / 1000)) }, (_, i) => from + 1000 * i);
@@ -87,9 +85,31 @@
   const traces = (chart) => [["outage", ["outage"]], ...chart.series.filter(([key]) => key === chart.fill).map((series) => ["area", series]),
     ...chart.series.map((series) => ["line", series])];
 
+  /* Where an axis ends that is not to be flattened by a short spike: well above what nine tenths of the figures other than 0 are
+     below; null where nothing is far above that. In steps, so that it seldom moves. */
+  function cap(chart) {
+    const shown = chart.series.flatMap(([key]) => buffer[key].filter((y) => y > 0)).sort((a, b) => a - b);
+    const usual = 1.25 * Math.max(chart.floor, shown[Math.floor(0.9 * (shown.length - 1))] || 0);
+    if (!(shown[shown.length - 1] > 2 * usual)) return null;
+    const step = 10 ** Math.floor(Math.log10(usual)) / 2;
+    return step * Math.ceil(usual / step);
+  }
+
+  /* The highest figure above the graph, and when it was. */
+  function tellPeak(chart) {
+    const [words, end] = [document.getElementById(chart.peak), caps[chart.peak]];
+    if (!words) return;
+    words.hidden = end === null;
+    if (end === null) return;
+    let [most, at, who] = [0, 0, ""];
+    for (const [key, name] of chart.series) buffer[key].forEach((y, i) => { if (y > most) [most, at, who] = [y, buffer.t[i], name]; });
+    nexus.setText(words, `Above the graph: up to ${nexus.format.rate(most)}${chart.unit} (${who}, ${nexus.format.clock(at)})`);
+  }
+
+  const caps = {}; // of each graph that has one
   function figure(chart) {
     const axis = { color: ink("--ink-3"), gridcolor: ink("--line"), zeroline: false, fixedrange: true, tickfont: { size: 11 }, showline: false, automargin: false };
-    const x = buffer.t.map(local);
+    const x = buffer.t; // Plotly shows numbers by the clock of the reader's place
     const looks = {
       outage: () => ({ yaxis: "y2", hoverinfo: "skip", line: { width: 0, shape: "hv" }, fill: "tozeroy", fillcolor: ink("--bad") + "1f" }),
       area: ([key, , colour]) => ({ hoverinfo: "skip", line: { width: 0, shape: chart.steps ? "hv" : "linear" }, fill: "tozeroy", fillcolor: ink(colour) + (key === "ingest" ? "26" : "1c") }),
@@ -97,14 +117,14 @@
         line: { color: ink(colour), width: key === "ingest" ? 0 : 1.8, shape: chart.steps ? "hv" : "linear", dash: key === "python" ? "5px,4px" : "solid" } }),
     };
     return {
-      data: traces(chart).map(([look, series]) => ({ type: "scatter", mode: "lines", x, y: buffer[series[0]].map(drawn[look]), ...looks[look](series) })),
+      data: traces(chart).map(([look, series]) => ({ type: "scatter", mode: "lines", x: [...x], y: buffer[series[0]].map(drawn[look]), ...looks[look](series) })),
       layout: {
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, dragmode: false, hovermode: "x unified",
         margin: { l: 38, r: 6, t: 6, b: 20 }, font: { family: "Geist, ui-sans-serif, system-ui, sans-serif", size: 11, color: ink("--ink-3") },
         hoverlabel: { bgcolor: ink("--raised"), bordercolor: ink("--line-2"), font: { color: ink("--ink") } },
         xaxis: { ...axis, type: "date", tickformat: "%H:%M", hoverformat: "%H:%M:%S", nticks: 5, showgrid: false, ticklabeloverflow: "hide past domain" },
         yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
-        yaxis: { ...axis, rangemode: "tozero", nticks: chart.steps ? 3 : 5, tickformat: chart.ticks || ",~g", autorangeoptions: { include: [0, chart.floor] } },
+        yaxis: { ...axis, rangemode: "tozero", nticks: chart.steps ? 3 : 5, tickformat: chart.ticks || ",~g", ...(caps[chart.peak] ? { range: [0, caps[chart.peak]] } : { autorangeoptions: { include: [0, chart.floor] } }) },
       },
     };
   }
@@ -114,12 +134,18 @@
     for (const [id, chart] of Object.entries(CHARTS)) {
       const plot = document.querySelector(`#${id} .js-plotly-plot`);
       if (!plot) continue;
+      if (chart.peak) {
+        const end = cap(chart);
+        if (end !== caps[chart.peak]) seeded.delete(plot);
+        caps[chart.peak] = end;
+        tellPeak(chart);
+      }
       if (!seeded.has(plot)) {
         seeded.add(plot);
         window.dash_clientside.set_props(id, { figure: figure(chart) });
       } else if (values) {
         const all = traces(chart);
-        const x = all.map(() => [local(values.t)]);
+        const x = all.map(() => [values.t]);
         const y = all.map(([look, [key]]) => [drawn[look](values[key])]);
         window.dash_clientside.set_props(id, { extendData: [{ x, y }, all.map((_, i) => i), POINTS] });
       }

@@ -13,6 +13,15 @@
   /* Events that a stream has yet to process: its lag counts those too that no checkpoint holds yet. */
   nexus.behind = (stream) => (stream && nexus.known(stream.lag) ? Math.max(0, stream.lag - (stream.unsaved || 0)) : null);
 
+  /* What waits to be read; events under way for less than a second are work, not a lag. */
+  nexus.unread = (stream) => (stream && nexus.known(stream.lag) && stream.lag_s < 1 ? 0 : nexus.behind(stream));
+
+  /* [processed, waits for a checkpoint, unread, dead] of a stream: together what it was given. */
+  nexus.accountOf = function (stream) {
+    const [{ processed, lag, failed }, unread] = [stream || {}, nexus.unread(stream)];
+    return [processed, nexus.known(lag) ? lag - unread : lag, unread, failed];
+  };
+
   /* A store that is degraded takes events; every other state but online refuses them. */
   nexus.refuses = (feed) => !["online", "degraded", "unknown", undefined, null].includes(nexus.at(feed, "store.status"));
 
@@ -88,8 +97,7 @@
       titles: { "derived.python_words": pythonWords(feed, format.iso) }, // for the pointer, where it differs
       dead: counts.length ? counts.reduce((sum, n) => sum + n, 0) : null,
       died: Object.fromEntries(streams.map(([name, { failed }]) => [name, failed > 0 ? "warn" : "unknown"])),
-      // Events under way for less than a second are work, not a lag.
-      lags: Object.fromEntries(streams.map(([name, stream]) => [name, known(stream.lag) && stream.lag_s < 1 ? 0 : nexus.behind(stream)])),
+      lags: Object.fromEntries(streams.map(([name, stream]) => [name, nexus.unread(stream)])),
       unsaved: Object.fromEntries(streams.map(([name, { unsaved, unsaved_s }]) => [name,
         !known(unsaved) ? format.unknown : unsaved === 0 ? "0" : format.int(unsaved) + ", " + format.age(unsaved_s)])),
     };

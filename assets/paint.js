@@ -70,9 +70,11 @@
     list.replaceChildren(...items.map(build));
   }
 
-  function rank(name, pairs) {
+  function rank(name, pairs, none) {
     const most = Math.max(1, ...pairs.map((pair) => pair[1] || 0));
-    rows(name, pairs.length ? pairs : [["no events", null]], ([label, n]) => {
+    rows(name, pairs.length ? pairs : [none], (pair) => {
+      if (pair === none) return make("div", "quiet", none);
+      const [label, n] = pair;
       const row = make("div", "rank-row");
       const bar = make("span", "rank-bar");
       bar.style.width = (100 * (n || 0)) / most + "%";
@@ -83,8 +85,9 @@
   }
 
   function lists(feed) {
-    rank("types", (feed.events_per_type || []).slice(0, 6));
-    rank("sources", (feed.sources || []).slice(0, 4));
+    const none = known(at(feed, "streams.aggregates.processed")) ? "No events in the last minute" : format.unknown;
+    rank("types", (feed.events_per_type || []).slice(0, 6), none);
+    rank("sources", (feed.sources || []).slice(0, 4), none);
     const errors = (at(feed, "bridge_errors.recent") || []).slice(0, 8);
     rows("errors", errors.length ? errors : [null], (error) => {
       const row = make("div", "error-row");
@@ -103,25 +106,25 @@
       const runs = job.name === "pipeline" && job.ok !== false ? at(feed, "pipeline.state") : null; // until the stop
       row.dataset.level = job.ok === false ? "bad" : job.late_now ? "warn" : job.ok ? "ok" : levelOf(runs);
       const next = runs ? format.state(runs) : job.late_now ? "late" : known(job.next_in_s) ? "in " + format.span(job.next_in_s) : format.unknown;
-      row.append(make("span", "glyph"), make("span", "job-name", format.text(job.name)),
-        make("span", "job-every", "every " + format.span(job.every_s)), make("span", "job-last", format.ms(job.last_ms)),
+      const every = make("span", "job-every");
+      every.append(make("span", "job-word", "every "), format.span(job.every_s));
+      row.append(make("span", "glyph"), make("span", "job-name", format.text(job.name)), every, make("span", "job-last", format.ms(job.last_ms)),
         make("span", "job-next", job.ok === false ? "failed" : next));
       if (job.ok === false && job.error) row.append(make("span", "job-error", job.error));
-      row.title = [job.error, job.late > 0 ? `${format.int(job.late)} of its turns began late, since the start` : ""].filter(Boolean).join("; ");
+      row.title = [`every ${format.span(job.every_s)}`, job.error, job.late > 0 ? `${format.int(job.late)} of its turns began late, since the start` : ""].filter(Boolean).join("; ");
       return row;
     });
-    const streams = nexus.STREAMS.map((name) => [name, at(feed, "streams." + name)]);
-    rows("conservation", streams.map(([name, s]) => [name, at(s || {}, "processed"), at(s || {}, "lag"), at(s || {}, "failed")]), ([name, done, pending, dead]) => {
+    rows("conservation", nexus.STREAMS.map((name) => [name, ...nexus.accountOf(at(feed, "streams." + name))]), ([name, done, unsaved, unread, dead]) => {
       const row = make("div", "bar-row");
       const track = make("span", "bar-track");
-      for (const [kind, n] of [["done", done], ["pending", pending], ["dead", dead]]) {
+      for (const [kind, n] of [["done", done], ["unsaved", unsaved], ["pending", unread], ["dead", dead]]) {
         const part = make("span", "bar-part bar-" + kind);
         part.style.flexGrow = known(n) ? n : 0;
         part.hidden = !n;
         track.append(part);
       }
-      row.title = `${name}: ${format.int(done)} processed, ${format.int(pending)} pending, ${format.int(dead)} dead`;
-      row.append(make("span", "bar-name", name), track, make("span", "bar-n", `${format.compact(done)} + ${format.compact(pending)} + ${format.compact(dead)}`));
+      row.title = `${name}: ${format.int(done)} processed, ${format.int(unsaved)} processed or under way without a checkpoint, ${format.int(unread)} unread, ${format.int(dead)} dead`;
+      row.append(make("span", "bar-name", name), track, make("span", "bar-n", [done, unsaved, unread, dead].map(format.compact).join(" + ")));
       return row;
     });
   }

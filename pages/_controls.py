@@ -20,33 +20,44 @@ URL = "PYTHON_EVENT_API_URL"
 
 
 def controls() -> html.Section:
-    """Switches, bounded inputs and buttons; each setting says where its value comes from and can be reset."""
+    """Switches and bounded inputs; each setting says where its value comes from and can be reset."""
     return tile(
         "Controls",
         *[_switch(name, *words) for name, words in SWITCHES.items()],
         *[_field(name, *words) for name, words in NUMBERS.items()],
         _field(URL, "Python service address"),
-        html.Div(
-            [
-                _button("Pause bridge", "bridge-pause"),
-                _button("Resume bridge", "bridge-resume"),
-                _button("Reset circuit", "bridge-reset"),
-                _button("Open circuit …", "bridge-open"),
-            ],
-            className="buttons",
-        ),
-        html.Div(
-            [_button("Test the whole way", "bridge-test", False), html.Span(id="test-summary")], className="buttons-one"
-        ),
-        html.P(
-            [glyph(), bind("derived.canary_words", whole=True)],
-            className="tile-foot canary",
-            **data(level_of="derived.canary"),
-        ),
-        html.Ol(id="test-steps", className="test-steps", **aria(live="polite")),
-        _confirm(),
         id="tile-controls",
-        note=state("circuit.state", form="circuit"),
+    )
+
+
+def bridge_actions() -> html.Section:
+    """What can be done about the bridge: near the top, for it is wanted in trouble."""
+    return html.Section(
+        [
+            html.H2("Bridge", id="tile-bridge-title"),
+            state("circuit.state", form="circuit"),
+            html.Div(
+                [
+                    _button("Pause bridge", "bridge-pause"),
+                    _button("Resume bridge", "bridge-resume"),
+                    _button("Reset circuit", "bridge-reset"),
+                    _button("Open circuit …", "bridge-open"),
+                    _button("Test the whole way", "bridge-test", False),
+                ],
+                className="buttons",
+            ),
+            html.P(
+                [glyph(), bind("derived.canary_words", whole=True)],
+                className="canary",
+                **data(level_of="derived.canary"),
+            ),
+            html.P(id="test-summary", className="test-summary"),
+            html.Ol(id="test-steps", className="test-steps", **aria(live="polite")),
+            _confirm(),
+        ],
+        id="tile-bridge",
+        className="tile bridge-actions",
+        **aria(labelledby="tile-bridge-title"),
     )
 
 

@@ -7,7 +7,7 @@ from dash import html
 from dash.development.base_component import Component
 
 from pages._components import aria, bind, data, glyph, graph, measure, pair, state, tile
-from pages._controls import controls
+from pages._controls import bridge_actions, controls
 from pages._verdict import dead_letters, verdict
 
 dash.register_page(__name__, path="/", name="Overview", title="Nexus", order=0)
@@ -30,6 +30,7 @@ def layout(**_: object) -> html.Div:
                 [
                     verdict(),
                     dead_letters(),
+                    bridge_actions(),
                     _flow(),
                     html.Div(
                         [_throughput(), _response(), _freshness(), _conservation(), _errors(), _store()],
@@ -157,6 +158,7 @@ def _throughput() -> html.Section:
             className="measures",
         ),
         graph("chart-throughput", "Events per second of ingest, Nexus and the Python service, last five minutes"),
+        html.P(id="throughput-peak", className="tile-foot peak", hidden=True),
         id="tile-throughput",
         className="tile-wide",
         note=html.Span(
@@ -235,8 +237,27 @@ def _conservation() -> html.Section:
             className="split",
         ),
         html.Div(id="conservation-bars", className="bars", **data(list="conservation")),
-        html.P("accepted = processed + pending + dead, for each stream", className="tile-foot"),
+        html.P(
+            [
+                "accepted = ",
+                _part("done", "processed", "Processed, and held by a checkpoint"),
+                " + ",
+                _part("unsaved", "no checkpoint yet", "Processed, or under way for less than a second"),
+                " + ",
+                _part("pending", "unread", "Yet to be processed"),
+                " + ",
+                _part("dead", "dead", "Given up, and kept as dead letters"),
+            ],
+            className="tile-foot",
+        ),
         id="tile-conservation",
+    )
+
+
+def _part(kind: str, word: str, meaning: str) -> html.Span:
+    """A word of the accounts, with the colour of its part of the bars."""
+    return html.Span(
+        [html.Span(className=f"key bar-{kind}", **aria(hidden="true")), word], className="part", title=meaning
     )
 
 

@@ -475,6 +475,7 @@ class FakeNexus:
         self.overrides: Feed = {}
         self.environment: Feed = {}
         self.errors = 0  # of the bridge, since the start
+        self.spike: float | None = None  # of the Nexus line, for some seconds of the history
         self.points = 300  # that the history holds
         self.still: int | None = None  # the moment that the feed goes on telling
         self.boot = "one"
@@ -501,7 +502,12 @@ class FakeNexus:
             feed["settings"][name].update(environment=value)
         for name, value in self.overrides.items():
             feed["settings"][name].update(value=value, source="store")
-        return jsonify({**feed, "history": history(feed, self.points)} if request.args.get("history") else feed)
+        if not request.args.get("history"):
+            return jsonify(feed)
+        told = history(feed, self.points)
+        if self.spike is not None:
+            told["nexus"][100:112] = [self.spike] * 12
+        return jsonify({**feed, "history": told})
 
     def settings(self) -> Response | tuple[Response, int]:
         body = request.get_json()

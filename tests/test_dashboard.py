@@ -194,6 +194,8 @@ def test_what_only_waits_for_a_checkpoint_is_told_apart_from_what_waits_to_be_pr
     _with(nexus, page, "slow_checkpoint").verdict("Stream storage falls behind: 20,000 events before it")
     rows = page.run("return [...document.querySelectorAll('#tile-streams tbody tr')].map(e => e.innerText)")
     assert rows[0].split("\t")[3:6] == ["27,846", "0 s", "27,812, 28 s"]
+    parts = "return [...document.querySelectorAll('.bar-row')].map(e => e.querySelector('.bar-n').textContent)"
+    assert page.run(parts)[:2] == ["481k + 27,846 + 0 + 0", "481k + 10,000 + 20,000 + 0"]
     assert "caught up" in page.text("stream-features")
     assert "20,000 behind" in page.text("stream-storage")
 
@@ -409,6 +411,11 @@ def test_every_clock_names_its_time_zone(page: Page) -> None:
         r"checked \d{4}-\d\d-\d\dT.*Z$",
         page.run("return document.querySelector('#tile-python .tile-foot .figure').title"),
     )
+    page.wait(page.graphs_drawn, "the graphs were never drawn")
+    ticks = "return [...document.querySelectorAll('#chart-throughput .xtick text')].map(e => e.textContent.slice(0, 5))"
+    page.wait(lambda: page.run(ticks), "the graph has no clock")
+    near = {time.strftime("%H:%M", time.gmtime(time.time() + 5.5 * 3600 - 60 * ago)) for ago in range(-1, 8)}
+    assert set(page.run(ticks)) <= near
     page.driver.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": ""})
 
 
@@ -750,6 +757,63 @@ def test_an_empty_nexus_offers_sample_traffic_and_says_it_is_simulated(nexus: Fa
         lambda: page.run("return [...document.querySelectorAll('.badge-simulated')].every(e => !e.hidden)"),
         "the traffic is not marked as simulated",
     )
+
+
+def test_short_spike_does_not_flatten_the_throughput_and_is_told(nexus: FakeNexus, page: Page) -> None:
+    nexus.spike = 48_000.0
+    page.open()
+    page.wait(page.graphs_drawn, "the graphs were never drawn")
+    words = "Above the graph: up to 48,000/s (Nexus, "
+    page.wait(lambda: words in page.text("throughput-peak"), "the spike is not told")
+    end = "return document.querySelector('#chart-throughput .js-plotly-plot').layout.yaxis.range[1]"
+    page.wait(lambda: page.run(end) < 3000, "the spike flattens the graph")
+    nexus.spike = None
+    page.open()
+    page.wait(page.graphs_drawn, "the graphs were never drawn")
+    assert page.run("return document.getElementById('throughput-peak').hidden")
+    assert max(y or 0 for y in _series(page, "chart-throughput", "ingest")) < page.run(end) < 3000
+
+
+@pytest.mark.parametrize("width", [390, 1024, 1280, 1400, 1600])
+def test_actions_are_near_the_top_and_the_tiles_leave_no_hole(page: Page, width: int) -> None:
+    sizes = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+    page.open().verdict("Both systems work as one")
+    assert page.run("return document.getElementById('bridge-test').getBoundingClientRect().bottom") < 560
+    rows = """const rows = {}; const all = document.querySelector('.tiles').getBoundingClientRect();
+        for (const e of document.querySelectorAll('.tiles > .tile')) {
+          const r = e.getBoundingClientRect(); rows[Math.round(r.top)] = Math.max(rows[Math.round(r.top)] || 0, r.right); }
+        return Object.values(rows).map(right => Math.round(all.right - right))"""
+    assert set(page.run(rows)) == {0}
+    page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_edges_of_fields_and_names_of_disabled_buttons_have_enough_contrast(page: Page, scheme: str) -> None:
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    page.open().verdict("Both systems work as one")
+    style = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+    panel = page.run(style, ".tile", "backgroundColor")
+    field = [page.run(style, ".setting-field input", name) for name in ("borderTopColor", "backgroundColor")]
+    assert min(_contrast(field[0], under) for under in (field[1], panel)) >= 3
+    for button in ("#bridge-resume", "#FEATURE_SYNC_INTERVAL-apply"):
+        assert page.run("return document.querySelector(arguments[0]).disabled", button)
+        assert page.run(style, button, "opacity") == "1"
+        assert _contrast(page.run(style, button, "color"), panel) >= 4.5
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def _contrast(one: str, other: str) -> float:
+    """Of two opaque colours, as WCAG 2 counts it."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
 
 
 @pytest.mark.parametrize("width", [390, 1280, 2560])
