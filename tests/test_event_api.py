@@ -719,8 +719,8 @@ def test_a_store_that_is_lost_while_a_flush_reads_states_ends_no_flusher(store: 
         await service.accept(fresh(answer("x", response="rejected")), 0)
         load = service.load
 
-        async def losing(users: Any) -> Any:
-            states = await load(users)
+        async def losing(users: Any, token: str) -> Any:
+            states = await load(users, token)
             service.forget()  # as when a request, beside it, finds the store away
             return states
 
