@@ -158,7 +158,7 @@ def test_dead_letters_of_any_stream_are_counted_and_marked_and_listed_on_demand(
     assert nexus.received == [{"all": True}]
     words = "1 sent again. 1 not: it cannot be decoded."
     page.wait(lambda: words in page.run("return document.body.innerText"), "it was not told")
-    assert page.run("return document.getElementById('act-letters').hidden")
+    page.wait(lambda: page.run("return document.getElementById('act-letters').hidden"), "there are none to show")
     words = "1 went through, 0 came back."
     page.wait(lambda: words in page.run("return document.body.innerText"), "the outcome was not told")
 
@@ -330,7 +330,7 @@ def test_jobs_are_judged_by_their_latest_run_and_a_failed_one_says_why(nexus: Fa
 def test_outages_and_canaries_are_told_afterwards(nexus: FakeNexus, page: Page) -> None:
     _with(nexus, page, "after_an_outage").verdict("Both systems work as one")
     assert "6,666 queued, 6,666 delivered, 0 dead" in page.text("tile-errors")
-    assert "it waits behind a backlog" in page.text("tile-controls")
+    assert "it waits behind a backlog" in page.text("tile-bridge")
 
 
 def _series(page: Page, chart: str, name: str) -> list[float | None]:
