@@ -9,7 +9,7 @@
 
   const LEVELS = {
     ok: ["online", "running", "closed", "ready"],
-    warn: ["degraded", "unknown", "restarting", "behind", "loading", "half_open", "paused"],
+    warn: ["degraded", "restarting", "behind", "loading", "half_open", "paused"],
     bad: ["offline", "failed", "full", "readonly", "open", "stopped"],
     idle: ["standby", "disabled", "warming_up", "starting", "waiting"],
   };
