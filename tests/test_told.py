@@ -106,7 +106,7 @@ def test_ingest_that_closes_and_opens_is_told_with_why(
     looks = nexus.scheduler.jobs["snapshot"].runs
     until(lambda: nexus.scheduler.jobs["snapshot"].runs > looks + 1, "further looks")
     own_server.client.config_set("maxmemory", 0)
-    until(lambda: not nexus.ingest.closed, "ingest to open")
+    until(lambda: told(caplog, "ingest is open"), "ingest to open")
 
     assert told(caplog, "ingest") == [("WARNING", "ingest is closed"), ("INFO", "ingest is open again")]
     assert "of the memory limit is used" in reasons(caplog, "ingest is closed")[0]
