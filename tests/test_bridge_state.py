@@ -204,8 +204,8 @@ def test_a_partner_address_set_at_run_time_is_used_at_once(start_nexus, server):
     assert (len(server.applied), len(other.applied)) == (0, 1)
 
 
-@pytest.mark.parametrize(("answers", "taken"), [(partners.says(500), [0, 1]), (partners.answer_well, [1, 0])])
-def test_a_call_to_the_address_before_tells_nothing_of_the_one_in_force(start_nexus, server, answers, taken):
+@pytest.mark.parametrize("answers", [partners.says(500), partners.answer_well])
+def test_a_call_to_the_address_before_tells_nothing_of_the_one_in_force(start_nexus, server, answers):
     nexus = start_nexus(PYTHON_EVENT_API_URL=server.url, PYTHON_SERVICE_TIMEOUT=20_000)
     until(lambda: nexus.bridge.health is not None, "the first health check")
     other, asked, changed = Misbehaving(), threading.Event(), threading.Event()
@@ -216,13 +216,15 @@ def test_a_call_to_the_address_before_tells_nothing_of_the_one_in_force(start_ne
         answers(*given)
 
     server.on_post = answer
-    post(nexus, event())
+    post(nexus, posted := event())
     asked.wait()
     nexus.live.change({"PYTHON_EVENT_API_URL": other.url}, "a test", "test")
     changed.set()
     settled(nexus)
     other.close()
-    assert [len(server.applied), len(other.applied)] == taken
+    assert {*server.applied, *other.applied} == {
+        posted["event_id"]
+    }  # perhaps at both: the call is freed, and made again
     assert (nexus.bridge.errors_total, nexus.bridge.circuit.failures) == (0, 0)
 
 
