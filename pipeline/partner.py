@@ -51,9 +51,8 @@ class Partner:
 
     def __init__(self, url: Callable[[], str], timeout_ms: Callable[[], int], clock: Callable[[], int]) -> None:
         self._url, self._timeout_ms, self._clock = url, timeout_ms, clock
-        self.makes_room: Callable[[], bool] = lambda: (
-            False
-        )  # is the store full, so that what is delivered lets it let go?
+        # Whether the store is full, so that what is delivered lets it let go of events.
+        self.makes_room: Callable[[], bool] = lambda: False
         # Without httpx's client around it, which would cost as much again. Building one takes 20 ms: it is kept.
         self._transport: KeptConnections | None = None
         self._said: frozenset[str] = frozenset()
@@ -62,9 +61,8 @@ class Partner:
         self._known_url = ""
         self._took_batch = False  # the partner at this address has taken events of a batch
         self._asking = asyncio.Semaphore(MOST_QUESTIONS)
-        self._under_way: dict[
-            asyncio.Timeout, tuple[str, float]
-        ] = {}  # calls' deadlines: the address, and when they began
+        # The deadlines of calls: their address, and when they began.
+        self._under_way: dict[asyncio.Timeout, tuple[str, float]] = {}
         self._looked = ("", 0)
 
     @property
